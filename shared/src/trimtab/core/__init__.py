@@ -1,0 +1,1 @@
+"""The planning core: clusters, models, workloads, costs, solvers, simulators and plans; it knows no framework."""

@@ -1,0 +1,147 @@
+"""The hook specifications: all that a plugin can contribute, on one screen.
+
+A plugin is a module named by an entry point of the group ``trimtab.plugins``; it implements the
+hooks it needs with ``@hookimpl``. Its entry point's name is the plugin's name, and the key of its
+block in the frameworks' ``"trimtab"`` configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+import pluggy
+from pydantic import BaseModel
+from typer import Typer
+
+from trimtab.core.benchmark import Benchmark
+from trimtab.core.errors import BadInput
+from trimtab.core.policy import ServingPolicy
+
+GROUP = "trimtab.plugins"
+
+hookspec = pluggy.HookspecMarker("trimtab")
+hookimpl = pluggy.HookimplMarker("trimtab")
+
+
+@dataclass(frozen=True, slots=True)
+class PluginInfo:
+    """A plugin's line in ``trimtab plugins``."""
+
+    summary: str
+    enable: str
+    """The flag or configuration that switches the plugin on."""
+    config: type[BaseModel] | None = None
+    """The model of its block of options, under the plugin's name."""
+
+
+@hookspec(firstresult=True)
+def trimtab_info() -> PluginInfo:
+    """Says what the plugin is, how it is switched on, and which options it has."""
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def trimtab_serving_policy(config: BaseModel) -> ServingPolicy | None:
+    """Makes the policy that an engine host or the simulator drives, from the plugin's options."""
+
+
+@hookspec
+def trimtab_benchmarks() -> Sequence[Benchmark]:
+    """The benchmarks under ``trimtab bench``."""
+    raise NotImplementedError
+
+
+@hookspec
+def trimtab_commands(app: Typer) -> None:
+    """Adds commands to the ``trimtab`` command line; import what they need inside them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """An installed plugin whose entry point imports."""
+
+    name: str
+    entry_point: EntryPoint
+    manager: pluggy.PluginManager
+
+    @property
+    def info(self) -> PluginInfo:
+        """What the plugin says of itself."""
+        info: PluginInfo = self.manager.hook.trimtab_info()
+        return info
+
+    def serving_policy(self, options: object) -> ServingPolicy | None:
+        """The plugin's policy for its block of options (a mapping as read from the user)."""
+        policy: ServingPolicy | None = self.manager.hook.trimtab_serving_policy(
+            config=self.configure(options)
+        )
+        return policy
+
+    def configure(self, options: object) -> BaseModel:
+        """Validates the plugin's block of options.
+
+        Raises:
+            BadInput: it names the option, its value and what would be right.
+        """
+        from trimtab.core.documents import validate
+
+        model = self.info.config
+        if model is None:
+            raise BadInput(f"the plugin {self.name!r} takes no options", where=f"trimtab.{self.name}")
+        return validate(model, options, where=f"trimtab.{self.name}")
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenPlugin:
+    """An installed plugin whose entry point does not import."""
+
+    name: str
+    entry_point: EntryPoint
+    reason: str
+
+
+@cache
+def discover() -> tuple[tuple[Plugin, ...], tuple[BrokenPlugin, ...]]:
+    """The installed plugins in the order of their names, and those that do not import."""
+    import sys
+
+    sound: list[Plugin] = []
+    broken: list[BrokenPlugin] = []
+    for entry_point in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+        if any(plugin.name == entry_point.name for plugin in sound):
+            continue
+        manager = pluggy.PluginManager("trimtab")
+        manager.add_hookspecs(sys.modules[__name__])
+        try:
+            manager.register(entry_point.load(), entry_point.name)
+            manager.check_pending()
+        except Exception as error:  # a broken plugin must not break the others
+            broken.append(
+                BrokenPlugin(entry_point.name, entry_point, f"{type(error).__name__}: {error}")
+            )
+        else:
+            sound.append(Plugin(entry_point.name, entry_point, manager))
+    return tuple(sound), tuple(broken)
+
+
+def plugin(name: str) -> Plugin:
+    """The installed plugin of a name.
+
+    Raises:
+        BadInput: none has it, or it does not import.
+    """
+    sound, broken = discover()
+    for candidate in sound:
+        if candidate.name == name:
+            return candidate
+    for candidate_broken in broken:
+        if candidate_broken.name == name:
+            raise BadInput(
+                f"the plugin {name!r} does not import ({candidate_broken.reason})",
+                fix=f"reinstall trimtab-{name}",
+            )
+    names = ", ".join(p.name for p in sound) or "none"
+    raise BadInput(f"no plugin {name!r} is installed", fix=f"installed are: {names}")

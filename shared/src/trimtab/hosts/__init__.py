@@ -1,0 +1,1 @@
+"""The only code that touches the private surface of a framework: one folder for each."""

@@ -7,8 +7,8 @@ block in the frameworks' ``"trimtab"`` configuration.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
@@ -18,7 +18,7 @@ from typer import Typer
 
 from trimtab.core.benchmark import Benchmark
 from trimtab.core.errors import BadInput
-from trimtab.core.policy import ServingPolicy
+from trimtab.core.policy import CallField, ServingPolicy
 
 GROUP = "trimtab.plugins"
 
@@ -35,6 +35,8 @@ class PluginInfo:
     """The flag or configuration that switches the plugin on."""
     config: type[BaseModel] | None = None
     """The model of its block of options, under the plugin's name."""
+    call_fields: Mapping[str, CallField] = field(default_factory=dict)
+    """What clients may say of a call, by the name behind ``trimtab.`` in ``vllm_xargs``."""
 
 
 @hookspec(firstresult=True)

@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from trimtab.core.errors import BadInput
+
 FieldValue = str | int | float
 
 
@@ -62,6 +64,74 @@ class Load:
     kv_usage: float
     """Share of the KV cache's blocks in use, 0 to 1."""
 
+
+@dataclass(frozen=True, slots=True)
+class CallField:
+    """Something a client may say about a call: one ``trimtab.NAME`` entry of ``vllm_xargs``.
+
+    A plugin declares its fields in `PluginInfo.call_fields`. Hosts check values before any policy
+    sees them, so a policy may trust ``Call.fields``.
+
+    Attributes:
+        kind: ``str``, ``int`` or ``float`` (which takes integers too, and must be finite).
+        description: one line for ``trimtab plugins``.
+        minimum, maximum: inclusive bounds of a number, or of a string's length.
+        header: the HTTP header that says the same, for clients that cannot change the body.
+        header_scale: what a number in the header is multiplied by to get the field's unit.
+    """
+
+    kind: type[str] | type[int] | type[float]
+    description: str
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    header: str | None = None
+    header_scale: float = 1.0
+
+    def check(self, name: str, value: object) -> FieldValue:
+        """The value as ``kind``.
+
+        Raises:
+            BadInput: the value has another type or lies outside the bounds.
+        """
+        where = f"vllm_xargs, {FIELD_PREFIX}{name}"
+        accepted = (int, float) if self.kind is float else self.kind
+        if isinstance(value, bool) or not isinstance(value, accepted):
+            raise BadInput(
+                f"{value!r} is a {type(value).__name__}",
+                where=where,
+                fix=f"give a {'number' if self.kind is float else self.kind.__name__}",
+            )
+        size = len(value) if isinstance(value, str) else value
+        if not self.minimum <= size <= self.maximum or not math.isfinite(size):
+            what = "its length" if isinstance(value, str) else "it"
+            raise BadInput(
+                f"{str(value)[:80]!r} is out of range",
+                where=where,
+                fix=f"{what} must be between {self.minimum:g} and {self.maximum:g}",
+            )
+        return value
+
+    def from_header(self, name: str, text: str) -> FieldValue:
+        """The field's value as said by its header.
+
+        Raises:
+            BadInput: the header does not hold such a value.
+        """
+        if self.kind is str:
+            return self.check(name, text.strip())
+        try:
+            number = float(text) * self.header_scale
+            return self.check(name, int(number) if self.kind is int else number)
+        except (BadInput, ValueError, OverflowError):
+            low, high = self.minimum / self.header_scale, self.maximum / self.header_scale
+            raise BadInput(
+                f"{text[:80]!r} is not a usable value",
+                where=f"header {self.header}",
+                fix=f"give a number between {low:g} and {high:g}",
+            ) from None
+
+
+FIELD_PREFIX = "trimtab."
 
 SortKey = float | tuple[float, ...]
 

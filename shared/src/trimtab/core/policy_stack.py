@@ -1,0 +1,129 @@
+"""Several serving policies driven as one, each fenced off so that its failure harms nobody."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TypeVar
+
+from trimtab.core.policy import Call, Load, Outcome, ServingPolicy
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+StackKey = tuple[object, ...]
+
+
+def _overriding(
+    policies: Iterable[tuple[str, ServingPolicy]], method: str
+) -> list[tuple[str, ServingPolicy]]:
+    """The policies that have their own version of a method: only those are ever called."""
+    base = getattr(ServingPolicy, method)
+    return [entry for entry in policies if getattr(type(entry[1]), method) is not base]
+
+
+class PolicyStack:
+    """The enabled policies in the configuration's order.
+
+    A policy that raises is logged once and left out from then on; the host carries on with the
+    others, or in the engine's own order when none is left. `reordered` then tells the host that
+    every key must be asked for again.
+
+    Args:
+        policies: the policies with their plugins' names.
+    """
+
+    def __init__(self, policies: Sequence[tuple[str, ServingPolicy]]) -> None:
+        self._policies = list(policies)
+        self.reordered = False
+        self._index()
+
+    def _index(self) -> None:
+        self._on_arrival = _overriding(self._policies, "on_arrival")
+        self._ordering = _overriding(self._policies, "key")
+        self._admitting = _overriding(self._policies, "admits")
+        self._stepping = _overriding(self._policies, "on_step")
+        self._on_admission = _overriding(self._policies, "on_admission")
+        self._on_finish = _overriding(self._policies, "on_finish")
+        self._timed = _overriding(self._policies, "next_timer_s")
+        self.orders = bool(self._ordering)
+        self.gates = bool(self._admitting)
+        self.steps = bool(self._stepping)
+        self.watches_admissions = bool(self._on_admission)
+
+    def __bool__(self) -> bool:
+        return bool(self._policies)
+
+    @property
+    def names(self) -> list[str]:
+        """The plugins whose policies are still at work."""
+        return [name for name, _ in self._policies]
+
+    def _guarded(self, entry: tuple[str, ServingPolicy], call: Callable[[], T], otherwise: T) -> T:
+        """What ``call`` returns, or ``otherwise`` after leaving a policy that raised out."""
+        try:
+            return call()
+        except Exception:
+            logger.exception(
+                "The policy of the plugin %r failed and is switched off; "
+                "the engine goes on without it.",
+                entry[0],
+            )
+            self._policies.remove(entry)
+            self.reordered |= entry in self._ordering
+            self._index()
+            return otherwise
+
+    def on_arrival(self, call: Call, now_s: float) -> None:
+        """Tells every policy of a new call."""
+        for entry in tuple(self._on_arrival):
+            self._guarded(entry, lambda p=entry[1]: p.on_arrival(call, now_s), None)
+
+    def on_admission(self, call: Call, now_s: float) -> None:
+        """Tells every policy that a call got a place in the batch."""
+        for entry in tuple(self._on_admission):
+            self._guarded(entry, lambda p=entry[1]: p.on_admission(call, now_s), None)
+
+    def on_finish(self, call: Call, outcome: Outcome, now_s: float) -> None:
+        """Tells every policy that a call has left the engine."""
+        for entry in tuple(self._on_finish):
+            self._guarded(entry, lambda p=entry[1]: p.on_finish(call, outcome, now_s), None)
+        for _, policy in self._policies:
+            policy.stale.discard(call)
+
+    def key(self, call: Call, now_s: float) -> StackKey:
+        """The key of a waiting call: those of the ordering policies, in the stack's order."""
+        return tuple(
+            self._guarded(entry, lambda p=entry[1]: p.key(call, now_s), math.inf)
+            for entry in tuple(self._ordering)
+        )
+
+    def admits(self, call: Call, load: Load, now_s: float) -> bool:
+        """Whether every policy lets the call into the batch in this step."""
+        return all(
+            self._guarded(entry, lambda p=entry[1]: p.admits(call, load, now_s), True)
+            for entry in tuple(self._admitting)
+        )
+
+    def on_step(self, progressed: Collection[Call], now_s: float) -> set[Call]:
+        """The calls that some policy wants ended after this step."""
+        ended: set[Call] = set()
+        for entry in tuple(self._stepping):
+            ended.update(
+                self._guarded(entry, lambda p=entry[1]: p.on_step(progressed, now_s), ())
+            )
+        return ended
+
+    def stale_calls(self, now_s: float) -> set[Call]:
+        """Runs the timers that are due and takes the calls whose keys have changed."""
+        for entry in tuple(self._timed):
+            if self._guarded(entry, entry[1].next_timer_s, math.inf) <= now_s:
+                self._guarded(entry, lambda p=entry[1]: p.on_timer(now_s), None)
+        stale: set[Call] = set()
+        for _, policy in self._ordering:
+            if policy.stale:
+                stale |= policy.stale
+                policy.stale.clear()
+        return stale

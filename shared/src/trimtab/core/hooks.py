@@ -75,6 +75,11 @@ class Plugin:
         info: PluginInfo = self.manager.hook.trimtab_info()
         return info
 
+    @property
+    def has_serving_policy(self) -> bool:
+        """Whether the plugin has a policy for serving."""
+        return bool(self.manager.hook.trimtab_serving_policy.get_hookimpls())
+
     def serving_policy(self, options: object) -> ServingPolicy | None:
         """The plugin's policy for its block of options (a mapping as read from the user)."""
         policy: ServingPolicy | None = self.manager.hook.trimtab_serving_policy(

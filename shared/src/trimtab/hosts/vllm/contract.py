@@ -1,0 +1,120 @@
+"""Every symbol of vLLM that the host relies on, and the check that it still has its shape.
+
+`trimtab doctor` and a test call `broken`; a new vLLM that moved something is named here first.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "vllm.v1.core.sched.interface:SchedulerInterface.add_request": ("self", "request"),
+    "vllm.v1.core.sched.interface:SchedulerInterface.schedule": ("self", "throttle_prefills"),
+    "vllm.v1.core.sched.interface:SchedulerInterface.update_from_output": (
+        "self",
+        "scheduler_output",
+        "model_runner_output",
+    ),
+    "vllm.v1.core.sched.interface:SchedulerInterface.finish_requests": (
+        "self",
+        "request_ids",
+        "finished_status",
+    ),
+    "vllm.v1.core.sched.scheduler:Scheduler.get_kv_cache_usage": ("self",),
+    "vllm.v1.core.sched.request_queue:create_request_queue": ("policy",),
+    "vllm.v1.core.sched.request_queue:RequestQueue.add_request": ("self", "request"),
+    "vllm.v1.core.sched.request_queue:RequestQueue.pop_request": ("self",),
+    "vllm.v1.core.sched.request_queue:RequestQueue.peek_request": ("self",),
+    "vllm.v1.core.sched.request_queue:RequestQueue.prepend_request": ("self", "request"),
+    "vllm.v1.core.sched.request_queue:RequestQueue.prepend_requests": ("self", "requests"),
+    "vllm.v1.core.sched.request_queue:RequestQueue.remove_request": ("self", "request"),
+    "vllm.v1.core.sched.request_queue:RequestQueue.remove_requests": ("self", "requests"),
+    "vllm.v1.request:Request.get_finished_reason": ("self",),
+    "vllm.v1.request:Request.is_finished": ("self",),
+    "vllm.v1.request:Request.take_events": ("self",),
+    "vllm.v1.metrics.loggers:StatLoggerBase.record": (
+        "self",
+        "scheduler_stats",
+        "iteration_stats",
+        "mm_cache_stats",
+        "engine_idx",
+    ),
+    "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.attach_router": ("self", "app"),
+    "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.init_state": (
+        "self",
+        "engine_client",
+        "state",
+        "args",
+    ),
+}
+"""Functions by ``module:name`` with their parameters' names."""
+
+SCHEDULER_ATTRIBUTES = (
+    "connector",
+    "get_request_counts",
+    "policy",
+    "requests",
+    "running",
+    "vllm_config",
+    "waiting",
+)
+"""Attributes that the host reads or replaces on vLLM's scheduler."""
+
+ABSTRACT_QUEUE = frozenset(
+    {
+        "__bool__",
+        "__iter__",
+        "__len__",
+        "add_request",
+        "peek_request",
+        "pop_request",
+        "prepend_request",
+        "prepend_requests",
+        "remove_request",
+        "remove_requests",
+    }
+)
+"""What a waiting queue must have; a new abstract method would make ours incomplete."""
+
+
+def _found(path: str) -> object:
+    module, _, qualified = path.partition(":")
+    found: object = import_module(module)
+    for part in qualified.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _method_fault(path: str, parameters: tuple[str, ...]) -> str | None:
+    try:
+        found = _found(path)
+    except (ImportError, AttributeError):
+        return f"{path} is gone"
+    actual = tuple(inspect.signature(found).parameters)  # type: ignore[arg-type]
+    if actual != parameters:
+        return f"{path} takes ({', '.join(actual)}), not ({', '.join(parameters)})"
+    return None
+
+
+def _attribute_faults() -> list[str]:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    names = set(dir(Scheduler)) | set(Scheduler.__init__.__code__.co_names)
+    return [
+        f"vLLM's Scheduler has no {name!r}" for name in SCHEDULER_ATTRIBUTES if name not in names
+    ]
+
+
+def _queue_faults() -> list[str]:
+    from vllm.v1.core.sched.request_queue import RequestQueue
+
+    abstract = RequestQueue.__abstractmethods__
+    return [f"RequestQueue has the new method {name!r}" for name in abstract - ABSTRACT_QUEUE]
+
+
+def broken() -> list[str]:
+    """One sentence for each symbol that vLLM, as installed, no longer has in this shape."""
+    methods = (_method_fault(path, parameters) for path, parameters in METHODS.items())
+    return [fault for fault in methods if fault] + _attribute_faults() + _queue_faults()

@@ -53,7 +53,14 @@ def run(scheduler_cls, script, **settings_):
 def without_times(outputs):
     """A step's outputs less the wall-clock times in their events and statistics."""
     return [
-        (scheduled, [(o.request_id, o.new_token_ids, o.finish_reason) for e in by_client.values() for o in e.outputs])
+        (
+            scheduled,
+            [
+                (o.request_id, o.new_token_ids, o.finish_reason)
+                for e in by_client.values()
+                for o in e.outputs
+            ],
+        )
         for scheduled, by_client in outputs
     ]
 
@@ -73,7 +80,13 @@ def without_times(outputs):
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 def test_no_policy_is_vllm(
-    policy, upstream, async_scheduling, script, blocks, max_num_seqs, max_num_batched_tokens,
+    policy,
+    upstream,
+    async_scheduling,
+    script,
+    blocks,
+    max_num_seqs,
+    max_num_batched_tokens,
     prefix_caching,
 ):
     engine = {

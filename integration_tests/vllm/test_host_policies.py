@@ -173,13 +173,18 @@ def test_a_call_ended_by_a_policy_frees_its_blocks_and_tells_the_client(engine_w
     assert not engine.scheduler.has_unfinished_requests()
 
 
-@pytest.mark.parametrize("method", ["on_arrival", "key", "admits", "on_step", "on_admission", "on_finish", "next_timer_s"])
+@pytest.mark.parametrize(
+    "method",
+    ["on_arrival", "key", "admits", "on_step", "on_admission", "on_finish", "next_timer_s"],
+)
 def test_a_policy_that_raises_is_left_out_once_and_nothing_is_lost(engine_with, caplog, method):
     def fail(self, *args):
         self.asked += 1
         if self.asked > 2:
             raise RuntimeError("broken on purpose")
-        return {"key": -self.asked, "admits": True, "on_step": (), "next_timer_s": math.inf}.get(method)
+        return {"key": -self.asked, "admits": True, "on_step": (), "next_timer_s": math.inf}.get(
+            method
+        )
 
     failing = type("Failing", (ServingPolicy,), {method: fail, "asked": 0})()
     recorder = Recorder()
@@ -238,16 +243,28 @@ def test_every_call_ends_exactly_once_and_no_block_leaks(engine_with, policy, as
 
     erratic = Erratic()
     engine = engine_with(
-        erratic, blocks=40, max_num_seqs=4, max_num_batched_tokens=64, policy=policy,
-        async_scheduling=async_scheduling, prefix_caching=False,
+        erratic,
+        blocks=40,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        policy=policy,
+        async_scheduling=async_scheduling,
+        prefix_caching=False,
     )
     pool = engine.scheduler.kv_cache_manager.block_pool
     free = pool.get_num_free_blocks()
     choose = random.Random(1)
     for index in range(200):
-        engine.add(f"r{index}", [5] * choose.randrange(1, 150), choose.randrange(1, 60), priority=choose.randrange(3))
+        engine.add(
+            f"r{index}",
+            [5] * choose.randrange(1, 150),
+            choose.randrange(1, 60),
+            priority=choose.randrange(3),
+        )
         if index % 7 == 0:
-            engine.scheduler.finish_requests(f"r{choose.randrange(index + 1)}", RequestStatus.FINISHED_ABORTED)
+            engine.scheduler.finish_requests(
+                f"r{choose.randrange(index + 1)}", RequestStatus.FINISHED_ABORTED
+            )
         for _ in range(choose.randrange(4)):
             engine.step()
     while engine.scheduler.get_num_unfinished_requests():
@@ -257,6 +274,8 @@ def test_every_call_ends_exactly_once_and_no_block_leaks(engine_with, policy, as
     assert sorted(ended) == sorted(erratic.arrived)
     assert len(set(ended)) == 200
     assert {outcome for _, outcome in erratic.finished} == {
-        Outcome.COMPLETED, Outcome.ABORTED, Outcome.ENDED_BY_POLICY,
+        Outcome.COMPLETED,
+        Outcome.ABORTED,
+        Outcome.ENDED_BY_POLICY,
     }
     assert pool.get_num_free_blocks() == free

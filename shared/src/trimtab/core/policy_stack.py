@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TypeVar
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, TypeVar
 
 from trimtab.core.policy import Call, Load, Outcome, ServingPolicy
 
@@ -13,12 +14,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-StackKey = tuple[object, ...]
+Entry = tuple[str, ServingPolicy]
+StackKey = tuple[tuple[float, ...], ...]
 
 
-def _overriding(
-    policies: Iterable[tuple[str, ServingPolicy]], method: str
-) -> list[tuple[str, ServingPolicy]]:
+def _overriding(policies: Iterable[Entry], method: str) -> list[Entry]:
     """The policies that have their own version of a method: only those are ever called."""
     base = getattr(ServingPolicy, method)
     return [entry for entry in policies if getattr(type(entry[1]), method) is not base]
@@ -35,7 +35,7 @@ class PolicyStack:
         policies: the policies with their plugins' names.
     """
 
-    def __init__(self, policies: Sequence[tuple[str, ServingPolicy]]) -> None:
+    def __init__(self, policies: Sequence[Entry]) -> None:
         self._policies = list(policies)
         self.reordered = False
         self._index()
@@ -61,49 +61,59 @@ class PolicyStack:
         """The plugins whose policies are still at work."""
         return [name for name, _ in self._policies]
 
-    def _guarded(self, entry: tuple[str, ServingPolicy], call: Callable[[], T], otherwise: T) -> T:
-        """What ``call`` returns, or ``otherwise`` after leaving a policy that raised out."""
+    def _ask(self, entry: Entry, method: str, *args: Any, otherwise: T) -> T:
+        """What a policy says, or ``otherwise`` after leaving out a policy that raised."""
         try:
-            return call()
+            answer: T = getattr(entry[1], method)(*args)
+            return answer
         except Exception:
-            logger.exception(
-                "The policy of the plugin %r failed and is switched off; "
-                "the engine goes on without it.",
-                entry[0],
-            )
-            self._policies.remove(entry)
-            self.reordered |= entry in self._ordering
-            self._index()
+            self._leave_out(entry, f"its {method} raised")
             return otherwise
+
+    def _leave_out(self, entry: Entry, reason: str) -> None:
+        logger.error(
+            "The policy of the plugin %r is switched off since %s; the engine goes on without it.",
+            entry[0],
+            reason,
+            exc_info=sys.exc_info()[0] is not None,
+        )
+        self._policies.remove(entry)
+        self.reordered |= entry in self._ordering
+        self._index()
 
     def on_arrival(self, call: Call, now_s: float) -> None:
         """Tells every policy of a new call."""
         for entry in tuple(self._on_arrival):
-            self._guarded(entry, lambda p=entry[1]: p.on_arrival(call, now_s), None)
+            self._ask(entry, "on_arrival", call, now_s, otherwise=None)
 
     def on_admission(self, call: Call, now_s: float) -> None:
         """Tells every policy that a call got a place in the batch."""
         for entry in tuple(self._on_admission):
-            self._guarded(entry, lambda p=entry[1]: p.on_admission(call, now_s), None)
+            self._ask(entry, "on_admission", call, now_s, otherwise=None)
 
     def on_finish(self, call: Call, outcome: Outcome, now_s: float) -> None:
         """Tells every policy that a call has left the engine."""
         for entry in tuple(self._on_finish):
-            self._guarded(entry, lambda p=entry[1]: p.on_finish(call, outcome, now_s), None)
+            self._ask(entry, "on_finish", call, outcome, now_s, otherwise=None)
         for _, policy in self._policies:
             policy.stale.discard(call)
 
     def key(self, call: Call, now_s: float) -> StackKey:
         """The key of a waiting call: those of the ordering policies, in the stack's order."""
-        return tuple(
-            self._guarded(entry, lambda p=entry[1]: p.key(call, now_s), math.inf)
-            for entry in tuple(self._ordering)
-        )
+        keys: list[tuple[float, ...]] = []
+        for entry in tuple(self._ordering):
+            key: Any = self._ask(entry, "key", call, now_s, otherwise=None)
+            parts = key if isinstance(key, tuple) else (key,)
+            if all(isinstance(part, int | float) and not math.isnan(part) for part in parts):
+                keys.append(parts)
+            elif entry in self._ordering:
+                self._leave_out(entry, f"its key {key!r} is not a number or a tuple of numbers")
+        return tuple(keys)
 
     def admits(self, call: Call, load: Load, now_s: float) -> bool:
         """Whether every policy lets the call into the batch in this step."""
         return all(
-            self._guarded(entry, lambda p=entry[1]: p.admits(call, load, now_s), True)
+            self._ask(entry, "admits", call, load, now_s, otherwise=True)
             for entry in tuple(self._admitting)
         )
 
@@ -111,16 +121,14 @@ class PolicyStack:
         """The calls that some policy wants ended after this step."""
         ended: set[Call] = set()
         for entry in tuple(self._stepping):
-            ended.update(
-                self._guarded(entry, lambda p=entry[1]: p.on_step(progressed, now_s), ())
-            )
+            ended.update(self._ask(entry, "on_step", progressed, now_s, otherwise=()))
         return ended
 
     def stale_calls(self, now_s: float) -> set[Call]:
         """Runs the timers that are due and takes the calls whose keys have changed."""
         for entry in tuple(self._timed):
-            if self._guarded(entry, entry[1].next_timer_s, math.inf) <= now_s:
-                self._guarded(entry, lambda p=entry[1]: p.on_timer(now_s), None)
+            if self._ask(entry, "next_timer_s", otherwise=math.inf) <= now_s:
+                self._ask(entry, "on_timer", now_s, otherwise=None)
         stale: set[Call] = set()
         for _, policy in self._ordering:
             if policy.stale:

@@ -1,6 +1,6 @@
-"""The vLLM host: one scheduler class that several trimtab policies plug into, and the HTTP side of it.
+"""The vLLM host: one scheduler class that trimtab policies plug into, and the HTTP side of it.
 
-Nothing here is imported before it is asked for, so `trimtab.hosts.vllm.Middleware` costs no engine.
+Nothing is imported before it is asked for, so `trimtab.hosts.vllm.Middleware` costs no engine.
 """
 
 from importlib import import_module

@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
@@ -61,7 +61,7 @@ class DryEngine:
         block_size: int = 16,
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 2048,
-        policy: str = "fcfs",
+        policy: Literal["fcfs", "priority"] = "fcfs",
         async_scheduling: bool = False,
         additional_config: Mapping[str, Any] | None = None,
         prefix_caching: bool = True,
@@ -160,7 +160,7 @@ def _config(
     block_size: int,
     max_num_seqs: int,
     max_num_batched_tokens: int,
-    policy: str,
+    policy: Literal["fcfs", "priority"],
     prefix_caching: bool,
 ) -> VllmConfig:
     with tempfile.TemporaryDirectory() as folder:

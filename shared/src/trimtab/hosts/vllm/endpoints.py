@@ -1,4 +1,4 @@
-"""The endpoint plugin: trimtab's routes on vLLM's server, once ``VLLM_PLUGINS`` names ``trimtab``."""
+"""The endpoint plugin: trimtab's routes on vLLM's server, where ``VLLM_PLUGINS`` names it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ class TrimtabEndpoints:
             "version": version("trimtab-core"),
             "scheduler_cls": str(getattr(args, "scheduler_cls", None)),
             "plugins": {
-                found.name: {"enabled": found.name in switched_on, "options": switched_on.get(found.name)}
+                found.name: {
+                    "enabled": found.name in switched_on,
+                    "options": switched_on.get(found.name),
+                }
                 for found in discover()[0]
             },
         }

@@ -28,9 +28,7 @@ def _filled(scheduler_cls: type[Any], waiting: int, config: dict[str, Any]) -> A
     for index in range(RUNNING + waiting):
         xargs = {"trimtab.workflow": f"w{index // 4}", "trimtab.stage": f"s{index % 4}"}
         deadline = {"trimtab.deadline_s": 60.0 + index % 97}
-        engine.add(
-            f"r{index}", [5] * 32, 20_000, arrival_time=float(index), xargs=xargs | deadline
-        )
+        engine.add(f"r{index}", [5] * 32, 20_000, arrival_time=float(index), xargs=xargs | deadline)
     while len(engine.scheduler.running) < RUNNING:
         engine.step()
     return engine
@@ -56,18 +54,14 @@ def _schedule_s(engine: Any, steps: int) -> float:
     return median(times)
 
 
-def _compare(
-    name: str, ours: Any, theirs: Any, rounds: int, steps: int, notes: str
-) -> Case:
+def _compare(name: str, ours: Any, theirs: Any, rounds: int, steps: int, notes: str) -> Case:
     """Rounds of both in alternating order, so that a slow moment hits both alike."""
     pairs = []
     for turn in range(rounds):
         first, second = (ours, theirs) if turn % 2 else (theirs, ours)
         timed = {id(first): _schedule_s(first, steps), id(second): _schedule_s(second, steps)}
         pairs.append((timed[id(theirs)], timed[id(ours)]))
-    return Case.compare(
-        name, "schedule_s", "s", "lower", "vllm-scheduler", pairs, notes=notes
-    )
+    return Case.compare(name, "schedule_s", "s", "lower", "vllm-scheduler", pairs, notes=notes)
 
 
 def run(options: Options, progress: Progress) -> list[Case]:

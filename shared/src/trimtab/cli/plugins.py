@@ -104,7 +104,7 @@ def _sound(plugin: Plugin) -> SoundPlugin:
         version=version,
         summary=info.summary,
         enable=info.enable,
-        hooks=_hooks(plugin),
+        hooks=plugin.hooks,
         options=options(info.config) if info.config else [],
         call_fields=[
             Field(
@@ -128,12 +128,6 @@ def _unsound(plugin: Plugin | BrokenPlugin, reason: str) -> UnsoundPlugin:
 def _origin(plugin: Plugin | BrokenPlugin) -> tuple[str, str]:
     distribution = plugin.entry_point.dist
     return (distribution.name, distribution.version) if distribution else ("unknown", "unknown")
-
-
-def _hooks(plugin: Plugin) -> list[str]:
-    manager = plugin.manager
-    callers = [manager.get_hookcallers(module) or [] for module in manager.get_plugins()]
-    return sorted({caller.name for found in callers for caller in found})
 
 
 def options(model: type[BaseModel], prefix: str = "") -> list[Option]:

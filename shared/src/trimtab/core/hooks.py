@@ -7,6 +7,7 @@ block in the frameworks' ``"trimtab"`` configuration.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -80,6 +81,12 @@ class Plugin:
         """Whether the plugin has a policy for serving."""
         return bool(self.manager.hook.trimtab_serving_policy.get_hookimpls())
 
+    @property
+    def hooks(self) -> list[str]:
+        """The names of the hooks that the plugin implements."""
+        callers = self.manager.get_hookcallers(self.manager.get_plugin(self.name)) or []
+        return sorted(caller.name for caller in callers)
+
     def serving_policy(self, options: object) -> ServingPolicy | None:
         """The plugin's policy for its block of options (a mapping as read from the user)."""
         policy: ServingPolicy | None = self.manager.hook.trimtab_serving_policy(
@@ -97,7 +104,8 @@ class Plugin:
 
         model = self.info.config
         if model is None:
-            raise BadInput(f"the plugin {self.name!r} takes no options", where=f"trimtab.{self.name}")
+            where = f"trimtab.{self.name}"
+            raise BadInput(f"the plugin {self.name!r} takes no options", where=where)
         return validate(model, options, where=f"trimtab.{self.name}")
 
 
@@ -110,27 +118,29 @@ class BrokenPlugin:
     reason: str
 
 
+def load(entry_point: EntryPoint) -> Plugin:
+    """Imports a plugin and registers its hooks; raises whatever its import raises."""
+    manager = pluggy.PluginManager("trimtab")
+    manager.add_hookspecs(sys.modules[__name__])
+    manager.register(entry_point.load(), entry_point.name)
+    manager.check_pending()
+    return Plugin(entry_point.name, entry_point, manager)
+
+
 @cache
 def discover() -> tuple[tuple[Plugin, ...], tuple[BrokenPlugin, ...]]:
     """The installed plugins in the order of their names, and those that do not import."""
-    import sys
-
     sound: list[Plugin] = []
     broken: list[BrokenPlugin] = []
     for entry_point in sorted(entry_points(group=GROUP), key=lambda e: e.name):
         if any(plugin.name == entry_point.name for plugin in sound):
             continue
-        manager = pluggy.PluginManager("trimtab")
-        manager.add_hookspecs(sys.modules[__name__])
         try:
-            manager.register(entry_point.load(), entry_point.name)
-            manager.check_pending()
+            sound.append(load(entry_point))
         except Exception as error:  # a broken plugin must not break the others
             broken.append(
                 BrokenPlugin(entry_point.name, entry_point, f"{type(error).__name__}: {error}")
             )
-        else:
-            sound.append(Plugin(entry_point.name, entry_point, manager))
     return tuple(sound), tuple(broken)
 
 

@@ -11,7 +11,7 @@ import typer
 
 from trimtab.core.errors import TrimtabError
 
-CORE_COMMANDS = ("bench", "plugins")
+CORE_COMMANDS = ("bench", "doctor", "plugins")
 
 DEBUG_VARIABLE = "TRIMTAB_DEBUG"
 
@@ -65,9 +65,10 @@ def command_line(arguments: list[str]) -> typer.Typer:
 
 def _add_core_commands(app: typer.Typer) -> None:
     """Adds `CORE_COMMANDS`; their modules import what they need when they run."""
-    from trimtab.cli import bench, plugins
+    from trimtab.cli import bench, doctor, plugins
 
     app.command()(bench.bench)
+    app.command()(doctor.doctor)
     app.command()(plugins.plugins)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -10,8 +11,6 @@ from importlib.metadata import version
 import typer
 
 from trimtab.core.errors import TrimtabError
-
-CORE_COMMANDS = ("bench", "doctor", "plugins")
 
 DEBUG_VARIABLE = "TRIMTAB_DEBUG"
 
@@ -39,6 +38,8 @@ def run(command: Callable[[], object]) -> int:
     except TrimtabError as error:
         return _fail(str(error), error.exit_status)
     except Exception as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return _fail("the disk is full; free some space.", 2)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return _fail(f"{reason}; run with {DEBUG_VARIABLE}=1 for the traceback.", 1)
     return 0
@@ -58,18 +59,19 @@ def command_line(arguments: list[str]) -> typer.Typer:
     )
     app.callback()(_global_options)
     _add_core_commands(app)
-    if not arguments or arguments[0] not in (*CORE_COMMANDS, "--version"):
+    core = {command.name for command in (*app.registered_commands, *app.registered_groups)}
+    if not arguments or arguments[0] not in core | {"--version"}:
         _add_plugin_commands(app)
     return app
 
 
 def _add_core_commands(app: typer.Typer) -> None:
-    """Adds `CORE_COMMANDS`; their modules import what they need when they run."""
+    """Adds the core's own commands; their modules import what they need when they run."""
     from trimtab.cli import bench, doctor, plugins
 
-    app.command()(bench.bench)
-    app.command()(doctor.doctor)
-    app.command()(plugins.plugins)
+    app.command("bench")(bench.bench)
+    app.command("doctor")(doctor.doctor)
+    app.command("plugins")(plugins.plugins)
 
 
 def _global_options(
@@ -125,13 +127,6 @@ def _end_output() -> int:
     Returns:
         The exit status of an output that could not be written, else 0.
     """
-    status, rest = 0, 2
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        status, rest = 1, os.open(os.devnull, os.O_WRONLY)
-    except OSError as error:
-        status = _fail(f"the output could not be written ({error.strerror}).", 2)
-        rest = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(rest, 1)
+    status = run(sys.stdout.flush)
+    os.dup2(os.open(os.devnull, os.O_WRONLY) if status else 2, 1)
     return status

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import typer
 from pydantic import BaseModel
 
+from trimtab.core.errors import TrimtabError
+
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from rich.table import Table
@@ -87,7 +89,10 @@ def listing() -> Listing:
         try:
             sound.append(_sound(found))
         except Exception as error:  # its hook raised: the others are still worth listing
-            broken.append(_unsound(found, f"{type(error).__name__}: {error}"))
+            reason = f"{type(error).__name__}: {error}"
+            broken.append(
+                _unsound(found, str(error) if isinstance(error, TrimtabError) else reason)
+            )
     return Listing(plugins=sound, broken=broken)
 
 
@@ -96,7 +101,7 @@ def _sound(plugin: Plugin) -> SoundPlugin:
 
     info = plugin.info
     if not isinstance(info, PluginInfo):
-        raise TypeError("it does not implement trimtab_info")
+        raise TrimtabError("it does not implement trimtab_info")
     distribution, version = _origin(plugin)
     return SoundPlugin(
         name=plugin.name,
@@ -150,7 +155,7 @@ def _option(key: str, field: FieldInfo) -> Option:
     kind = field.annotation
     return Option(
         key=key,
-        type=kind.__name__ if isinstance(kind, type) else str(kind),
+        type=kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", ""),
         required=field.is_required(),
         default=None if field.is_required() else to_jsonable_python(default, fallback=str),
         description=field.description or "",

@@ -1,0 +1,393 @@
+"""The order of the waiting calls: the local queue of HexGen-Text2SQL (arXiv:2505.05286), and more.
+
+The paper serves the call of the largest urgency ``U = t_comp - (b - tau)`` first: ``tau`` is the
+time the call has waited, and ``b`` its stage's part of the time its workflow has left. ``U`` grows
+at the same rate for every waiting call, so the difference of two never changes: serving by ``U`` is
+serving by the constant ``enqueue + b - t_comp``, the latest time at which the call may start, the
+earliest first (`latest_start_s`). A heap is exact, and keys change on events only.
+
+Least slack, which this is, does not minimise lateness: of two jobs of lengths 1 and 10 due at 2 and
+10 it runs the long one first and is late by 9, where by due date it is late by 1; and once a
+workflow is late, its budget is negative and its longest calls come before everybody else's. The
+default order is therefore that of modified due dates (`due_s`), which is optimal for chains on one
+server (Lawler), applied to the workflows that can still be in time; the others are set aside, until
+they have aged.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+from trimtab.core.policy import Call, Outcome, ServingPolicy
+from trimtab.urgency.config import UrgencyConfig
+from trimtab.urgency.estimate import END, Estimator
+from trimtab.urgency.fields import CallFields, parse
+from trimtab.urgency.workflows import Workflow, WorkflowTable
+
+Key = tuple[float, float]
+
+_SHIFT = 0.2
+"""Keys are made anew when the expected work after a stage has moved by more than this share."""
+
+
+_BEST_CASE = 0.9
+"""Share of the expected remaining work within which a workflow may still end if all goes well."""
+
+
+_PATIENCE_S = 60.0
+
+
+class Lane(IntEnum):
+    """The first part of a key: smaller lanes are served first."""
+
+    RESUMED = 0
+    """Preempted calls, which hold up a workflow that was served already."""
+    PROMOTED = 1
+    """Calls whose lane has a share of the admissions that is due."""
+    TIMELY = 2
+    """Calls of workflows that can be in time."""
+    PATIENT = 3
+    """Calls without a deadline, by arrival."""
+    AGED = 4
+    """Calls of late workflows that have waited for ``age_cap`` deadlines, oldest first."""
+    LATE = 5
+    """Calls of workflows that cannot be in time any more, least remaining work first."""
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A call in the engine, and what its place in the queue is made of.
+
+    Attributes:
+        service_s: expected time from admission to end.
+        after_s: expected service time of the workflow's stages after this one.
+        lane: what kind of call it is.
+        order_s: its place among the calls of its lane.
+        key: its place in the queue; that of a promoted call is ahead of its lane.
+        timer_s: when the place must be looked at again.
+    """
+
+    call: Call
+    workflow: Workflow
+    stage: str
+    service_s: float
+    after_s: float = 0.0
+    lane: Lane = Lane.PATIENT
+    order_s: float = 0.0
+    key: Key = (Lane.PATIENT, 0.0)
+    timer_s: float = math.inf
+
+    @property
+    def remaining_s(self) -> float:
+        """Expected service time of this call and all that follow."""
+        return self.service_s + self.after_s
+
+
+def due_s(waiting: Waiting, deadline_s: float) -> float:
+    """Modified due date: when this call must end for the stages after it to end in time."""
+    return deadline_s - waiting.after_s
+
+
+def latest_start_s(waiting: Waiting, deadline_s: float) -> float:
+    """The paper's urgency as a constant: ``enqueue + b - t_comp`` with the stage budget ``b``.
+
+    ``b = (D - E) t / (t + sum of the remaining stages' t)``, made from the time left when the stage
+    became ready. The remaining stages come from what the workflow's class was seen to do, where the
+    paper has a template.
+    """
+    enqueued_s = waiting.call.arrival_s
+    share = waiting.service_s / waiting.remaining_s if waiting.remaining_s > 0 else 1.0
+    return enqueued_s + (deadline_s - enqueued_s) * share - waiting.service_s
+
+
+_ORDERS: dict[str, Callable[[Waiting, float], float]] = {
+    "edd": due_s,
+    "urgency": latest_start_s,
+    "llf": lambda waiting, deadline_s: deadline_s - waiting.remaining_s,
+    "srpt": lambda waiting, deadline_s: waiting.remaining_s,
+    "fcfs": lambda waiting, deadline_s: waiting.call.arrival_s,
+}
+
+_IGNORING_DEADLINES = frozenset({"srpt", "fcfs"})
+
+
+class Share:
+    """A lane's guaranteed share of the admissions while any of its calls wait.
+
+    A bucket of at most one credit, which admissions of other lanes fill: so the lane's first call
+    is promoted at once, and the next after its share's worth of others.
+
+    Args:
+        share: the guaranteed share, below 1.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._gain = share / (1 - share)
+        self._credit = 1.0 if share else 0.0
+        self._joined = 0
+        self._queue: list[tuple[float, int, Call]] = []
+        self._members: dict[Call, int] = {}
+
+    def join(self, call: Call, order_s: float) -> None:
+        """A call waits in the lane, at its place in the lane's order."""
+        self._joined += 1
+        self._members[call] = self._joined
+        heapq.heappush(self._queue, (order_s, self._joined, call))
+
+    def leave(self, call: Call) -> None:
+        """A call waits in the lane no more."""
+        self._members.pop(call, None)
+        if len(self._queue) > 2 * len(self._members) + 64:
+            self._queue = [e for e in self._queue if self._members.get(e[2]) == e[1]]
+            heapq.heapify(self._queue)
+
+    def note_other(self) -> None:
+        """A call of another lane was admitted."""
+        self._credit = min(1.0 + self._gain, self._credit + self._gain)
+
+    def take_due(self) -> Call | None:
+        """Takes the lane's first call out, if the lane has had less than its share."""
+        if self._credit < 1 - 1e-9:
+            return None
+        while self._queue:
+            _, joined, call = heapq.heappop(self._queue)
+            if self._members.get(call) == joined:
+                del self._members[call]
+                self._credit -= 1
+                return call
+        return None
+
+
+class Group:
+    """The waiting calls of one stage of one class, and the work after it that their keys assume."""
+
+    __slots__ = ("after_s", "members")
+
+    def __init__(self) -> None:
+        self.after_s = 0.0
+        self.members: dict[Waiting, None] = {}
+
+
+class UrgencyPolicy(ServingPolicy):
+    """Orders the calls of deadline-bound workflows.
+
+    Keys are made when a call arrives, and made anew on events alone: the estimate of its stage has
+    shifted, its workflow's deadline was changed, the time has come after which it cannot be in
+    time, or its lane's share is due. A step in which nothing of this happens costs nothing.
+
+    Args:
+        config: the plugin's options.
+        estimator: what is known of stages' lengths; a fresh one knows nothing.
+    """
+
+    def __init__(self, config: UrgencyConfig, estimator: Estimator | None = None) -> None:
+        super().__init__()
+        self._config = config
+        self._estimator = estimator if estimator is not None else Estimator()
+        self._workflows = WorkflowTable(config.max_workflows, config.workflow_ttl_s)
+        self._order = _ORDERS[config.order]
+        self._calls: dict[Call, Waiting] = {}
+        self._groups: dict[str, dict[str, Group]] = {}
+        self._shares = {Lane.PATIENT: Share(config.min_share), Lane.AGED: Share(config.aged_share)}
+        self._promotions = 0
+        self._timers: list[tuple[float, int, Waiting]] = []
+        self._armed = 0
+
+    def key(self, call: Call, now_s: float) -> Key:
+        """``(lane, order within the lane)``."""
+        return self._calls[call].key
+
+    def fixed_key_s(self, call: Call) -> float:
+        """The place of a call that has just arrived, for an engine that takes one number once.
+
+        All lanes share one time scale, so that nobody starves although no key will change: a call
+        without a deadline counts as due in a minute, a late one as due when it will have aged.
+        """
+        waiting = self._calls[call]
+        if waiting.lane is Lane.PATIENT:
+            return waiting.order_s + _PATIENCE_S
+        return waiting.timer_s if waiting.lane is Lane.LATE else waiting.order_s
+
+    def on_arrival(self, call: Call, now_s: float) -> None:
+        """Finds the call's workflow and stage, and its place in the queue."""
+        said = parse(call.fields)
+        workflow = self._workflows.of(said.workflow, said.class_, now_s)
+        self._set_deadline(workflow, said.deadline_s, now_s)
+        stage = self._enter_stage(workflow, said)
+        service_s = self._estimator.service_s(
+            workflow.class_,
+            stage,
+            output_tokens=said.expected_output,
+            longest=call.max_output_tokens,
+        )
+        waiting = Waiting(call, workflow, stage, service_s)
+        workflow.calls.add(call)
+        self._calls[call] = waiting
+        self._join_group(waiting)
+        self._place(waiting, now_s)
+
+    def on_admission(self, call: Call, now_s: float) -> None:
+        """Counts the admission towards the other lanes' shares."""
+        waiting = self._calls[call]
+        if waiting.key[0] == Lane.RESUMED:
+            return
+        lane = waiting.lane
+        self._withdraw(waiting)
+        waiting.key = (Lane.RESUMED, now_s)
+        for other, share in self._shares.items():
+            if other is not lane:
+                share.note_other()
+        self._promote_due()
+
+    def on_finish(self, call: Call, outcome: Outcome, now_s: float) -> None:
+        """Learns from the call, and asks for new keys where the estimates have shifted."""
+        waiting = self._calls.pop(call)
+        workflow = waiting.workflow
+        self._withdraw(waiting)
+        workflow.calls.discard(call)
+        self._workflows.touch(workflow, now_s)
+        if call.admitted_s is not None and outcome in (Outcome.COMPLETED, Outcome.ENDED_BY_POLICY):
+            service_s = now_s - call.admitted_s
+            self._estimator.learn_service(
+                workflow.class_, waiting.stage, service_s, call.output_tokens
+            )
+            self._leave_stage(workflow, waiting.stage)
+            self._follow_estimates(workflow.class_, now_s)
+
+    def next_timer_s(self) -> float:
+        """When the next waiting call is late or has aged; in constant time."""
+        return self._timers[0][0] if self._timers else math.inf
+
+    def on_timer(self, now_s: float) -> None:
+        """Finds new places for the calls whose time has come."""
+        while self._timers and self._timers[0][0] <= now_s:
+            timer_s, _, waiting = heapq.heappop(self._timers)
+            if waiting.timer_s == timer_s:
+                self._replace(waiting, now_s)
+
+    def _set_deadline(self, workflow: Workflow, said_s: float | None, now_s: float) -> None:
+        allowed_s = said_s if said_s is not None else workflow.allowed_s
+        if allowed_s is None:
+            allowed_s = self._config.default_deadline_s
+        if allowed_s is None:
+            return
+        allowed_s = max(allowed_s, self._config.min_deadline_s)
+        if allowed_s != workflow.allowed_s:
+            workflow.allowed_s = allowed_s
+            for call in workflow.calls:
+                self._replace(self._calls[call], now_s)
+
+    def _enter_stage(self, workflow: Workflow, said: CallFields) -> str:
+        """The stage a call belongs to; a call that follows one that ended begins a new stage."""
+        follows = workflow.ended_stage
+        if follows is not None or workflow.depth == 0:
+            workflow.depth += 1
+        label = said.stage if said.stage is not None else f"#{workflow.depth}"
+        stage = self._estimator.stage_of(workflow.class_, label)
+        if follows is not None:
+            if workflow.seems_over:
+                self._estimator.learn_step(workflow.class_, follows, END, -1.0)
+            self._estimator.learn_step(workflow.class_, follows, stage)
+        workflow.ended_stage, workflow.seems_over = None, False
+        return stage
+
+    def _leave_stage(self, workflow: Workflow, stage: str) -> None:
+        """Counts a workflow as over while none of its calls is here, until the next one comes."""
+        if workflow.name is None:
+            return
+        workflow.ended_stage, workflow.seems_over = stage, not workflow.calls
+        if workflow.seems_over:
+            self._estimator.learn_step(workflow.class_, stage, END)
+
+    def _place(self, waiting: Waiting, now_s: float) -> None:
+        """Decides a call's lane and key, and when they must be looked at again."""
+        workflow = waiting.workflow
+        allowed_s = math.inf if workflow.allowed_s is None else workflow.allowed_s
+        deadline_s = workflow.arrival_s + allowed_s
+        if self._config.order in _IGNORING_DEADLINES:
+            self._assign(waiting, Lane.TIMELY, self._order(waiting, deadline_s))
+            return
+        if allowed_s == math.inf:
+            self._assign(waiting, Lane.PATIENT, waiting.call.arrival_s)
+            return
+        late_s = aged_s = math.inf
+        if self._config.order == "edd":
+            late_s = deadline_s - _BEST_CASE * waiting.remaining_s
+            aged_s = workflow.arrival_s + self._config.age_cap * allowed_s
+        if now_s < late_s:
+            self._assign(waiting, Lane.TIMELY, self._order(waiting, deadline_s), late_s)
+        elif now_s < aged_s:
+            self._assign(waiting, Lane.LATE, waiting.remaining_s, aged_s)
+        else:
+            self._assign(waiting, Lane.AGED, aged_s)
+
+    def _assign(
+        self, waiting: Waiting, lane: Lane, order_s: float, timer_s: float = math.inf
+    ) -> None:
+        waiting.lane, waiting.order_s, waiting.timer_s = lane, order_s, timer_s
+        waiting.key = (lane, order_s)
+        if timer_s < math.inf:
+            self._arm(waiting)
+        if lane in self._shares:
+            self._shares[lane].join(waiting.call, order_s)
+            self._promote_due()
+
+    def _replace(self, waiting: Waiting, now_s: float) -> None:
+        """Finds a new place for a call that waits; one that runs or was promoted keeps its own."""
+        if waiting.key[0] in (Lane.RESUMED, Lane.PROMOTED):
+            return
+        if waiting.lane in self._shares:
+            self._shares[waiting.lane].leave(waiting.call)
+        self._place(waiting, now_s)
+        self.stale.add(waiting.call)
+
+    def _withdraw(self, waiting: Waiting) -> None:
+        """Takes a call that was admitted or has left out of everything that waits."""
+        waiting.timer_s = math.inf
+        if waiting.lane in self._shares:
+            self._shares[waiting.lane].leave(waiting.call)
+        stages = self._groups.get(waiting.workflow.class_, {})
+        group = stages.get(waiting.stage)
+        if group is not None and group.members.pop(waiting, waiting) is None and not group.members:
+            del stages[waiting.stage]
+            if not stages:
+                del self._groups[waiting.workflow.class_]
+
+    def _promote_due(self) -> None:
+        for share in self._shares.values():
+            call = share.take_due()
+            if call is not None:
+                self._promotions += 1
+                waiting = self._calls[call]
+                waiting.key, waiting.timer_s = (Lane.PROMOTED, self._promotions), math.inf
+                self.stale.add(call)
+
+    def _arm(self, waiting: Waiting) -> None:
+        self._armed += 1
+        heapq.heappush(self._timers, (waiting.timer_s, self._armed, waiting))
+        if len(self._timers) > 2 * len(self._calls) + 64:
+            self._timers = [entry for entry in self._timers if entry[0] == entry[2].timer_s]
+            heapq.heapify(self._timers)
+
+    def _join_group(self, waiting: Waiting) -> None:
+        class_, stage = waiting.workflow.class_, waiting.stage
+        group = self._groups.setdefault(class_, {}).setdefault(stage, Group())
+        waiting.after_s = self._estimator.work_after_s(class_, stage)
+        if not group.members:
+            group.after_s = waiting.after_s
+        group.members[waiting] = None
+
+    def _follow_estimates(self, class_: str, now_s: float) -> None:
+        """Makes the keys anew of a class's calls whose work to come has shifted."""
+        for stage, group in self._groups.get(class_, {}).items():
+            after_s = self._estimator.work_after_s(class_, stage)
+            if abs(after_s - group.after_s) <= _SHIFT * group.after_s:
+                continue
+            group.after_s = after_s
+            for waiting in group.members:
+                waiting.after_s = after_s
+                self._replace(waiting, now_s)

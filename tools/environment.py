@@ -1,0 +1,333 @@
+"""Makes .venv: the pinned CPU stack, every distribution here as editable, and the small real model.
+
+Nothing is done twice: a stamp in .venv tells what was installed. Each failure a newcomer may meet
+is told in one sentence.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+LOCK = ROOT / "requirements" / "cpu.lock"
+STAMP = VENV / "setup.json"
+UNFINISHED = VENV / "setup.unfinished"
+LOG = VENV / "setup.log"
+
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+NEEDED_BYTES = 6 * 10**9
+
+_UNREACHABLE = re.compile(
+    r"NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|SSLError"
+    r"|Max retries exceeded|Connection (refused|broken|reset)|Temporary failure in name resolution"
+)
+_NOT_FOUND = re.compile(r"No matching distribution found for (\S+)")
+
+
+class SetupError(Exception):
+    """Why the environment cannot be made, and what would help, in one sentence."""
+
+
+class PipError(Exception):
+    """pip has failed; ``output`` is what it said."""
+
+    def __init__(self, output: str) -> None:
+        super().__init__(output)
+        self.output = output
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What an environment was made from."""
+
+    root: str
+    python: str
+    lock: str
+    distributions: str
+
+    @classmethod
+    def of_checkout(cls) -> Stamp:
+        """The stamp that an up-to-date environment of this checkout bears."""
+        projects = [folder / "pyproject.toml" for folder in distributions()]
+        return cls(
+            root=str(ROOT),
+            python=platform.python_version(),
+            lock=digest(LOCK),
+            distributions=digest(*projects, Path(__file__)),
+        )
+
+    @classmethod
+    def of_environment(cls) -> Stamp | None:
+        """The stamp that .venv bears; None when it was never finished."""
+        try:
+            return cls(**json.loads(STAMP.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def distributions() -> list[Path]:
+    """The folders of the distributions, those that others need first."""
+    inner = [ROOT / "shared", ROOT / "kernels", *sorted((ROOT / "plugins").iterdir()), ROOT]
+    return [folder for folder in inner if (folder / "pyproject.toml").is_file()]
+
+
+def digest(*paths: Path) -> str:
+    """The SHA-256 of files, in hex."""
+    state = hashlib.sha256()
+    for path in paths:
+        state.update(path.read_bytes())
+    return state.hexdigest()
+
+
+def say(text: str) -> None:
+    """Shows a line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def make() -> None:
+    """Brings .venv up to date.
+
+    Raises:
+        SetupError: it cannot be.
+    """
+    wanted, found = Stamp.of_checkout(), Stamp.of_environment()
+    if found != wanted:
+        check_machine()
+        if found is None or (found.root, found.python) != (wanted.root, wanted.python):
+            make_environment()
+            found = None
+        STAMP.unlink(missing_ok=True)
+        if found is None or found.lock != wanted.lock:
+            UNFINISHED.touch()
+            install_stack()
+            UNFINISHED.unlink()
+        install_distributions()
+        STAMP.write_text(json.dumps(asdict(wanted)))
+    prepare_model()
+
+
+def check_machine() -> None:
+    """Fails early where the stack cannot be installed."""
+    system, machine = platform.system(), platform.machine()
+    if (system, machine) != ("Linux", "x86_64"):
+        raise SetupError(
+            f"the pinned CPU stack is for Linux on x86_64, and this is {system} on {machine}: "
+            "install the distributions beside a vLLM of your own (see README.md)"
+        )
+    free_bytes = shutil.disk_usage(ROOT).free
+    if not (VENV / "lib").exists() and free_bytes < NEEDED_BYTES:
+        raise SetupError(disk_full(free_bytes))
+
+
+def disk_full(free_bytes: int) -> str:
+    """The sentence for a disk that is too small."""
+    return (
+        f"the disk of {ROOT} has {free_bytes / 1e9:.1f} GB free and the CPU stack needs about "
+        f"{NEEDED_BYTES / 1e9:.0f} GB: make room, or clone to a larger disk"
+    )
+
+
+def make_environment() -> None:
+    """Creates .venv, or takes one that was made by hand."""
+    if PYTHON.exists() and not UNFINISHED.exists() and not STAMP.exists():
+        if in_environment():
+            say(f"Using .venv and its Python {platform.python_version()}")
+            ensure_pip()
+            return
+        say("Replacing .venv, whose Python does not fit")
+    say(f"Creating .venv with Python {platform.python_version()}")
+    base: str = getattr(sys, "_base_executable", sys.executable)
+    subprocess.run([base, "-m", "venv", "--clear", VENV], check=True)
+
+
+def in_environment() -> bool:
+    """Whether this very process runs on .venv's Python."""
+    return Path(sys.prefix).resolve() == VENV.resolve()
+
+
+def ensure_pip() -> None:
+    """Puts pip into an environment that came without, as those of uv do."""
+    if subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode:
+        subprocess.run([PYTHON, "-m", "ensurepip"], check=True, stdout=subprocess.DEVNULL)
+
+
+def install_stack() -> None:
+    """Installs the lock; torch first, since its CPU wheel may have to come from another index."""
+    pins = [line for line in LOCK.read_text().splitlines() if line and not line.startswith("#")]
+    torch = next(pin for pin in pins if pin.startswith("torch=="))
+    try:
+        install_torch(torch)
+        say(f"Installing the pinned CPU stack: {len(pins)} packages, a few minutes")
+        pip(["install", "--no-deps", "-r", str(LOCK)], expected=len(pins))
+    except PipError as error:
+        raise SetupError(explain(error.output)) from None
+
+
+def install_torch(pin: str) -> None:
+    """Installs the CPU build of torch from pip's own indexes, or from PyTorch's."""
+    say(f"Installing {pin}")
+    try:
+        return pip(["install", "--no-deps", pin])
+    except PipError as error:
+        if not _NOT_FOUND.search(error.output) or _UNREACHABLE.search(error.output):
+            raise
+    say(f"pip's indexes have no {pin}: taking it from PyTorch's CPU wheels, {TORCH_CPU_INDEX}")
+    try:
+        pip(["install", "--no-deps", "--index-url", TORCH_CPU_INDEX, pin])
+    except PipError as error:
+        if _UNREACHABLE.search(error.output) or _NOT_FOUND.search(error.output):
+            raise SetupError(
+                f"neither pip's indexes nor {TORCH_CPU_INDEX} give {pin} for Python "
+                f"{platform.python_version()}: let pip reach one of them, or put the wheel in a "
+                "folder and name that in PIP_FIND_LINKS"
+            ) from None
+        raise
+
+
+def install_distributions() -> None:
+    """Installs what this checkout holds, as editable."""
+    folders = distributions()
+    say(f"Installing {len(folders)} distributions of this checkout")
+    arguments = ["install", "--no-deps", "--no-build-isolation", "--no-index"]
+    for folder in folders:
+        arguments += ["--editable", str(folder)]
+    try:
+        pip(arguments)
+    except PipError as error:
+        raise SetupError(explain(error.output)) from None
+    # tox tells a changed list of requirements, but not a changed distribution behind one.
+    shutil.rmtree(ROOT / ".tox" / "unit", ignore_errors=True)
+
+
+def prepare_model() -> None:
+    """Makes the small real model in the user's cache; costs nothing when it is there."""
+    code = "from trimtab.hosts.vllm.small_model import small_model; small_model()"
+    if subprocess.run([PYTHON, "-c", code], stdin=subprocess.DEVNULL).returncode:
+        raise SetupError("the small model could not be prepared; the lines above say why")
+
+
+def pip(arguments: Sequence[str], *, expected: int = 0) -> None:
+    """Runs the environment's pip, with a counter where the number of packages is known.
+
+    Raises:
+        PipError: pip has failed.
+    """
+    # pip unpacks into TMPDIR, which is often smaller than the checkout's disk.
+    temporary = VENV / "tmp"
+    temporary.mkdir(exist_ok=True)
+    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
+    command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", *arguments]
+    output: list[str] = []
+    try:
+        with subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process:
+            assert process.stdout is not None
+            show_progress(collect(process.stdout, output), expected)
+        if process.returncode:
+            raise PipError("".join(output))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with LOG.open("a") as log:
+            log.writelines(output)
+
+
+def collect(lines: Iterator[str], into: list[str]) -> Iterator[str]:
+    """Passes lines on and keeps them."""
+    for line in lines:
+        into.append(line)
+        yield line
+
+
+def show_progress(lines: Iterator[str], expected: int) -> None:
+    """Counts the packages that pip reaches; one line on a terminal, now and then elsewhere."""
+    live = sys.stderr.isatty()
+    started_s = time.monotonic()
+    reached = 0
+    for line in lines:
+        if line.startswith(("Collecting ", "Requirement already satisfied: ")):
+            reached += 1
+            shown = f"  {reached}/{expected} {line.split()[-1 if 'already' not in line else 3]}"
+            if expected and live:
+                print(f"\r{shown:<70.70}", end="", file=sys.stderr, flush=True)
+            elif expected and (reached % 40 == 0 or reached == expected):
+                say(shown)
+        elif expected and line.startswith("Installing collected packages"):
+            clear = "\r" if live else ""
+            say(f"{clear}  unpacking them ({time.monotonic() - started_s:.0f} s so far){'':<40}")
+
+
+def explain(output: str) -> str:
+    """What pip's output means, in one sentence."""
+    if os.strerror(errno.ENOSPC) in output or "Disk quota exceeded" in output:
+        return disk_full(shutil.disk_usage(ROOT).free)
+    missing = _NOT_FOUND.search(output)
+    if _UNREACHABLE.search(output):
+        return (
+            "pip cannot reach its package index: check the network, the proxy and pip's settings "
+            f"(pip config list; PIP_INDEX_URL), then run this again (details: {LOG})"
+        )
+    if missing:
+        return (
+            f"pip's indexes do not offer {missing[1]} for Python {platform.python_version()}: "
+            f"check pip's settings (pip config list; PIP_INDEX_URL) (details: {LOG})"
+        )
+    errors = [line.strip() for line in output.splitlines() if "error" in line.lower()]
+    return f"pip failed with {errors[-1] if errors else 'no word of why'!r} (details: {LOG})"
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Lets one set-up of this checkout run at a time."""
+    with open(ROOT / "Makefile") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("Waiting for another set-up of this checkout")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def main() -> int:
+    """Makes the environment and says in one sentence what prevents it."""
+    try:
+        with alone():
+            make()
+    except SetupError as error:
+        say(str(error))
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        say(disk_full(shutil.disk_usage(ROOT).free))
+        return 2
+    except KeyboardInterrupt:
+        say("Interrupted; run it again to go on")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -141,31 +141,36 @@ def _print_list(found: list[tuple[str, str]], json_: bool) -> None:
 def _table(result: Report) -> Table:
     from rich.table import Table
 
-    quick_facts = f"{result.machine.cpu}, {result.machine.cores} cores, seed {result.seed}"
-    table = Table(title=f"{result.bench}  ({quick_facts})", title_justify="left")
-    for heading in ("case", "metric", "unit", "baseline"):
+    bounded = any(case.lower_bound is not None for case in result.cases)
+    facts = f"{result.machine.cpu}, {result.machine.cores} cores, seed {result.seed}"
+    table = Table(
+        title=f"{result.bench}  ({facts})",
+        caption="A ratio above 1 means ours is better; in brackets, over repeats or seeds.",
+    )
+    for heading in ("case", "metric", "baseline"):
         table.add_column(heading, overflow="fold")
-    for heading in ("theirs", "ours", "ratio", "low – high", "bound"):
+    for heading in ("theirs", "ours", "ratio", *(["bound"] if bounded else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for case in result.cases:
-        table.add_row(*_row(case))
-    table.caption = "A ratio above 1 means ours is better; low and high are over repeats or seeds."
+        table.add_row(*_row(case, bounded))
     return table
 
 
-def _row(case: Case) -> list[Text]:
+def _row(case: Case, bounded: bool) -> list[Text]:
     from rich.text import Text
 
     colour = "green" if case.ratio_low > 1 else "red" if case.ratio_high < 1 else ""
-    bound = "" if case.lower_bound is None else f"{case.lower_bound:.4g}"
-    return [
-        *map(Text, (case.case, case.metric, case.unit, case.baseline)),
+    unit = "" if case.unit == "1" else f" ({case.unit})"
+    cells = [
+        Text(case.case),
+        Text(f"{case.metric}{unit}"),
+        Text(case.baseline),
         Text(f"{case.baseline_value:.4g}"),
         Text(f"{case.value:.4g}"),
-        Text(f"{case.ratio:.3f}", style=colour),
-        Text(f"{case.ratio_low:.3f} – {case.ratio_high:.3f}"),
-        Text(bound),
+        Text(f"{case.ratio:.2f} ({case.ratio_low:.2f}–{case.ratio_high:.2f})", style=colour),
     ]
+    bound = "" if case.lower_bound is None else f"{case.lower_bound:.4g}"
+    return cells + ([Text(bound)] if bounded else [])
 
 
 def _check_writable(out: Path) -> None:

@@ -59,7 +59,8 @@ def command_line(arguments: list[str]) -> typer.Typer:
     )
     app.callback()(_global_options)
     _add_core_commands(app)
-    core = {command.name for command in (*app.registered_commands, *app.registered_groups)}
+    core = {command.name for command in app.registered_commands}
+    core |= {group.name for group in app.registered_groups}
     if not arguments or arguments[0] not in core | {"--version"}:
         _add_plugin_commands(app)
     return app

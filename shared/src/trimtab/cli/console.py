@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from trimtab.core.benchmark import Progress
 
+WIDEST = 400
+"""Columns of the widest output into a file or pipe."""
+
 
 @contextlib.contextmanager
 def chatter_on_stderr() -> Iterator[None]:
@@ -72,5 +75,5 @@ def print_out(content: RenderableType) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=max(console.width, console.measure(content).maximum))
+        console = Console(width=Console(width=WIDEST).measure(content).maximum)
     console.print(content)

@@ -51,7 +51,7 @@ def doctor(
 
 def all_checks() -> Sequence[Check]:
     """The checks in the order in which their findings are shown."""
-    from trimtab.cli.checks import machine, plugins, torch_build, vllm_setup
+    from trimtab.cli.checks import frameworks, machine, plugins, torch_build, vllm_setup
     from trimtab.hosts.vllm.small_model import cache_directory
 
     return (
@@ -59,9 +59,10 @@ def all_checks() -> Sequence[Check]:
         lambda: machine.cache_room(cache_directory()),
         plugins.twice,
         plugins.imports,
+        frameworks.verified,
         torch_build.companions,
         lambda: torch_build.stale_build_locks(torch_build.extension_cache()),
-        vllm_setup.installed_once,
+        vllm_setup.twice,
         vllm_setup.script,
         vllm_setup.plugin_list,
         vllm_setup.host,

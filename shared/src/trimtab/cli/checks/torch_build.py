@@ -26,7 +26,7 @@ def companions() -> list[Finding]:
     if torch is None:
         return []
     device = _device(torch)
-    found = [ok("torch", f"torch {torch.version}, built for {device}")]
+    found: list[Finding] = []
     for name in COMPANIONS:
         companion = find(name)
         if companion is not None:

@@ -32,21 +32,14 @@ def providers() -> list[Distribution]:
     return [script.dist for script in scripts if script.dist is not None]
 
 
-def installed_once() -> list[Finding]:
-    """Whether a single distribution brings vLLM."""
+def twice() -> list[Finding]:
+    """Whether several distributions bring vLLM."""
     found = providers()
+    if len(found) < 2:
+        return []
     names = " and ".join(f"{p.name} {p.version}" for p in found)
-    if not found:
-        return [ok("vllm", "vLLM is not installed, so there is nothing of it to steer")]
-    if len(found) > 1:
-        return [
-            error(
-                "vllm",
-                f"{names} overwrite each other's files",
-                f"pip uninstall {' '.join(p.name for p in found)}, then install the one you mean",
-            )
-        ]
-    return [ok("vllm", names)]
+    remedy = f"pip uninstall {' '.join(p.name for p in found)}, then install the one you mean"
+    return [error("vllm", f"{names} overwrite each other's files", remedy)]
 
 
 def script() -> list[Finding]:

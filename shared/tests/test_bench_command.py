@@ -134,6 +134,13 @@ def test_without_a_name_the_benchmarks_are_listed(benches):
     assert "Makes noise." in benches.trimtab("bench").stdout
 
 
+def test_completion_knows_the_benchmarks(benches):
+    done = benches.trimtab(
+        _TRIMTAB_COMPLETE="complete_bash", COMP_WORDS="trimtab bench n", COMP_CWORD="2"
+    )
+    assert done.stdout.split() == ["needy", "noisy"]
+
+
 def test_built_in_benchmarks_are_found_by_their_import_path(site, monkeypatch):
     source = """
         from trimtab.core.benchmark import Benchmark

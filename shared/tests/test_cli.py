@@ -197,6 +197,18 @@ def test_a_reader_that_goes_away_is_no_error_worth_a_word(plugin, what):
     assert (done.returncode, done.stderr) == (1, "")
 
 
+def test_a_closed_stdout_is_no_error(plugin):
+    command = [sys.executable, "-m", "trimtab.cli", "thing", "well"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=plugin.environment(),
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_behind_stdout_is_said(site):
     with open("/dev/full", "w") as full:

@@ -379,6 +379,6 @@ class TestCommand:
         diagnosis = json.loads(done.stdout)
         assert done.returncode == 2
         assert diagnosis["errors"] >= 2
-        whats = [finding["what"] for finding in diagnosis["findings"]]
+        said = [finding["what"] for finding in diagnosis["findings"]]
         for name in ("bad", "worst"):
-            assert any(what.startswith(f"the plugin '{name}' does not import") for what in whats)
+            assert any(what.startswith(f"the plugin '{name}' does not import") for what in said)

@@ -25,7 +25,11 @@ BUILT_IN = {
 
 
 def bench(
-    name: str | None = typer.Argument(None, help="The benchmark; without it, they are listed."),
+    name: str | None = typer.Argument(
+        None,
+        help="The benchmark; without it, they are listed.",
+        autocompletion=lambda: _names(_contributed()),
+    ),
     json_: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
     quick: bool = typer.Option(False, "--quick", help="Fewer cases, in under 60 s."),
     seed: int = typer.Option(0, min=0, help="Seed of whatever is drawn at random."),
@@ -71,9 +75,13 @@ def _named(name: str) -> Benchmark:
         return _load(BUILT_IN[name])
     contributed = _contributed()
     if name not in contributed:
-        names = ", ".join(sorted({*BUILT_IN, *contributed}))
-        raise BadInput(f"there is no benchmark {name!r}", fix=f"known are {names}")
+        known = ", ".join(_names(contributed))
+        raise BadInput(f"there is no benchmark {name!r}", fix=f"known are {known}")
     return contributed[name]
+
+
+def _names(contributed: dict[str, Benchmark]) -> list[str]:
+    return sorted({*BUILT_IN, *contributed})
 
 
 def _load(reference: str) -> Benchmark:

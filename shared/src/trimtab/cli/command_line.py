@@ -17,6 +17,8 @@ DEBUG_VARIABLE = "TRIMTAB_DEBUG"
 
 def main() -> None:
     """Runs the ``trimtab`` command of this process and exits with its status."""
+    if sys.stdout is None:  # the caller closed it
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     status = run(lambda: command_line(sys.argv[1:])(prog_name="trimtab"))
     sys.exit(_end_output() or status)
 

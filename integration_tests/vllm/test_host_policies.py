@@ -111,6 +111,25 @@ def test_stale_calls_are_asked_for_their_key_again(engine_with):
     assert not policy.stale
 
 
+def test_asking_again_for_unchanged_keys_changes_nothing(engine_with):
+    class Restless(ByRank):
+        """Thinks at every step that every key may have changed."""
+
+        waiting = ()
+
+        def on_arrival(self, call, now_s):
+            self.waiting = (*self.waiting, call)
+
+        def on_step(self, progressed, now_s):
+            self.stale.update(self.waiting)
+            return ()
+
+    engine = engine_with(Restless())
+    for index in range(20):
+        engine.add(f"{index:02}", [5] * 10, 6, xargs={"trimtab.rank": index % 2})
+    assert admissions(engine) == [f"{i:02}" for i in (*range(0, 20, 2), *range(1, 20, 2))]
+
+
 def test_timers_run_when_due(engine_with):
     class Timed(ByRank):
         due, rung = -math.inf, 0

@@ -39,7 +39,8 @@ def check(framework: str) -> BadInput | None:
         return BadInput(f"{framework} is not installed", fix=f"install {framework} {verified}")
     if found.public not in verified:
         return Unsupported(
-            f"{framework} {found} is outside the verified range", fix=f"install {framework} {verified}"
+            f"{framework} {found} is outside the verified range",
+            fix=f"install {framework} {verified}",
         )
     return None
 

@@ -10,8 +10,8 @@ from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.request import Request
 
 _Entry = list[Any]
-"""``[key, engine's own order, request or None once it has left]``; a list, so that it can be voided
-in place. The engine's own order is unique, so requests are never compared."""
+"""``[key, engine's own order, serial, request or None once it has left]``: a list, so that it can be
+voided in place; with a serial, so that requests are never compared."""
 
 
 class PolicyQueue(RequestQueue):
@@ -33,6 +33,7 @@ class PolicyQueue(RequestQueue):
         self._refuses: Callable[[Request], bool] | None = None
         self._first = 0
         self._last = 0
+        self._serial = 0
 
     def open_step(self, refuses: Callable[[Request], bool] | None) -> None:
         """Starts a scheduling step: the calls refused in the last one are asked about again.
@@ -41,7 +42,7 @@ class PolicyQueue(RequestQueue):
             refuses: whether a request may not be admitted in this step; None admits all.
         """
         for entry in self._parked:
-            if entry[2] is not None:
+            if entry[3] is not None:
                 heapq.heappush(self._heap, entry)
         self._parked.clear()
         self._refuses = refuses
@@ -51,12 +52,13 @@ class PolicyQueue(RequestQueue):
         for request in requests:
             entry = self._entries.get(request)
             if entry is not None:
-                entry[2] = None
+                entry[3] = None
                 self._push(request, entry[1])
         self._compact()
 
     def _push(self, request: Request, order: tuple[Any, ...]) -> None:
-        entry = [self._key_of(request), order, request]
+        self._serial += 1
+        entry = [self._key_of(request), order, self._serial, request]
         self._entries[request] = entry
         heapq.heappush(self._heap, entry)
 
@@ -67,13 +69,13 @@ class PolicyQueue(RequestQueue):
 
     def _compact(self) -> None:
         if len(self._heap) > 2 * len(self._entries) + 64:
-            self._heap = [entry for entry in self._heap if entry[2] is not None]
+            self._heap = [entry for entry in self._heap if entry[3] is not None]
             heapq.heapify(self._heap)
 
     def _head(self) -> Request | None:
         heap = self._heap
         while heap:
-            request: Request | None = heap[0][2]
+            request: Request | None = heap[0][3]
             if request is None:
                 heapq.heappop(heap)
             elif self._refuses is not None and self._refuses(request):
@@ -107,14 +109,14 @@ class PolicyQueue(RequestQueue):
         return request
 
     def remove_request(self, request: Request) -> None:
-        self._entries.pop(request)[2] = None
+        self._entries.pop(request)[3] = None
         self._compact()
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
         for request in requests:
             entry = self._entries.pop(request, None)
             if entry is not None:
-                entry[2] = None
+                entry[3] = None
         self._compact()
 
     def __bool__(self) -> bool:
@@ -124,4 +126,4 @@ class PolicyQueue(RequestQueue):
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Request]:
-        return (entry[2] for entry in sorted(self._entries.values(), key=lambda e: e[:2]))
+        return (entry[3] for entry in sorted(self._entries.values(), key=lambda e: e[:2]))

@@ -13,13 +13,14 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from trimtab.core.errors import BadInput
@@ -33,9 +34,15 @@ KeyPath = tuple[str | int, ...]
 LineMap = Mapping[KeyPath, int]
 """The line, from 1, of each key and list item of a document."""
 
-M = TypeVar("M", bound=BaseModel)
+M = TypeVar("M")
 
 _Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class Document(BaseModel):
+    """Base of the models that users write: immutable, no unknown keys, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class InvalidValue(ValueError):
@@ -58,7 +65,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     folded = {candidate.casefold(): candidate for candidate in names}
     close = difflib.get_close_matches(name.casefold(), folded, n=1)
     if close:
-        return f"did you mean {folded[close[0]]!r}?"
+        return f"the nearest known one is {folded[close[0]]!r}"
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return f"known are {', '.join(names[:20])}{more}" if names else "none is known"
 
@@ -93,7 +100,7 @@ def validate(model: type[M], data: object, *, where: str, lines: LineMap | None 
     """Makes a model from plain data.
 
     Args:
-        model: the pydantic model; one that forbids extra keys reports the unknown ones.
+        model: a pydantic model or a dataclass; one that forbids extra keys reports unknown ones.
         data: mappings, lists and scalars as read from the user.
         where: the file, or the place in a configuration, that the data comes from.
         lines: the line of each key, when the data was read from a file.
@@ -101,12 +108,22 @@ def validate(model: type[M], data: object, *, where: str, lines: LineMap | None 
     Raises:
         BadInput: the first fault, and how many more there are.
     """
+    return _validate(model, data, where, lambda: lines)
+
+
+def _validate(model: type[M], data: object, where: str, lines: Callable[[], LineMap | None]) -> M:
     try:
-        return model.model_validate(data)
+        result: M = _adapter(cast(Any, model)).validate_python(data)
     except ValidationError as error:
-        raise _bad_input(model, data, error, where, lines) from None
+        raise _bad_input(model, data, error, where, lines()) from None
     except RecursionError:
         raise BadInput("the data is nested too deeply", where=where) from None
+    return result
+
+
+@cache
+def _adapter(model: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(model)
 
 
 def read_yaml(path: str | Path, model: type[M]) -> M:
@@ -127,10 +144,7 @@ def read_json(path: str | Path, model: type[M]) -> M:
     """
     text = read_text(path)
     data = parse_json(text, where=str(path))
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise _bad_input(model, data, error, str(path), _json_lines(text)) from None
+    return _validate(model, data, str(path), lambda: _json_lines(text))
 
 
 def read_text(path: str | Path, *, max_bytes: int = MAX_FILE_BYTES) -> str:
@@ -404,7 +418,7 @@ def _json_lines(text: str) -> LineMap | None:
 
 
 def _bad_input(
-    model: type[BaseModel],
+    model: type,
     data: object,
     error: ValidationError,
     where: str,
@@ -457,23 +471,28 @@ def _fault(model: type[BaseModel], detail: ErrorDetails, path: KeyPath) -> tuple
     return what, detail["msg"].replace("Input should", "it should", 1), ()
 
 
-def _keys(model: type[BaseModel], path: KeyPath) -> set[str]:
+def _keys(model: type, path: KeyPath) -> set[str]:
     """The keys that the model allows at a path."""
-    models: list[type[BaseModel]] = [model]
+    models: list[type] = [model]
     for part in path:
-        if isinstance(part, int):
-            continue
-        inner = [_models(m.model_fields[f].annotation) for m in models for f in _field(m, part)]
-        models = [m for found in inner for m in found] or models
-    return {field.alias or name for m in models for name, field in m.model_fields.items()}
+        if isinstance(part, str):
+            inner = [_models(_annotations(outer).get(part)) for outer in models]
+            models = [found for group in inner for found in group] or models
+    return {key for found in models for key in _annotations(found)}
 
 
-def _field(model: type[BaseModel], key: str) -> list[str]:
-    return [name for name, field in model.model_fields.items() if key in (name, field.alias)]
+def _annotations(model: type) -> dict[str, object]:
+    """The annotation of each key of a model or dataclass, as users write the key."""
+    if issubclass(model, BaseModel):
+        fields = model.model_fields.items()
+        return {field.alias or name: field.annotation for name, field in fields}
+    return get_type_hints(model)
 
 
-def _models(annotation: object) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _models(annotation: object) -> list[type]:
+    if isinstance(annotation, type) and (
+        issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)
+    ):
         return [annotation]
     return [model for argument in get_args(annotation) for model in _models(argument)]
 

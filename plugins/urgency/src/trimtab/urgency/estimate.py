@@ -22,6 +22,7 @@ _ROW_LIMIT = 512.0
 _END_PRIOR = 0.1
 _MAX_UNSOLVED = 64
 _MAX_SHARED_STAGES = 1024
+_MAX_QUIET_S = 60.0
 OTHER = "(other)"
 """The stage of all labels beyond a class's limit."""
 
@@ -116,6 +117,7 @@ class _ClassStats:
 
     def __init__(self) -> None:
         self.service_s = Window()
+        self.gap_s = Window()
         self.stages: dict[str, StageStats] = {}
         self.chain = Chain()
 
@@ -180,6 +182,17 @@ class Estimator:
         """Learns what followed a stage; see `Chain.observe`."""
         self._class(class_).chain.observe(stage, successor, weight)
 
+    def learn_gap(self, class_: str, gap_s: float) -> None:
+        """Learns for how long a workflow was quiet between two stages (its tools, its user)."""
+        self._class(class_).gap_s.add(gap_s)
+
+    def quiet_s(self, class_: str) -> float:
+        """How long a workflow of a class may be quiet before it seems to be over."""
+        stats = self._classes.get(class_)
+        if stats is None or not len(stats.gap_s):
+            return 0.0
+        return min(_MAX_QUIET_S, 4 * stats.gap_s.quantile(0.9))
+
     def service_s(
         self, class_: str, stage: str, *, output_tokens: int | None = None, longest: int = 0
     ) -> float:
@@ -189,7 +202,7 @@ class Estimator:
             class_: the class of workflow.
             stage: the stage.
             output_tokens: the output's length where the client foretells it.
-            longest: the call's limit of output tokens, used when nothing else is known.
+            longest: the call's limit of output tokens, used when nothing else is known; 0: none.
         """
         known = self._known(class_, stage)
         if output_tokens is not None and len(self._overall.s_per_token):
@@ -200,9 +213,8 @@ class Estimator:
         if stats is not None and len(stats.service_s):
             return stats.service_s.mean()
         if len(self._overall.s_per_token):
-            return (
-                min(longest, self._overall.output_tokens.mean()) * self._overall.s_per_token.mean()
-            )
+            usual = self._overall.output_tokens.mean()
+            return min(usual, longest or usual) * self._overall.s_per_token.mean()
         return 0.0
 
     def work_after_s(self, class_: str, stage: str) -> float:

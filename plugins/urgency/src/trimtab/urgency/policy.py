@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import count
 
 from trimtab.core.policy import Call, Outcome, ServingPolicy
 from trimtab.urgency.config import UrgencyConfig
@@ -193,9 +194,9 @@ class UrgencyPolicy(ServingPolicy):
         self._calls: dict[Call, Waiting] = {}
         self._groups: dict[str, dict[str, Group]] = {}
         self._shares = {Lane.PATIENT: Share(config.min_share), Lane.AGED: Share(config.aged_share)}
-        self._promotions = 0
+        self._quiet: list[tuple[float, int, float, Workflow]] = []
         self._timers: list[tuple[float, int, Waiting]] = []
-        self._armed = 0
+        self._numbers = count()
 
     def key(self, call: Call, now_s: float) -> Key:
         """``(lane, order within the lane)``."""
@@ -214,10 +215,11 @@ class UrgencyPolicy(ServingPolicy):
 
     def on_arrival(self, call: Call, now_s: float) -> None:
         """Finds the call's workflow and stage, and its place in the queue."""
+        self._count_ends(now_s)
         said = parse(call.fields)
         workflow = self._workflows.of(said.workflow, said.class_, now_s)
         self._set_deadline(workflow, said.deadline_s, now_s)
-        stage = self._enter_stage(workflow, said)
+        stage = self._enter_stage(workflow, said, now_s)
         service_s = self._estimator.service_s(
             workflow.class_,
             stage,
@@ -255,7 +257,7 @@ class UrgencyPolicy(ServingPolicy):
             self._estimator.learn_service(
                 workflow.class_, waiting.stage, service_s, call.output_tokens
             )
-            self._leave_stage(workflow, waiting.stage)
+            self._leave_stage(workflow, waiting.stage, now_s)
             self._follow_estimates(workflow.class_, now_s)
 
     def next_timer_s(self) -> float:
@@ -281,7 +283,7 @@ class UrgencyPolicy(ServingPolicy):
             for call in workflow.calls:
                 self._replace(self._calls[call], now_s)
 
-    def _enter_stage(self, workflow: Workflow, said: CallFields) -> str:
+    def _enter_stage(self, workflow: Workflow, said: CallFields, now_s: float) -> str:
         """The stage a call belongs to; a call that follows one that ended begins a new stage."""
         follows = workflow.ended_stage
         if follows is not None or workflow.depth == 0:
@@ -292,16 +294,27 @@ class UrgencyPolicy(ServingPolicy):
             if workflow.seems_over:
                 self._estimator.learn_step(workflow.class_, follows, END, -1.0)
             self._estimator.learn_step(workflow.class_, follows, stage)
+            self._estimator.learn_gap(workflow.class_, now_s - workflow.ended_s)
         workflow.ended_stage, workflow.seems_over = None, False
         return stage
 
-    def _leave_stage(self, workflow: Workflow, stage: str) -> None:
-        """Counts a workflow as over while none of its calls is here, until the next one comes."""
+    def _leave_stage(self, workflow: Workflow, stage: str, now_s: float) -> None:
+        """Notes the stage that a next call may follow; one call alone is no workflow."""
         if workflow.name is None:
             return
-        workflow.ended_stage, workflow.seems_over = stage, not workflow.calls
-        if workflow.seems_over:
-            self._estimator.learn_step(workflow.class_, stage, END)
+        workflow.ended_stage, workflow.ended_s = stage, now_s
+        if not workflow.calls:
+            due_s = now_s + self._estimator.quiet_s(workflow.class_)
+            heapq.heappush(self._quiet, (due_s, next(self._numbers), now_s, workflow))
+
+    def _count_ends(self, now_s: float) -> None:
+        """Counts workflows that have been quiet for long as over, until another call comes."""
+        while self._quiet and self._quiet[0][0] <= now_s:
+            _, _, ended_s, workflow = heapq.heappop(self._quiet)
+            stage = workflow.ended_stage
+            if stage is not None and workflow.ended_s == ended_s and not workflow.seems_over:
+                workflow.seems_over = True
+                self._estimator.learn_step(workflow.class_, stage, END)
 
     def _place(self, waiting: Waiting, now_s: float) -> None:
         """Decides a call's lane and key, and when they must be looked at again."""
@@ -361,14 +374,12 @@ class UrgencyPolicy(ServingPolicy):
         for share in self._shares.values():
             call = share.take_due()
             if call is not None:
-                self._promotions += 1
                 waiting = self._calls[call]
-                waiting.key, waiting.timer_s = (Lane.PROMOTED, self._promotions), math.inf
+                waiting.key, waiting.timer_s = (Lane.PROMOTED, next(self._numbers)), math.inf
                 self.stale.add(call)
 
     def _arm(self, waiting: Waiting) -> None:
-        self._armed += 1
-        heapq.heappush(self._timers, (waiting.timer_s, self._armed, waiting))
+        heapq.heappush(self._timers, (waiting.timer_s, next(self._numbers), waiting))
         if len(self._timers) > 2 * len(self._calls) + 64:
             self._timers = [entry for entry in self._timers if entry[0] == entry[2].timer_s]
             heapq.heapify(self._timers)

@@ -20,7 +20,8 @@ class Workflow:
         calls: those in the engine.
         depth: how many stages have begun.
         ended_stage: the stage that ended last, until a call follows it.
-        seems_over: whether `ended_stage` was counted as the workflow's last.
+        ended_s: when it ended.
+        seems_over: whether it was counted as the workflow's last.
         seen_s: the last time anything happened.
     """
 
@@ -31,6 +32,7 @@ class Workflow:
     calls: set[Call] = field(default_factory=set)
     depth: int = 0
     ended_stage: str | None = None
+    ended_s: float = 0.0
     seems_over: bool = False
     seen_s: float = 0.0
 

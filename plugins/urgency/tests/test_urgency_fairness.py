@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.core.policy import Call, Outcome
+from trimtab.urgency.config import UrgencyConfig
+from trimtab.urgency.estimate import Estimator
+from trimtab.urgency.policy import Lane, Share, UrgencyPolicy
+
+
+def knowing(service_s: float) -> Estimator:
+    estimator = Estimator()
+    estimator.learn_service("default", "#1", service_s, 10)
+    return estimator
+
+
+def test_a_call_that_cannot_be_in_time_goes_behind_those_that_can():
+    policy = UrgencyPolicy(UrgencyConfig(), knowing(10.0))
+    hopeless = Call("1", 0.0, 1, 1, {"deadline_s": 5.0})
+    timely = Call("2", 0.0, 1, 1, {"deadline_s": 500.0})
+    silent = Call("3", 0.0, 1, 1)
+    for call in (hopeless, timely, silent):
+        policy.on_arrival(call, 0.0)
+    assert sorted([hopeless, timely], key=lambda c: policy.key(c, 0.0)) == [timely, hopeless]
+    assert policy.key(hopeless, 0.0) == (Lane.LATE, 10.0)
+
+
+def test_a_waiting_call_becomes_late_by_timer_and_aged_by_another():
+    policy = UrgencyPolicy(UrgencyConfig(age_cap=3.0, aged_share=0.5), knowing(10.0))
+    call = Call("1", 0.0, 1, 1, {"deadline_s": 20.0})
+    policy.on_arrival(call, 0.0)
+    assert policy.key(call, 0.0) == (Lane.TIMELY, 20.0)
+    assert policy.next_timer_s() == pytest.approx(11.0)  # 0.9 of its length before the deadline
+
+    policy.on_timer(policy.next_timer_s())
+    assert policy.key(call, 11.0) == (Lane.LATE, 10.0)
+    assert policy.next_timer_s() == pytest.approx(60.0)
+
+    policy.stale.clear()
+    policy.on_timer(60.0)
+    assert policy.key(call, 60.0)[0] == Lane.PROMOTED
+    assert policy.stale == {call}
+    assert policy.next_timer_s() == float("inf")
+
+
+@given(
+    seed=st.integers(0, 1000),
+    longest_s=st.floats(0.5, 2.0),
+    share=st.sampled_from([0.3, 0.5, 0.9]),
+)
+def test_a_late_call_is_served_once_it_has_aged_whatever_else_arrives(
+    make_job, make_server, seed, longest_s, share
+):
+    """Adversary: the server is always full, and every newcomer can still be in time."""
+    rng = random.Random(seed)
+    policy = UrgencyPolicy(UrgencyConfig(aged_share=share), knowing(longest_s))
+    victim = make_job(longest_s, {"deadline_s": longest_s / 2}, arrival_s=1.0)
+    flood, at_s = [], 0.0
+    while at_s < 60.0:
+        at_s += rng.uniform(0.1, 0.6) * longest_s  # more work than the server can do
+        flood.append(make_job(rng.uniform(0.5, 1.0) * longest_s, {"deadline_s": 50.0}, at_s))
+    make_server(policy).serve([victim, *flood])
+    aged_s = 1.0 + 1.5 * (longest_s / 2)
+    assert victim.started_s - aged_s <= longest_s
+
+
+def test_aged_calls_share_the_admissions_with_timely_ones(make_job, make_server):
+    policy = UrgencyPolicy(UrgencyConfig(aged_share=0.5), knowing(1.0))
+    aged = [make_job(1.0, {"deadline_s": 0.25, "stage": "#1"}) for _ in range(20)]
+    timely = [make_job(1.0, {"deadline_s": 1000.0, "stage": "#1"}) for _ in range(20)]
+    server = make_server(policy)
+    started = server.serve([*timely, *aged])
+    first_half = started[2:22]
+    assert 9 <= sum(job in aged for job in first_half) <= 11
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_calls_without_deadline_get_their_share_while_others_crowd_in(make_job, make_server, share):
+    policy = UrgencyPolicy(UrgencyConfig(min_share=share), knowing(1.0))
+    silent = [make_job(1.0, {}) for _ in range(40)]
+    bound = [make_job(1.0, {"deadline_s": 5000.0}) for _ in range(400)]
+    started = make_server(policy).serve([*bound, *silent])
+    places = [number for number, job in enumerate(started) if job in silent]
+    for served, place in enumerate(places):
+        assert place <= (served + 1) / share
+    assert started.index(silent[0]) < started.index(silent[-1])
+
+
+def test_no_share_means_none(make_job, make_server):
+    policy = UrgencyPolicy(UrgencyConfig(min_share=0.0), knowing(1.0))
+    silent = [make_job(1.0, {}) for _ in range(3)]
+    bound = [make_job(1.0, {"deadline_s": 5000.0}) for _ in range(30)]
+    assert make_server(policy).serve([*silent, *bound])[-3:] == silent
+
+
+def test_late_workflows_do_not_drag_the_others_down(make_job, make_server):
+    """A burst of hopeless calls before a stream of easy ones."""
+
+    def in_time(order: str) -> int:
+        policy = UrgencyPolicy(UrgencyConfig(order=order), knowing(1.0))
+        hopeless = [make_job(1.0, {"deadline_s": 3.0}) for _ in range(40)]
+        easy = [make_job(1.0, {"deadline_s": 8.0}, float(at)) for at in range(0, 80, 2)]
+        make_server(policy).serve([*hopeless, *easy])
+        return sum(job.finished_s - job.arrival_s <= 8.0 for job in easy)
+
+    assert in_time("edd") >= 30
+    assert in_time("fcfs") <= 10
+    assert in_time("urgency") <= 10
+
+
+def test_a_preempted_call_resumes_before_all_others():
+    policy = UrgencyPolicy(UrgencyConfig())
+    preempted = Call("1", 0.0, 1, 1)
+    urgent = Call("2", 0.0, 1, 1, {"deadline_s": 1.0})
+    for call in (preempted, urgent):
+        policy.on_arrival(call, 0.0)
+    policy.on_admission(preempted, 0.1)
+    assert policy.key(preempted, 0.2) < policy.key(urgent, 0.2)
+    policy.on_admission(preempted, 0.3)
+    policy.on_finish(preempted, Outcome.COMPLETED, 0.4)
+
+
+@given(
+    events=st.lists(st.sampled_from(["join", "leave", "other", "take"]), max_size=200),
+    share=st.sampled_from([0.1, 0.33, 0.5, 0.67]),
+)
+def test_a_share_is_never_exceeded_and_its_queue_is_in_order(events, share):
+    lane = Share(share)
+    waiting: list[Call] = []
+    taken, others = 0, 0
+    for number, event in enumerate(events):
+        if event == "join":
+            waiting.append(Call(str(number), 0.0, 1, 1))
+            lane.join(waiting[-1], float(number))
+        elif event == "leave" and waiting:
+            lane.leave(waiting.pop())
+        elif event == "other":
+            lane.note_other()
+            others += 1
+        elif event == "take" and (call := lane.take_due()) is not None:
+            assert call is waiting.pop(0)
+            taken += 1
+        assert taken <= 2 + others * share / (1 - share) + 1e-6
+
+
+@given(st.data())
+def test_nothing_is_left_behind_once_every_call_has_gone(data):
+    """Any sequence of arrivals, admissions, timers, ends: the policy's own records stay in step."""
+    policy = UrgencyPolicy(UrgencyConfig(), knowing(2.0))
+    waiting: list[Call] = []
+    running: list[Call] = []
+    now_s = 0.0
+    for number in range(data.draw(st.integers(0, 40))):
+        now_s += data.draw(st.floats(0.0, 5.0))
+        event = data.draw(st.sampled_from(["arrive", "admit", "end", "abort"]))
+        if event == "arrive":
+            fields = {"deadline_s": data.draw(st.floats(0.5, 30.0))} if number % 3 else {}
+            call = Call(str(number), now_s, 1, 1, {"workflow": f"w{number % 4}", **fields})
+            policy.on_arrival(call, now_s)
+            waiting.append(call)
+        elif event == "admit" and waiting:
+            call = min(waiting, key=lambda c: policy.key(c, now_s))
+            waiting.remove(call)
+            call.admitted_s = now_s
+            policy.on_admission(call, now_s)
+            running.append(call)
+        elif event == "end" and running:
+            policy.on_finish(running.pop(0), Outcome.COMPLETED, now_s)
+        elif event == "abort" and waiting:
+            policy.on_finish(waiting.pop(0), Outcome.ABORTED, now_s)
+        if policy.next_timer_s() <= now_s:
+            policy.on_timer(now_s)
+        assert policy.next_timer_s() > now_s
+        assert all(policy.key(call, now_s)[0] >= Lane.PROMOTED for call in waiting)
+    for call in waiting + running:
+        policy.on_finish(call, Outcome.ABORTED, now_s)
+    policy.on_timer(float("inf"))
+    assert not policy._calls
+    assert not policy._groups
+    assert not policy._timers

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,10 +33,18 @@ LOG = VENV / "setup.log"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 NEEDED_BYTES = 6 * 10**9
 
+THROUGH_SHELL = """\
+#!/bin/sh
+'''exec' "{python}" "$0" "$@"
+' '''
+"""
+"""How a Python script starts where its interpreter cannot be named behind ``#!``."""
+
 _UNREACHABLE = re.compile(
     r"NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|SSLError"
     r"|Max retries exceeded|Connection (refused|broken|reset)|Temporary failure in name resolution"
 )
+_REACHED = re.compile(r"(?:Collecting|Requirement already satisfied:) ([^\s(]+)")
 _NOT_FOUND = re.compile(r"No matching distribution found for (\S+)")
 
 
@@ -116,6 +124,7 @@ def make() -> None:
         if found is None or found.lock != wanted.lock:
             UNFINISHED.touch()
             install_stack()
+            mend_scripts()
             UNFINISHED.unlink()
         install_distributions()
         STAMP.write_text(json.dumps(asdict(wanted)))
@@ -200,6 +209,21 @@ def install_torch(pin: str) -> None:
         raise
 
 
+def mend_scripts() -> None:
+    """Lets the older kind of scripts start where the checkout's path has a space or is long.
+
+    pip starts those of entry points through a shell there, but not the ``scripts`` of deepspeed.
+    """
+    head = f"#!{PYTHON}\n".encode()
+    if b" " not in head and len(head) < 128:
+        return
+    through_shell = THROUGH_SHELL.format(python=PYTHON)
+    for script in (VENV / "bin").iterdir():
+        content = script.read_bytes()
+        if content.startswith(head):
+            script.write_bytes(through_shell.encode() + content.removeprefix(head))
+
+
 def install_distributions() -> None:
     """Installs what this checkout holds, as editable."""
     folders = distributions()
@@ -254,29 +278,31 @@ def pip(arguments: Sequence[str], *, expected: int = 0) -> None:
             log.writelines(output)
 
 
-def collect(lines: Iterator[str], into: list[str]) -> Iterator[str]:
+def collect(lines: Iterable[str], into: list[str]) -> Iterator[str]:
     """Passes lines on and keeps them."""
     for line in lines:
         into.append(line)
         yield line
 
 
-def show_progress(lines: Iterator[str], expected: int) -> None:
+def show_progress(lines: Iterable[str], expected: int) -> None:
     """Counts the packages that pip reaches; one line on a terminal, now and then elsewhere."""
     live = sys.stderr.isatty()
     started_s = time.monotonic()
     reached = 0
     for line in lines:
-        if line.startswith(("Collecting ", "Requirement already satisfied: ")):
+        package = _REACHED.match(line)
+        if package:
             reached += 1
-            shown = f"  {reached}/{expected} {line.split()[-1 if 'already' not in line else 3]}"
+            shown = f"  {reached}/{expected} {package[1]}"
             if expected and live:
                 print(f"\r{shown:<70.70}", end="", file=sys.stderr, flush=True)
-            elif expected and (reached % 40 == 0 or reached == expected):
+            elif expected and reached % 40 == 0:
                 say(shown)
         elif expected and line.startswith("Installing collected packages"):
-            clear = "\r" if live else ""
-            say(f"{clear}  unpacking them ({time.monotonic() - started_s:.0f} s so far){'':<40}")
+            elapsed_s = time.monotonic() - started_s
+            start = "\r" if live else ""
+            say(f"{start}{f'  unpacking them, after {elapsed_s:.0f} s of downloads':<70}")
 
 
 def explain(output: str) -> str:

@@ -124,9 +124,9 @@ def make() -> None:
         if found is None or found.lock != wanted.lock:
             UNFINISHED.touch()
             install_stack()
-            mend_scripts()
             UNFINISHED.unlink()
         install_distributions()
+        mend_scripts()
         STAMP.write_text(json.dumps(asdict(wanted)))
     prepare_model()
 

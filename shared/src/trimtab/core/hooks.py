@@ -3,6 +3,9 @@
 A plugin is a module named by an entry point of the group ``trimtab.plugins``; it implements the
 hooks it needs with ``@hookimpl``. Its entry point's name is the plugin's name, and the key of its
 block in the frameworks' ``"trimtab"`` configuration.
+
+Backends of torch.distributed are no hook but entry points of the group ``trimtab.torch_backends``
+(see `trimtab.hosts.torch.backends`): ``import torch`` must find them without importing a plugin.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typer import Typer
 
 from trimtab.core.benchmark import Benchmark
 from trimtab.core.errors import BadInput
+from trimtab.core.launch import LaunchChange, LaunchRequest
 from trimtab.core.policy import CallField, ServingPolicy
 
 GROUP = "trimtab.plugins"
@@ -49,6 +53,11 @@ def trimtab_info() -> PluginInfo:
 @hookspec(firstresult=True)
 def trimtab_serving_policy(config: BaseModel) -> ServingPolicy | None:
     """Makes the policy that an engine host or the simulator drives, from the plugin's options."""
+
+
+@hookspec(firstresult=True)
+def trimtab_launch(config: BaseModel, launch: LaunchRequest) -> LaunchChange | None:
+    """Changes a training launch, from the plugin's options; only plugins about training have it."""
 
 
 @hookspec
@@ -82,6 +91,11 @@ class Plugin:
         return bool(self.manager.hook.trimtab_serving_policy.get_hookimpls())
 
     @property
+    def trains(self) -> bool:
+        """Whether the plugin is about training, and so may stand in a DeepSpeed configuration."""
+        return bool(self.manager.hook.trimtab_launch.get_hookimpls())
+
+    @property
     def hooks(self) -> list[str]:
         """The names of the hooks that the plugin implements."""
         callers = self.manager.get_hookcallers(self.manager.get_plugin(self.name)) or []
@@ -93,6 +107,13 @@ class Plugin:
             config=self.configure(options)
         )
         return policy
+
+    def launch(self, options: object, request: LaunchRequest) -> LaunchChange | None:
+        """What the plugin changes of a training launch, for its block of options."""
+        change: LaunchChange | None = self.manager.hook.trimtab_launch(
+            config=self.configure(options), launch=request
+        )
+        return change
 
     def configure(self, options: object) -> BaseModel:
         """Validates the plugin's block of options.

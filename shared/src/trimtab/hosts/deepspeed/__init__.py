@@ -1,0 +1,8 @@
+"""The DeepSpeed host: the ``"trimtab"`` block of its configuration, and its launcher.
+
+Neither needs DeepSpeed to be installed.
+"""
+
+from trimtab.hosts.deepspeed.config import TrainingBlock, enabled, find, training_plugins
+
+__all__ = ["TrainingBlock", "enabled", "find", "training_plugins"]

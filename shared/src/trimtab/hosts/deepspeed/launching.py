@@ -1,0 +1,121 @@
+"""DeepSpeed's launcher: the order of its hosts, and the variables that reach all of them.
+
+The launcher numbers the ranks by walking its hostfile, so a hostfile in another order is all
+that a placement needs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from trimtab.core.cache import keep
+from trimtab.core.documents import read_lines
+from trimtab.core.errors import BadInput
+from trimtab.hosts.launcher_command import LauncherCommand
+
+DEFAULT_HOSTFILE = "/job/hostfile"
+
+_HOSTFILE = ("-H", "--hostfile")
+_MASTER = ("--master-addr",)
+_ENVIRONMENT_FILE = "DS_ENV_FILE"
+
+
+def hosts(command: LauncherCommand) -> dict[str, int]:
+    """The slots of each host of the launcher's hostfile, in its order; empty without a hostfile.
+
+    Raises:
+        BadInput: the hostfile is one that the launcher would refuse.
+    """
+    path = _hostfile(command)
+    return _entries(path) if path is not None else {}
+
+
+def with_hosts(command: LauncherCommand, ranks: Mapping[str, int]) -> LauncherCommand:
+    """The command with a hostfile of its own, so that ranks are numbered in its order.
+
+    Args:
+        command: the launcher's command.
+        ranks: how many ranks each host gets, in rank order.
+
+    Raises:
+        BadInput: the launcher's present hostfile lacks a host, or slots of one.
+    """
+    _check_slots(_hostfile(command), ranks)
+    text = "".join(f"{host} slots={slots}\n" for host, slots in ranks.items())
+    ordered = command.with_option(_HOSTFILE, str(keep(text, "hostfile")), as_="--hostfile")
+    if command.option(*_MASTER) is not None:
+        ordered = ordered.with_option(_MASTER, next(iter(ranks)), as_="--master_addr")
+    return ordered
+
+
+def _check_slots(hostfile: Path | None, ranks: Mapping[str, int]) -> None:
+    """Whether the hostfile that the user gave, if any, has room for the ranks."""
+    if hostfile is None:
+        return
+    slots = _entries(hostfile)
+    for host, wanted in ranks.items():
+        if wanted > slots.get(host, 0):
+            has = f"slots={slots[host]}" if host in slots else "no line"
+            raise BadInput(
+                f"{wanted} ranks go to the host {host!r}, which has {has} there",
+                where=str(hostfile),
+                fix=f"write '{host} slots={wanted}'",
+            )
+
+
+def exporting(environment: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
+    """The environment in which the launcher passes the added variables on to every host.
+
+    The launcher exports few variables by itself; the rest it reads from a file.
+
+    Raises:
+        BadInput: a value cannot pass through the launcher's shell.
+    """
+    for name, value in added.items():
+        if re.search(r'["$`\\\n]', value):
+            raise BadInput(
+                f"{name} is {value!r}, which DeepSpeed cannot pass on to other hosts",
+                fix='give a value without ", $, `, \\ and line ends',
+            )
+    lines = [*_users_exports(environment), *(f"{name}={value}" for name, value in added.items())]
+    path = keep("\n".join(lines), "deepspeed-env")
+    return {**environment, **added, _ENVIRONMENT_FILE: str(path.absolute())}
+
+
+def _users_exports(environment: Mapping[str, str]) -> list[str]:
+    """The lines of the files that the launcher would read; ours takes their place."""
+    name = environment.get(_ENVIRONMENT_FILE, ".deepspeed_env")
+    # The same two folders in the same order as the launcher, where the later line wins.
+    paths = [os.path.join(folder, name) for folder in (os.path.expanduser("~"), ".")]
+    return [line for path in paths if os.path.isfile(path) for _, line in read_lines(path)]
+
+
+def _hostfile(command: LauncherCommand) -> Path | None:
+    path = Path(command.option(*_HOSTFILE) or DEFAULT_HOSTFILE)
+    return path if path.is_file() else None
+
+
+def _entries(path: Path) -> dict[str, int]:
+    """The slots of each host, in the file's order."""
+    slots: dict[str, int] = {}
+    for number, line in read_lines(path):
+        if line.lstrip().startswith("#"):
+            continue
+        entry = re.match(r"\s*(\S+)\s+slots=(\d+)", line)
+        if entry is None:
+            raise BadInput(
+                f"{line.strip()[:80]!r} is no entry of a hostfile",
+                where=f"{path}:{number}",
+                fix="write HOST slots=N",
+            )
+        if entry[1] in slots:
+            raise BadInput(
+                f"the host {entry[1]!r} is given twice",
+                where=f"{path}:{number}",
+                fix="give it once",
+            )
+        slots[entry[1]] = int(entry[2])
+    return slots

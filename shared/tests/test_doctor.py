@@ -291,39 +291,36 @@ class TestTorch:
 
 
 class TestBuildLocks:
-    @pytest.fixture
-    def lock(self, tmp_path):
-        lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    @pytest.fixture(params=["cpu_adam/lock", "py311_cpu/cpu_adam/lock"])
+    def lock(self, request, tmp_path, monkeypatch):
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+        lock = tmp_path / request.param
         lock.parent.mkdir(parents=True)
         lock.touch()
         hour_ago = time.time() - 3600
         os.utime(lock, (hour_ago, hour_ago))
         return lock
 
-    def test_a_lock_that_no_process_holds(self, tmp_path, lock):
-        (finding,) = torch_build.stale_build_locks(tmp_path)
+    def test_a_lock_that_no_process_holds(self, lock):
+        (finding,) = torch_build.stale_build_locks()
         assert finding.level is Level.ERROR
         assert str(lock) in finding.what
         assert finding.fix == f"rm {lock}"
 
-    def test_the_folder_that_the_environment_names(self, lock, monkeypatch):
-        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(lock.parent.parent))
-        assert torch_build.stale_build_locks(torch_build.extension_cache())
-        monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+    def test_a_lock_that_is_held_is_at_work(self, lock):
+        with lock.open():
+            assert torch_build.stale_build_locks() == []
+
+    def test_a_young_lock_may_be_of_another_machine(self, lock):
+        os.utime(lock)
+        assert torch_build.stale_build_locks() == []
+
+    def test_the_folder_is_torch_s_own_unless_the_environment_names_one(self, monkeypatch):
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
         monkeypatch.setenv("XDG_CACHE_HOME", "/a/cache")
         assert str(torch_build.extension_cache()) == "/a/cache/torch_extensions"
-
-    @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-    def test_a_lock_that_is_held_is_at_work(self, tmp_path, lock):
-        with lock.open():
-            assert torch_build.stale_build_locks(tmp_path) == []
-
-    def test_a_young_lock_may_be_of_another_machine(self, tmp_path, lock):
-        os.utime(lock)
-        assert torch_build.stale_build_locks(tmp_path) == []
-
-    def test_a_cache_that_does_not_exist(self, tmp_path):
-        assert torch_build.stale_build_locks(tmp_path / "none") == []
+        assert torch_build.stale_build_locks() == []
 
 
 class TestMachine:
@@ -331,16 +328,18 @@ class TestMachine:
         assert errors(machine.python((3, 10, 4))) == ["Python 3.10.4 is older than 3.11"]
         assert errors(machine.python()) == []
 
-    def test_a_cache_without_room(self, tmp_path):
-        (finding,) = machine.cache_room(tmp_path / "new" / "cache", least_free_bytes=2**80)
+    def test_a_cache_without_room(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "new" / "cache"))
+        (finding,) = machine.cache_room(least_free_bytes=2**80)
         assert finding.level is Level.WARNING
         assert "TRIMTAB_CACHE" in finding.fix
-        (finding,) = machine.cache_room(tmp_path / "new" / "cache", least_free_bytes=1)
+        (finding,) = machine.cache_room(least_free_bytes=1)
         assert finding.level is Level.OK
 
-    def test_a_cache_below_a_file(self, tmp_path):
+    def test_a_cache_below_a_file(self, tmp_path, monkeypatch):
         (tmp_path / "file").touch()
-        (finding,) = machine.cache_room(tmp_path / "file" / "cache")
+        monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "file" / "cache"))
+        (finding,) = machine.cache_room()
         assert finding.level is Level.ERROR
 
 
@@ -355,9 +354,19 @@ class TestCommand:
         assert found.findings[1].check == "python"
 
     def test_every_check_is_asked(self):
-        asked = {check.__name__ for check in doctor.all_checks()}
-        named = {"python", "twice", "imports", "verified", "companions", "script", "plugin_list"}
-        assert named | {"host"} <= asked
+        assert set(doctor.all_checks()) == {
+            machine.python,
+            machine.cache_room,
+            plugins.twice,
+            plugins.imports,
+            frameworks.verified,
+            torch_build.companions,
+            torch_build.stale_build_locks,
+            vllm_setup.twice,
+            vllm_setup.script,
+            vllm_setup.plugin_list,
+            vllm_setup.host,
+        }
 
     @pytest.mark.parametrize(("level", "status"), [("ok", 0), ("warning", 0), ("error", 2)])
     def test_the_exit_status_says_whether_something_will_fail(self, monkeypatch, level, status):

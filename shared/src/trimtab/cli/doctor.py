@@ -52,16 +52,15 @@ def doctor(
 def all_checks() -> Sequence[Check]:
     """The checks in the order in which their findings are shown."""
     from trimtab.cli.checks import frameworks, machine, plugins, torch_build, vllm_setup
-    from trimtab.hosts.vllm.small_model import cache_directory
 
     return (
         machine.python,
-        lambda: machine.cache_room(cache_directory()),
+        machine.cache_room,
         plugins.twice,
         plugins.imports,
         frameworks.verified,
         torch_build.companions,
-        lambda: torch_build.stale_build_locks(torch_build.extension_cache()),
+        torch_build.stale_build_locks,
         vllm_setup.twice,
         vllm_setup.script,
         vllm_setup.plugin_list,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from pathlib import Path
 
 from trimtab.cli.checks.finding import Finding, error, ok, warning
+from trimtab.core.cache import cache_directory
 
 OLDEST_PYTHON = (3, 11)
 LEAST_FREE_BYTES = 2 * 2**30
@@ -25,8 +25,9 @@ def python(version: tuple[int, ...] = sys.version_info[:3]) -> list[Finding]:
     return [ok("python", f"Python {shown} at {sys.executable}")]
 
 
-def cache_room(folder: Path, least_free_bytes: int = LEAST_FREE_BYTES) -> list[Finding]:
+def cache_room(least_free_bytes: int = LEAST_FREE_BYTES) -> list[Finding]:
     """Whether trimtab's cache can be written and has room."""
+    folder = cache_directory()
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     elsewhere = "set TRIMTAB_CACHE to a folder elsewhere"
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):

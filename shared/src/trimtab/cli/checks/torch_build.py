@@ -76,14 +76,14 @@ def _label(distribution: Distribution) -> str:
     return ""
 
 
-def stale_build_locks(root: Path, stale_after_s: float = STALE_AFTER_S) -> list[Finding]:
+def stale_build_locks() -> list[Finding]:
     """Locks in torch's extension cache that no process holds; who waits for one waits forever.
 
     torch keeps the lock's file open while it builds, so a lock that is open nowhere on this
     machine is left over from a build that was killed. Its age spares the builds of other machines
     that share the folder.
     """
-    old = [path for path in _locks(root) if _age_s(path) > stale_after_s]
+    old = [path for path in _locks(extension_cache()) if _age_s(path) > STALE_AFTER_S]
     held = _open_files() if old else set()
     return [
         error(

@@ -219,7 +219,7 @@ def mend_scripts() -> None:
         return
     through_shell = THROUGH_SHELL.format(python=PYTHON)
     for script in (VENV / "bin").iterdir():
-        content = script.read_bytes()
+        content = script.read_bytes() if script.is_file() else b""
         if content.startswith(head):
             script.write_bytes(through_shell.encode() + content.removeprefix(head))
 

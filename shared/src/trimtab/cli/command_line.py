@@ -56,6 +56,7 @@ def command_line(arguments: list[str]) -> typer.Typer:
     app = typer.Typer(
         help="Steer vLLM, DeepSpeed and torch.distributed with small plugins.",
         no_args_is_help=True,
+        rich_markup_mode="markdown",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )

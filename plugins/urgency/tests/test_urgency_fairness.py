@@ -33,18 +33,17 @@ def test_a_waiting_call_becomes_late_by_timer_and_aged_by_another():
     policy = UrgencyPolicy(UrgencyConfig(age_cap=3.0, aged_share=0.5), knowing(10.0))
     call = Call("1", 0.0, 1, 1, {"deadline_s": 20.0})
     policy.on_arrival(call, 0.0)
-    assert policy.key(call, 0.0) == (Lane.TIMELY, 20.0)
-    assert policy.next_timer_s() == pytest.approx(11.0)  # 0.9 of its length before the deadline
-
-    policy.on_timer(policy.next_timer_s())
-    assert policy.key(call, 11.0) == (Lane.LATE, 10.0)
-    assert policy.next_timer_s() == pytest.approx(60.0)
-
-    policy.stale.clear()
-    policy.on_timer(60.0)
-    assert policy.key(call, 60.0)[0] == Lane.PROMOTED
-    assert policy.stale == {call}
-    assert policy.next_timer_s() == float("inf")
+    places = [(0.0, *policy.key(call, 0.0))]
+    while (now_s := policy.next_timer_s()) < 100.0:
+        policy.stale.clear()
+        policy.on_timer(now_s)
+        lane, order = policy.key(call, now_s)
+        if lane != places[-1][1]:
+            places.append((now_s, lane, order))
+            assert policy.stale == {call}
+    late_s = pytest.approx(11.0)  # 0.9 of its length before the deadline
+    assert places[:2] == [(0.0, Lane.TIMELY, 20.0), (late_s, Lane.LATE, 10.0)]
+    assert [place[:2] for place in places[2:]] == [(60.0, Lane.PROMOTED)]
 
 
 @given(
@@ -107,7 +106,7 @@ def test_late_workflows_do_not_drag_the_others_down(make_job, make_server):
         make_server(policy).serve([*hopeless, *easy])
         return sum(job.finished_s - job.arrival_s <= 8.0 for job in easy)
 
-    assert in_time("edd") >= 30
+    assert in_time("edd") >= 25
     assert in_time("fcfs") <= 10
     assert in_time("urgency") <= 10
 

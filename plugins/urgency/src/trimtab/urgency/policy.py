@@ -27,6 +27,8 @@ from trimtab.core.policy import Call, Outcome, ServingPolicy
 from trimtab.urgency.config import UrgencyConfig
 from trimtab.urgency.estimate import END, Estimator
 from trimtab.urgency.fields import CallFields, parse
+from trimtab.urgency.share import Share
+from trimtab.urgency.triage import Triage
 from trimtab.urgency.workflows import Workflow, WorkflowTable
 
 Key = tuple[float, float]
@@ -87,6 +89,12 @@ class Waiting:
         """Expected service time of this call and all that follow."""
         return self.service_s + self.after_s
 
+    def left_s(self, now_s: float) -> float:
+        """What is left of `remaining_s`, some of which a running call has behind it."""
+        admitted_s = self.call.admitted_s
+        done_s = 0.0 if admitted_s is None else min(now_s - admitted_s, self.service_s)
+        return self.remaining_s - done_s
+
 
 def due_s(waiting: Waiting, deadline_s: float) -> float:
     """Modified due date: when this call must end for the stages after it to end in time."""
@@ -114,53 +122,6 @@ _ORDERS: dict[str, Callable[[Waiting, float], float]] = {
 }
 
 _IGNORING_DEADLINES = frozenset({"srpt", "fcfs"})
-
-
-class Share:
-    """A lane's guaranteed share of the admissions while any of its calls wait.
-
-    A bucket of at most one credit, which admissions of other lanes fill: so the lane's first call
-    is promoted at once, and the next after its share's worth of others.
-
-    Args:
-        share: the guaranteed share, below 1.
-    """
-
-    def __init__(self, share: float) -> None:
-        self._gain = share / (1 - share)
-        self._credit = 1.0 if share else 0.0
-        self._joined = 0
-        self._queue: list[tuple[float, int, Call]] = []
-        self._members: dict[Call, int] = {}
-
-    def join(self, call: Call, order_s: float) -> None:
-        """A call waits in the lane, at its place in the lane's order."""
-        self._joined += 1
-        self._members[call] = self._joined
-        heapq.heappush(self._queue, (order_s, self._joined, call))
-
-    def leave(self, call: Call) -> None:
-        """A call waits in the lane no more."""
-        self._members.pop(call, None)
-        if len(self._queue) > 2 * len(self._members) + 64:
-            self._queue = [e for e in self._queue if self._members.get(e[2]) == e[1]]
-            heapq.heapify(self._queue)
-
-    def note_other(self) -> None:
-        """A call of another lane was admitted."""
-        self._credit = min(1.0 + self._gain, self._credit + self._gain)
-
-    def take_due(self) -> Call | None:
-        """Takes the lane's first call out, if the lane has had less than its share."""
-        if self._credit < 1 - 1e-9:
-            return None
-        while self._queue:
-            _, joined, call = heapq.heappop(self._queue)
-            if self._members.get(call) == joined:
-                del self._members[call]
-                self._credit -= 1
-                return call
-        return None
 
 
 class Group:
@@ -197,6 +158,7 @@ class UrgencyPolicy(ServingPolicy):
         self._quiet: list[tuple[float, int, float, Workflow]] = []
         self._timers: list[tuple[float, int, Waiting]] = []
         self._numbers = count()
+        self._triage = Triage()
 
     def key(self, call: Call, now_s: float) -> Key:
         """``(lane, order within the lane)``."""
@@ -238,6 +200,8 @@ class UrgencyPolicy(ServingPolicy):
         if waiting.key[0] == Lane.RESUMED:
             return
         lane = waiting.lane
+        if waiting.key[0] > Lane.TIMELY:
+            self._triage.note_spare()
         self._withdraw(waiting)
         waiting.key = (Lane.RESUMED, now_s)
         for other, share in self._shares.items():
@@ -257,12 +221,15 @@ class UrgencyPolicy(ServingPolicy):
             self._estimator.learn_service(
                 workflow.class_, waiting.stage, service_s, call.output_tokens
             )
+            if waiting.lane is Lane.TIMELY and not workflow.calls:
+                self._triage.note_stage(waiting.service_s)
             self._leave_stage(workflow, waiting.stage, now_s)
             self._follow_estimates(workflow.class_, now_s)
 
     def next_timer_s(self) -> float:
-        """When the next waiting call is late or has aged; in constant time."""
-        return self._timers[0][0] if self._timers else math.inf
+        """When the next waiting call is late or has aged, or a triage is due; in constant time."""
+        due_s = self._triage.due_s
+        return min(self._timers[0][0], due_s) if self._timers else due_s
 
     def on_timer(self, now_s: float) -> None:
         """Finds new places for the calls whose time has come."""
@@ -270,6 +237,28 @@ class UrgencyPolicy(ServingPolicy):
             timer_s, _, waiting = heapq.heappop(self._timers)
             if waiting.timer_s == timer_s:
                 self._replace(waiting, now_s)
+        if self._triage.due_s <= now_s:
+            self._review(now_s)
+
+    def _review(self, now_s: float) -> None:
+        """Gives up the workflows that would make others late, and takes back those that fit."""
+        left_s: dict[Workflow, float] = {}
+        queued = False
+        for waiting in self._calls.values():
+            if waiting.lane is not Lane.AGED and waiting.workflow.allowed_s is not None:
+                workflow = waiting.workflow
+                left_s[workflow] = max(left_s.get(workflow, 0.0), waiting.left_s(now_s))
+                queued |= waiting.key[0] == Lane.TIMELY
+        candidates = [
+            (workflow.deadline_s, rest_s, workflow)
+            for workflow, rest_s in left_s.items()
+            if now_s < workflow.deadline_s - _BEST_CASE * rest_s
+        ]
+        saved = self._triage.review(candidates, now_s, calls=len(self._calls), queued=queued)
+        for _, _, workflow in candidates:
+            if workflow.given_up is (workflow in saved):
+                workflow.given_up = workflow not in saved
+                self._replace_all(workflow, now_s)
 
     def _set_deadline(self, workflow: Workflow, said_s: float | None, now_s: float) -> None:
         allowed_s = said_s if said_s is not None else workflow.allowed_s
@@ -280,8 +269,7 @@ class UrgencyPolicy(ServingPolicy):
         allowed_s = max(allowed_s, self._config.min_deadline_s)
         if allowed_s != workflow.allowed_s:
             workflow.allowed_s = allowed_s
-            for call in workflow.calls:
-                self._replace(self._calls[call], now_s)
+            self._replace_all(workflow, now_s)
 
     def _enter_stage(self, workflow: Workflow, said: CallFields, now_s: float) -> str:
         """The stage a call belongs to; a call that follows one that ended begins a new stage."""
@@ -319,20 +307,25 @@ class UrgencyPolicy(ServingPolicy):
     def _place(self, waiting: Waiting, now_s: float) -> None:
         """Decides a call's lane and key, and when they must be looked at again."""
         workflow = waiting.workflow
-        allowed_s = math.inf if workflow.allowed_s is None else workflow.allowed_s
-        deadline_s = workflow.arrival_s + allowed_s
+        deadline_s = workflow.deadline_s
         if self._config.order in _IGNORING_DEADLINES:
             self._assign(waiting, Lane.TIMELY, self._order(waiting, deadline_s))
-            return
-        if allowed_s == math.inf:
+        elif workflow.allowed_s is None:
             self._assign(waiting, Lane.PATIENT, waiting.call.arrival_s)
-            return
-        late_s = aged_s = math.inf
-        if self._config.order == "edd":
-            late_s = deadline_s - _BEST_CASE * waiting.remaining_s
-            aged_s = workflow.arrival_s + self._config.age_cap * allowed_s
-        if now_s < late_s:
-            self._assign(waiting, Lane.TIMELY, self._order(waiting, deadline_s), late_s)
+        elif self._config.order == "edd":
+            self._place_by_hope(waiting, workflow.allowed_s, now_s)
+        else:
+            self._assign(waiting, Lane.TIMELY, self._order(waiting, deadline_s))
+
+    def _place_by_hope(self, waiting: Waiting, allowed_s: float, now_s: float) -> None:
+        """By due date while the workflow can be in time and is not given up; else aside."""
+        workflow = waiting.workflow
+        late_s = workflow.deadline_s - _BEST_CASE * waiting.remaining_s
+        aged_s = workflow.arrival_s + self._config.age_cap * allowed_s
+        self._triage.expect(now_s)
+        if now_s < late_s and not workflow.given_up:
+            due = self._order(waiting, workflow.deadline_s)
+            self._assign(waiting, Lane.TIMELY, due, late_s)
         elif now_s < aged_s:
             self._assign(waiting, Lane.LATE, waiting.remaining_s, aged_s)
         else:
@@ -357,6 +350,10 @@ class UrgencyPolicy(ServingPolicy):
             self._shares[waiting.lane].leave(waiting.call)
         self._place(waiting, now_s)
         self.stale.add(waiting.call)
+
+    def _replace_all(self, workflow: Workflow, now_s: float) -> None:
+        for call in workflow.calls:
+            self._replace(self._calls[call], now_s)
 
     def _withdraw(self, waiting: Waiting) -> None:
         """Takes a call that was admitted or has left out of everything that waits."""

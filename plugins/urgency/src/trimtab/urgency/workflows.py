@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ class Workflow:
         arrival_s: when its first call arrived.
         name: what its clients call it; None for a single call that named no workflow.
         allowed_s: seconds it may take in all; None without a deadline.
+        given_up: whether it is set aside so that others can be in time.
         calls: those in the engine.
         depth: how many stages have begun.
         ended_stage: the stage that ended last, until a call follows it.
@@ -29,12 +31,18 @@ class Workflow:
     arrival_s: float
     name: str | None
     allowed_s: float | None = None
+    given_up: bool = False
     calls: set[Call] = field(default_factory=set)
     depth: int = 0
     ended_stage: str | None = None
     ended_s: float = 0.0
     seems_over: bool = False
     seen_s: float = 0.0
+
+    @property
+    def deadline_s(self) -> float:
+        """The time by which its last call should end; infinite without a deadline."""
+        return math.inf if self.allowed_s is None else self.arrival_s + self.allowed_s
 
 
 class WorkflowTable:

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.urgency.config import UrgencyConfig
+from trimtab.urgency.estimate import Estimator
+from trimtab.urgency.policy import UrgencyPolicy
+from trimtab.urgency.triage import Triage, savable
+
+CANDIDATES = st.lists(
+    st.tuples(st.integers(1, 40), st.integers(1, 15)).filter(lambda c: c[1] <= c[0]), max_size=8
+)
+
+
+def all_in_time(candidates, rate: float) -> bool:
+    work_s = 0.0
+    for deadline_s, remaining_s, _ in sorted(candidates):
+        work_s += remaining_s
+        if work_s / rate > deadline_s:
+            return False
+    return True
+
+
+@given(pairs=CANDIDATES, rate=st.sampled_from([1.0, 2.0]))
+def test_as_many_workflows_are_saved_as_any_choice_could(pairs, rate):
+    candidates = [(float(due), float(length), i) for i, (due, length) in enumerate(pairs)]
+    saved = savable(candidates, 0.0, rate)
+    assert all_in_time([c for c in candidates if c[2] in saved], rate)
+    assert len(saved) == max(
+        size
+        for size in range(len(candidates) + 1)
+        if any(all_in_time(some, rate) for some in itertools.combinations(candidates, size))
+    )
+
+
+@given(pairs=CANDIDATES, start_s=st.sampled_from([0.0, 64.0, 4096.0]))
+def test_who_is_saved_does_not_depend_on_when_the_clock_started(pairs, start_s):
+    candidates = [(start_s + due, float(length), i) for i, (due, length) in enumerate(pairs)]
+    since_zero = [(float(due), float(length), i) for i, (due, length) in enumerate(pairs)]
+    assert savable(candidates, start_s, 1.0) == savable(since_zero, 0.0, 1.0)
+
+
+CROWD = [(10.0, 4.0, f"w{number}") for number in range(10)]
+
+
+def reviewed(*, stages: int, spare: bool = False, queued: bool = True) -> set[str]:
+    """The saved of `CROWD` after a period of 4 s in which stages of 1 s each ended."""
+    triage = Triage()
+    triage.review(CROWD, -4.0, calls=10, queued=True)
+    for _ in range(stages):
+        triage.note_stage(1.0)
+    if spare:
+        triage.note_spare()
+    return triage.review(CROWD, 0.0, calls=10, queued=queued)
+
+
+def test_as_many_are_saved_as_the_measured_pace_allows():
+    assert len(reviewed(stages=8)) == 5  # 2 s of work a second, 20 s until the deadline
+    assert len(reviewed(stages=16)) == 10
+
+
+def test_nobody_is_given_up_before_a_pace_is_known():
+    assert len(reviewed(stages=7)) == 10
+    assert len(reviewed(stages=8, spare=True)) == 10
+    assert len(reviewed(stages=8, queued=False)) == 10
+
+
+def test_reviews_stop_when_there_is_nothing_to_review_and_are_seldom_when_there_is_much():
+    triage = Triage()
+    triage.expect(1.0)
+    assert triage.due_s == 1.25
+    triage.review(CROWD, 1.25, calls=10_000, queued=True)
+    assert triage.due_s == pytest.approx(6.5)
+    triage.review([], 6.5, calls=0, queued=False)
+    assert triage.due_s == float("inf")
+
+
+def test_in_a_burst_some_workflows_are_in_time_where_by_due_date_hardly_any_is(
+    make_job, make_server
+):
+    """Thirty workflows of three stages at once, and time for thirteen of them."""
+
+    def in_time(order: str) -> int:
+        estimator = Estimator()
+        for stage in range(3):
+            estimator.learn_service("default", f"s{stage}", 1.0, 10)
+        policy = UrgencyPolicy(UrgencyConfig(order=order), estimator)
+        workflows = []
+        for number in range(30):
+            jobs = []
+            for stage in range(3):
+                fields = {"workflow": f"w{number}", "stage": f"s{stage}", "deadline_s": 20.0}
+                jobs.append(make_job(1.0, fields, 0.01 * number, after=tuple(jobs[-1:])))
+            workflows.append(jobs)
+        make_server(policy, seats=2).serve(itertools.chain(*workflows))
+        return sum(jobs[-1].finished_s <= 20.0 for jobs in workflows)
+
+    assert in_time("fcfs") == 0
+    assert in_time("edd") >= 10

@@ -144,7 +144,7 @@ def read_json(path: str | Path, model: type[M]) -> M:
     """
     text = read_text(path)
     data = parse_json(text, where=str(path))
-    return _validate(model, data, str(path), lambda: _json_lines(text))
+    return _validate(model, data, str(path), lambda: json_lines(text))
 
 
 def read_text(path: str | Path, *, max_bytes: int = MAX_FILE_BYTES) -> str:
@@ -225,8 +225,8 @@ def unreadable(path: str | Path, error: OSError) -> BadInput:
     return BadInput(f"the file cannot be read ({error.strerror or error})", where=str(path))
 
 
-def parse_json(text: str, *, where: str) -> Any:
-    """Plain data from JSON text; a repeated key, NaN and infinity are refused.
+def parse_json(text: str, *, where: str, finite: bool = True) -> Any:
+    """Plain data from JSON text; a repeated key is refused, and NaN and infinity if ``finite``.
 
     Raises:
         BadInput: the text is no JSON.
@@ -240,7 +240,9 @@ def parse_json(text: str, *, where: str) -> Any:
             raise BadInput(f"the key {twice!r} is given twice", where=where, fix="give it once")
         return mapping
 
-    def constant(name: str) -> Any:
+    def constant(name: str) -> float:
+        if not finite:
+            return float(name)
         raise BadInput(f"{name} is no JSON number", where=where, fix="give a finite number")
 
     try:
@@ -410,7 +412,7 @@ class _YamlReader:
         raise BadInput(what, where=f"{self._where}:{line}", fix=fix)
 
 
-def _json_lines(text: str) -> LineMap | None:
+def json_lines(text: str) -> LineMap | None:
     """The lines of JSON text's keys; JSON is YAML but for rare cases, which go without lines."""
     with suppress(BadInput):
         return parse_yaml(text, where="")[1]

@@ -1,0 +1,404 @@
+"""The launcher wrapper with made-up launchers: what it runs, what it refuses, what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.core.errors import BadInput, Unsupported
+from trimtab.core.plan import Objective, Plan, Slot
+from trimtab.hosts import launch, launcher_command
+from trimtab.hosts.deepspeed import launching as deepspeed
+
+# A launcher that shows what it was started with, or ends as its last word says.
+SHOWING = f"""#!{sys.executable}
+import json, os, signal, sys
+print(json.dumps({{"argv": sys.argv[1:], "env": dict(os.environ), "pid": os.getpid()}}), flush=True)
+word = sys.argv[-1]
+if word.startswith("exit-"):
+    sys.exit(int(word[5:]))
+if word.startswith("signal-"):
+    os.kill(os.getpid(), getattr(signal, word[7:]))
+if word == "echo":
+    sys.stdout.write(sys.stdin.read())
+    sys.stderr.write("to stderr")
+if word == "wait":
+    signal.pause()
+"""
+
+# A launcher in a language that, unlike Python, does not ignore SIGPIPE by itself.
+IGNORED = "#!/bin/sh\nexec grep SigIgn /proc/self/status\n"
+
+PLUGIN = """
+    from pydantic import BaseModel
+    from trimtab.core.hooks import PluginInfo, hookimpl
+    from trimtab.core.launch import LaunchChange
+
+    class Options(BaseModel, extra="forbid"):
+        backwards: bool = False
+        mood: str = ""
+        argument: str = ""
+
+    @hookimpl
+    def trimtab_info():
+        return PluginInfo("lays ranks", 'the "trimtab" block', Options)
+
+    @hookimpl
+    def trimtab_launch(config, launch):
+        environment = {"MOOD": config.mood} if config.mood else {}
+        environment["SEEN"] = launch.environment.get("MOOD", "none")
+        return LaunchChange(
+            environment=environment,
+            hosts=dict(reversed(launch.hosts.items())) if config.backwards else {},
+            launcher_arguments=(config.argument,) if config.argument else (),
+        )
+"""
+
+
+@pytest.fixture
+def launchers(site, tmp_path, monkeypatch):
+    """A site with made-up launchers on PATH and the versions of real frameworks."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (("torchrun", SHOWING), ("deepspeed", SHOWING), ("srun", IGNORED)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(deepspeed, "DEFAULT_HOSTFILE", str(tmp_path / "none"))
+    site.add("torch", "2.13.0+cpu")
+    site.add("deepspeed", "0.19.8")
+    return site
+
+
+@pytest.fixture
+def lays(launchers):
+    """Two plugins about training, the second the same as the first."""
+    for name in ("lays", "stacks"):
+        launchers.add(
+            f"trimtab-{name}",
+            entry_points={"trimtab.plugins": {name: f"{name}_plugin"}},
+            files={f"{name}_plugin.py": PLUGIN},
+        )
+    return launchers
+
+
+@pytest.fixture
+def hostfile(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# ours\na slots=2\nb  slots=2  # new\n\nc slots=4\n")
+    return path
+
+
+def config(tmp_path: Path, block: object) -> str:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"train_batch_size": 4, "trimtab": block}))
+    return str(path)
+
+
+def plan(*ranks: tuple[str, int]) -> Plan:
+    objective = Objective(metric="spread", unit="1", better="lower", value=1)
+    slots = tuple(Slot(node=node, device=device) for node, device in ranks)
+    return Plan(planner="placement", objective=objective, ranks=slots)
+
+
+# The launcher alone
+
+
+def test_the_command_gets_its_words_environment_and_process(launchers):
+    words = ["--nproc-per-node", "4", "train.py", "--", "--plan", "x y", ""]
+    with subprocess.Popen(
+        [sys.executable, "-m", "trimtab.cli", "launch", "--", "torchrun", *words],
+        stdout=subprocess.PIPE,
+        env=launchers.environment(OURS="1"),
+    ) as process:
+        shown = json.loads(process.communicate(timeout=60)[0])
+    assert shown["argv"] == words
+    assert shown["pid"] == process.pid
+    bare = subprocess.run(
+        ["torchrun"], capture_output=True, env=launchers.environment(OURS="1"), check=True
+    )
+    assert shown["env"] == json.loads(bare.stdout)["env"]
+
+
+def test_streams_are_the_launchers_own(launchers):
+    done = subprocess.run(
+        [sys.executable, "-m", "trimtab.cli", "launch", "--", "torchrun", "echo"],
+        input="said\n",
+        capture_output=True,
+        text=True,
+        env=launchers.environment(),
+        check=True,
+    )
+    assert done.stdout.endswith("}\nsaid\n")
+    assert done.stderr == "to stderr"
+
+
+@pytest.mark.parametrize("status", [0, 1, 7, 255])
+def test_exit_status(launchers, status):
+    assert launchers.trimtab("launch", "--", "torchrun", f"exit-{status}").returncode == status
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGABRT"])
+def test_death_by_a_signal_is_the_shells_to_see(launchers, name):
+    ended = launchers.trimtab("launch", "--", "torchrun", f"signal-{name}")
+    assert ended.returncode == -getattr(signal, name)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_reach_the_launcher(launchers, name):
+    with subprocess.Popen(
+        [sys.executable, "-m", "trimtab.cli", "launch", "--", "torchrun", "wait"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=launchers.environment(),
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(getattr(signal, name))
+        assert process.wait(timeout=60) == -getattr(signal, name)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_no_signal_is_ignored_on_the_launchers_behalf(launchers):
+    bare = subprocess.run(
+        ["srun"], capture_output=True, text=True, env=launchers.environment(), check=True
+    )
+    assert launchers.trimtab("launch", "--", "srun").stdout == bare.stdout
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "no command to launch; give it after --"),
+        (["--"], "no command to launch; give it after --"),
+        (["torchrun", "train.py"], "no command to launch; give it after --"),
+        (["--", "mpirun", "-n", "4"], "'mpirun' starts no known launcher; known are deepspeed"),
+        (["--", "python", "train.py"], "'python' starts no known launcher"),
+        (["--", "python", "train.py", "-m", "torch.distributed.run"], "no known launcher"),
+        (["--", "./gone/torchrun", "train.py"], "there is no program './gone/torchrun'"),
+        (["--plan", "gone.json", "--", "torchrun", "x"], "gone.json: there is no such file"),
+    ],
+)
+def test_refused_with_one_sentence(launchers, arguments, sentence):
+    ended = launchers.trimtab("launch", *arguments)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("trimtab: ")
+    assert ended.stderr.count("\n") == 1
+    assert sentence in ended.stderr
+
+
+def test_a_launcher_that_cannot_run(launchers, tmp_path):
+    (tmp_path / "torchrun").write_bytes(b"\x7fELF nonsense")
+    (tmp_path / "torchrun").chmod(0o755)
+    ended = launchers.trimtab("launch", "--", "./torchrun", "train.py")
+    assert ended.returncode == 2
+    assert "torchrun cannot be run (Exec format error)" in ended.stderr
+
+
+# The launchers' command lines
+
+words = st.text(alphabet=st.sampled_from("ab-=_./ "), max_size=8)
+starts = st.sampled_from(
+    [["torchrun"], ["deepspeed"], ["srun"], ["/x/python3.11", "-X", "dev", "-m"]]
+)
+
+
+@given(starts, st.lists(words))
+def test_parsing_keeps_every_word(start, rest):
+    start = [*start, "torch.distributed.run"] if "-m" in start else start
+    assert launcher_command.parse([*start, *rest]).words == (*start, *rest)
+
+
+@pytest.mark.parametrize(
+    ("command", "job"),
+    [
+        ("torchrun --nproc_per_node=4 --standalone t.py --nnodes 9", "t.py --nnodes 9"),
+        ("torchrun --nproc-per-node 4 -m -r 3 --stand pkg.mod -m x", "pkg.mod -m x"),
+        ("python3 -u -W error -m torch.distributed.run --nnodes 2 t.py", "t.py"),
+        (
+            "deepspeed -Hhosts -q --num_gpus 4 --no_local_rank t.py --hostfile x",
+            "t.py --hostfile x",
+        ),
+        ("/venv/bin/ds --module --include a@b:0,1 mod.train 1", "mod.train 1"),
+        ("torchrun --nnodes", ""),
+        ("srun -n 4 python t.py", "-n 4 python t.py"),
+    ],
+)
+def test_where_the_job_begins(command, job):
+    assert " ".join(launcher_command.parse(command.split()).job) == job
+
+
+@pytest.mark.parametrize(
+    "given_as", ["--node-rank 3", "--node_rank=3", "--node-r 3", "--node-rank 1 --node-rank 3"]
+)
+def test_options_are_found_and_replaced_in_any_spelling(given_as):
+    parsed = launcher_command.parse(f"torchrun {given_as} --nnodes 4 t.py --node-rank 5".split())
+    assert parsed.option("--node-rank") == "3"
+    replaced = parsed.with_option(("--node-rank",), "0", as_="--node-rank")
+    assert " ".join(replaced.words) == "torchrun --node-rank 0 --nnodes 4 t.py --node-rank 5"
+
+
+# Hosts in order
+
+
+def test_deepspeed_gets_a_hostfile_in_the_plans_order(launchers, hostfile, tmp_path):
+    command = ["deepspeed", "--hostfile", str(hostfile), "--master_addr=a", "t.py"]
+    order = launch.hosts_of(plan(("c", 0), ("c", 1), ("a", 0), ("a", 1)))
+    prepared = launch.prepare(command, os.environ, order)
+    parsed = launcher_command.parse(prepared.command)
+    written = parsed.option("--hostfile")
+    assert written is not None
+    assert Path(written).read_text() == "c slots=2\na slots=2\n"
+    assert parsed.option("--master-addr") == "c"
+    assert parsed.job == ("t.py",)
+    again = launch.prepare(command, os.environ, order)
+    assert again == prepared
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [Path(written).name]
+
+
+def test_a_plan_is_hostfile_enough(launchers):
+    prepared = launch.prepare(["deepspeed", "t.py"], {}, {"x": 8, "w": 8})
+    written = launcher_command.parse(prepared.command).option("--hostfile")
+    assert written is not None
+    assert Path(written).read_text() == "x slots=8\nw slots=8\n"
+
+
+def test_an_order_that_is_there_already_changes_nothing(launchers, hostfile):
+    command = ("deepspeed", "-H", str(hostfile), "t.py")
+    prepared = launch.prepare(command, {}, {"a": 2, "b": 2, "c": 4})
+    assert (prepared.command, prepared.environment) == (command, {})
+
+
+@pytest.mark.parametrize(
+    ("order", "sentence"),
+    [({"a": 2, "z": 1}, "'z', which has no line there"), ({"a": 3}, "'a', which has slots=2")],
+)
+def test_a_hostfile_without_room(launchers, hostfile, order, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        launch.prepare(["deepspeed", "-H", str(hostfile), "t.py"], {}, order)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [("d slots=x", "hosts:6: 'd slots=x' is no entry"), ("a slots=9", "'a' is given twice")],
+)
+def test_a_hostfile_that_deepspeed_would_refuse(launchers, hostfile, line, sentence):
+    hostfile.write_text(f"{hostfile.read_text()}{line}\n")
+    with pytest.raises(BadInput, match=sentence):
+        launch.prepare(["deepspeed", f"--hostfile={hostfile}", "t.py"], {}, {"c": 1})
+
+
+@pytest.mark.parametrize(
+    ("own", "rank"), [("b.cluster", 0), ("a", 1), ("a.elsewhere", 1), ("10.0.0.7", 2)]
+)
+def test_torchrun_gets_this_nodes_place(launchers, own, rank):
+    command = "torchrun --nnodes 3 --node_rank=2 --master-addr=a t.py --node-rank 9".split()
+    order = {"b.cluster": 2, "a.cluster": 2, "10.0.0.7": 2}
+    environment = {"TRIMTAB_HOST": own}
+    words = " ".join(launch.prepare(command, environment, order).command)
+    numbers = f"--nnodes 3 --nproc-per-node 2 --node-rank {rank} --master-addr b.cluster"
+    assert words == f"torchrun {numbers} t.py --node-rank 9"
+
+
+@pytest.mark.parametrize(
+    ("command", "environment", "order", "sentence"),
+    [
+        ("torchrun --nnodes 3 t.py", {}, {"a": 2, "b": 2}, "--nnodes is 3, where the plan has 2"),
+        ("torchrun t.py", {"PET_NNODES": "3"}, {"a": 2, "b": 2}, "--nnodes is 3"),
+        ("torchrun --nproc_per_node 4 t.py", {}, {"a": 2, "b": 2}, "--nproc-per-node is 4"),
+        ("torchrun t.py", {}, {"a": 2, "b": 1}, "torchrun needs as many on every host"),
+        ("torchrun --standalone t.py", {}, {"a": 2}, "--standalone numbers the nodes by itself"),
+        ("torchrun --rdzv-backend=c10d t.py", {}, {"a": 2}, "--rdzv-backend c10d numbers"),
+        ("torchrun t.py", {"TRIMTAB_HOST": "z"}, {"a": 2}, "'z', is not one host of the plan"),
+        ("srun -n 2 t.py", {}, {"a": 2}, "srun takes no order of hosts"),
+    ],
+)
+def test_an_order_that_cannot_be_given(launchers, command, environment, order, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        launch.prepare(command.split(), environment, order)
+
+
+def test_a_plan_without_ranks_and_one_across_machines(tmp_path):
+    with pytest.raises(BadInput, match="a placement plan has no ranks to launch"):
+        launch.hosts_of(plan())
+    for ranks in ([("a", 0), ("b", 0), ("a", 1)], [("a", 1)], [("a", 1), ("a", 0)]):
+        with pytest.raises(Unsupported, match="across machines in turn, or leaves devices"):
+            launch.hosts_of(plan(*ranks))
+
+
+def test_a_plan_that_is_not_for_launching_names_its_file(launchers, tmp_path):
+    path = tmp_path / "fleet.json"
+    plan().write(path)
+    ended = launchers.trimtab("launch", "--plan", str(path), "--", "torchrun", "t.py")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"trimtab: {path}: a placement plan has no ranks to launch")
+
+
+def test_what_is_run_is_said_on_stderr(launchers, tmp_path):
+    path = tmp_path / "plan.json"
+    plan(("b", 0), ("a", 0)).write(path)
+    ended = launchers.trimtab(
+        "launch", "--plan", str(path), "--", "torchrun", "t.py", TRIMTAB_HOST="a"
+    )
+    argv = "--nnodes 2 --nproc-per-node 1 --node-rank 1 --master-addr b t.py"
+    assert " ".join(json.loads(ended.stdout)["argv"]) == argv
+    assert ended.stderr == f"trimtab: launching torchrun {argv}\n"
+
+
+# Plugins
+
+
+def test_plugins_change_the_launch_in_the_users_order(lays, tmp_path):
+    block = {"stacks": {"mood": "calm", "argument": "--no_ssh"}, "lays": {"argument": "-q"}}
+    command = [
+        "deepspeed",
+        "--num_gpus",
+        "4",
+        "t.py",
+        "--deepspeed_config",
+        config(tmp_path, block),
+    ]
+    prepared = launch.prepare(command, {"HOME": "/nowhere"})
+    assert prepared.command == ("deepspeed", "-q", "--no_ssh", *command[1:])
+    assert prepared.environment == {"HOME": "/nowhere", "MOOD": "calm", "SEEN": "calm"}
+
+
+def test_a_plugin_sees_and_orders_the_hosts(lays, hostfile, tmp_path):
+    (tmp_path / ".deepspeed_env").write_text("OTHER=kept\n")
+    path = config(tmp_path, {"lays": {"backwards": True, "mood": "two words"}})
+    ended = lays.trimtab(
+        *["launch", "--", "deepspeed", "-H", str(hostfile), "t.py", f"--deepspeed={path}"],
+        HOME=str(tmp_path / "nowhere"),
+    )
+    shown = json.loads(ended.stdout)
+    written = Path(shown["argv"][1])
+    assert written.read_text() == "c slots=4\nb slots=2\na slots=2\n"
+    exported = Path(shown["env"]["DS_ENV_FILE"])
+    assert exported.read_text().splitlines() == ["OTHER=kept", "MOOD=two words", "SEEN=none"]
+
+
+def test_a_value_that_cannot_reach_other_hosts(lays, hostfile, tmp_path):
+    path = config(tmp_path, {"lays": {"mood": "$HOME"}})
+    with pytest.raises(BadInput, match="MOOD is '\\$HOME', which DeepSpeed cannot pass on"):
+        launch.prepare(["deepspeed", "-H", str(hostfile), "t.py", "--deepspeed", path], {})
+
+
+def test_an_unverified_framework_is_refused_where_a_plugin_acts(lays, tmp_path):
+    lays.add("deepspeed", "0.20.0", folder="newer")
+    block = config(tmp_path, {"lays": {}})
+    with pytest.raises(Unsupported, match="deepspeed 0.20.0 is outside the verified range"):
+        launch.prepare(["deepspeed", "t.py", "--deepspeed_config", block], {})
+    untouched = ("deepspeed", "t.py")
+    assert launch.prepare(untouched, {}).command == untouched

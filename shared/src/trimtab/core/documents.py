@@ -50,7 +50,7 @@ class InvalidValue(ValueError):
 
     Args:
         what: what is wrong, e.g. ``"link to the unknown node 'n9'"``.
-        at: path of the key at fault, relative to the model that raises.
+        at: path of the key at fault, relative to the model that raises; the message begins with it.
         fix: what would be right.
     """
 
@@ -460,7 +460,7 @@ def _fault(model: type[BaseModel], detail: ErrorDetails, path: KeyPath) -> tuple
     context = detail.get("ctx", {})
     cause = context.get("error")
     if isinstance(cause, InvalidValue):
-        return cause.what, cause.fix, cause.at
+        return _named(cause, path), cause.fix, cause.at
     if detail["type"] == "missing":
         return f"{key} is missing", "add it", ()
     if detail["type"] == "extra_forbidden":
@@ -471,6 +471,14 @@ def _fault(model: type[BaseModel], detail: ErrorDetails, path: KeyPath) -> tuple
     if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return what, "give a mapping of keys to values", ()
     return what, detail["msg"].replace("Input should", "it should", 1), ()
+
+
+def _named(error: InvalidValue, path: KeyPath) -> str:
+    """What is wrong, with the whole key before it."""
+    key, own = dotted(path + error.at), dotted(error.at)
+    if own and error.what.startswith(own):
+        return key + error.what.removeprefix(own)
+    return f"{key}: {error.what}" if key else error.what
 
 
 def _keys(model: type, path: KeyPath) -> set[str]:

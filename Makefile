@@ -13,6 +13,8 @@ help:
 	@echo "make clean   remove .venv, .tox and what the tools left"
 
 setup:
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "there is no $(PYTHON): install Python 3.11, 3.12 or 3.13" >&2; exit 2; }
 	@"$(PYTHON)" tools/setup.py
 
 demo: setup

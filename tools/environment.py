@@ -116,6 +116,8 @@ def make() -> None:
     """
     wanted, found = Stamp.of_checkout(), Stamp.of_environment()
     if found != wanted:
+        if UNFINISHED.exists():
+            shutil.rmtree(VENV)
         check_machine()
         if found is None or (found.root, found.python) != (wanted.root, wanted.python):
             make_environment()
@@ -140,7 +142,8 @@ def check_machine() -> None:
             "install the distributions beside a vLLM of your own (see README.md)"
         )
     free_bytes = shutil.disk_usage(ROOT).free
-    if not (VENV / "lib").exists() and free_bytes < NEEDED_BYTES:
+    installed = any(VENV.glob("lib/python*/site-packages/torch"))
+    if not installed and free_bytes < NEEDED_BYTES:
         raise SetupError(disk_full(free_bytes))
 
 
@@ -154,7 +157,7 @@ def disk_full(free_bytes: int) -> str:
 
 def make_environment() -> None:
     """Creates .venv, or takes one that was made by hand."""
-    if PYTHON.exists() and not UNFINISHED.exists() and not STAMP.exists():
+    if PYTHON.exists() and not STAMP.exists():
         if in_environment():
             say(f"Using .venv and its Python {platform.python_version()}")
             ensure_pip()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -85,8 +86,13 @@ def test_wrong_options_are_refused(options):
         UrgencyConfig(**options)
 
 
-def test_every_option_is_described():
-    assert all(field.description for field in UrgencyConfig.model_fields.values())
+def test_every_option_and_header_is_described():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for name, field in UrgencyConfig.model_fields.items():
+        assert field.description
+        assert f"| `{name}` |" in readme
+    for name, call_field in FIELDS.items():
+        assert f"| `{call_field.header}` | `trimtab.{name}` |" in readme
 
 
 def test_the_plugin_is_found_and_makes_its_policy():

@@ -10,8 +10,8 @@ Least slack, which this is, does not minimise lateness: of two jobs of lengths 1
 10 it runs the long one first and is late by 9, where by due date it is late by 1; and once a
 workflow is late, its budget is negative and its longest calls come before everybody else's. The
 default order is therefore that of modified due dates (`due_s`), which is optimal for chains on one
-server (Lawler), applied to the workflows that can still be in time; the others are set aside, until
-they have aged.
+server (Lawler), applied to the workflows that can still be in time without making others late; the
+others are set aside, until they have aged.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ class UrgencyPolicy(ServingPolicy):
 
     Keys are made when a call arrives, and made anew on events alone: the estimate of its stage has
     shifted, its workflow's deadline was changed, the time has come after which it cannot be in
-    time, or its lane's share is due. A step in which nothing of this happens costs nothing.
+    time, a review gave its workflow up or took it back, or its lane's share is due. A step in which
+    nothing of this happens costs nothing.
 
     Args:
         config: the plugin's options.

@@ -281,3 +281,21 @@ def test_the_table_of_plugins_says_the_same(plugin):
         "ZeroDivisionError",
     ):
         assert piece in text
+
+
+def test_emit_prints_the_files_of_a_plan_or_writes_them(site):
+    from trimtab.core.plan import Objective, Plan, Slot
+
+    objective = Objective(metric="rate", unit="req/s", better="higher", value=9.0, bound=10.0)
+    ranks = tuple(Slot(node=node, device=0) for node in ("n2", "n1"))
+    Plan(planner="placement", objective=objective, ranks=ranks).write(site.root / "plan.json")
+    files = json.loads(site.trimtab("emit", "plan.json", "--to", "deepspeed", "--json").stdout)
+    assert any(text.index("n2") < text.index("n1") for text in files.values() if "n1" in text)
+    printed = site.trimtab("emit", "plan.json", "--to", "deepspeed").stdout
+    assert all(name in printed and text in printed for name, text in files.items())
+    done = site.trimtab("emit", "plan.json", "--to", "deepspeed", "--out", "job")
+    assert done.returncode == 0
+    assert {path.name: path.read_text() for path in (site.root / "job").iterdir()} == files
+    done = site.trimtab("emit", "plan.json", "--to", "abacus")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "abacus" in done.stderr

@@ -36,6 +36,8 @@ LineMap = Mapping[KeyPath, int]
 
 M = TypeVar("M")
 
+# pydantic's names for an unknown key, in models and in dataclasses.
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -228,6 +230,8 @@ def unreadable(path: str | Path, error: OSError) -> BadInput:
 def parse_json(text: str, *, where: str, finite: bool = True) -> Any:
     """Plain data from JSON text; a repeated key is refused, and NaN and infinity if ``finite``.
 
+    The line of a fault is given when the text has several.
+
     Raises:
         BadInput: the text is no JSON.
     """
@@ -250,7 +254,7 @@ def parse_json(text: str, *, where: str, finite: bool = True) -> Any:
     except json.JSONDecodeError as error:
         raise BadInput(
             f"this is no JSON: {error.msg} in column {error.colno}",
-            where=f"{where}:{error.lineno}",
+            where=f"{where}:{error.lineno}" if "\n" in text.strip() else where,
         ) from None
     except RecursionError:
         raise BadInput("the JSON is nested too deeply", where=where) from None
@@ -428,7 +432,7 @@ def _bad_input(
 ) -> BadInput:
     faults: dict[KeyPath, BadInput] = {}
     # A misspelt key is also a missing one; the spelling is what the user wants to hear of.
-    details = sorted(error.errors(include_url=False), key=lambda d: d["type"] != "extra_forbidden")
+    details = sorted(error.errors(include_url=False), key=lambda d: d["type"] not in _UNKNOWN)
     for detail in details:
         path = _data_path(data, detail["loc"], missing=detail["type"] == "missing")
         what, fix, at = _fault(model, detail, path)
@@ -463,12 +467,12 @@ def _fault(model: type[BaseModel], detail: ErrorDetails, path: KeyPath) -> tuple
         return _named(cause, path), cause.fix, cause.at
     if detail["type"] == "missing":
         return f"{key} is missing", "add it", ()
-    if detail["type"] == "extra_forbidden":
+    if detail["type"] in _UNKNOWN:
         return f"{key} is an unknown key", nearest(str(path[-1]), _keys(model, path[:-1])), ()
     what = f"{key} is {shown(detail['input'])}"
     if isinstance(cause, ValueError):
         return what, str(cause), ()
-    if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
+    if detail["type"] in ("model_type", "model_attributes_type", "dict_type", "dataclass_type"):
         return what, "give a mapping of keys to values", ()
     return what, detail["msg"].replace("Input should", "it should", 1), ()
 

@@ -44,7 +44,9 @@ _UNREACHABLE = re.compile(
     r"NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|SSLError"
     r"|Max retries exceeded|Connection (refused|broken|reset)|Temporary failure in name resolution"
 )
-_REACHED = re.compile(r"(?:Collecting|Requirement already satisfied:) ([^\s(]+)")
+_REACHED = re.compile(
+    r"(?:Collecting|Processing|Requirement already satisfied:) (?:[^\s(]*/)?([^\s(]+)"
+)
 _NOT_FOUND = re.compile(r"No matching distribution found for (\S+)")
 
 

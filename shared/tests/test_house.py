@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,8 +34,8 @@ def tracked() -> list[Path]:
     return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
 
 
-def project(folder: Path) -> dict[str, object]:
-    content: dict[str, object] = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+def project(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     return content
 
 
@@ -77,9 +79,16 @@ def test_all_distributions_share_one_version() -> None:
     assert len(versions) == 1
 
 
-def test_the_lock_was_made_from_its_input() -> None:
-    import hashlib
+def test_the_extras_name_every_plugin() -> None:
+    extras = project(ROOT)["optional-dependencies"]
+    for folder in ROOT.glob("plugins/*/pyproject.toml"):
+        plugin = project(folder.parent)
+        pin = f"{plugin['name']}=={plugin['version']}"
+        assert pin in extras["all"]
+        assert extras[plugin["name"].removeprefix("trimtab-")] == [pin]
 
+
+def test_the_lock_was_made_from_its_input() -> None:
     digest = hashlib.sha256((ROOT / "requirements" / "cpu.in").read_bytes()).hexdigest()
     assert digest in (ROOT / "requirements" / "cpu.lock").read_text(), "run python tools/lock.py"
 

@@ -123,6 +123,20 @@ def test_a_preempted_call_resumes_before_all_others():
     policy.on_finish(preempted, Outcome.COMPLETED, 0.4)
 
 
+def test_resuming_is_no_admission_that_others_get_a_share_of():
+    policy = UrgencyPolicy(UrgencyConfig(min_share=0.5))
+    silent = [Call(f"s{number}", 0.0, 1, 1) for number in range(3)]
+    preempted = Call("p", 0.0, 1, 1, {"deadline_s": 9.0})
+    policy.on_arrival(silent[0], 0.0)  # takes the credit that the share starts with
+    policy.on_arrival(preempted, 0.0)
+    for now_s in (0.1, 0.2):
+        policy.on_admission(preempted, now_s)
+    for call in silent[1:]:
+        policy.on_arrival(call, 0.3)
+    lanes = [policy.key(call, 0.3)[0] for call in silent]
+    assert lanes == [Lane.PROMOTED, Lane.PROMOTED, Lane.PATIENT]
+
+
 @given(
     events=st.lists(st.sampled_from(["join", "leave", "other", "take"]), max_size=200),
     share=st.sampled_from([0.1, 0.33, 0.5, 0.67]),

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -254,7 +255,7 @@ def parse_json(text: str, *, where: str, finite: bool = True) -> Any:
     except json.JSONDecodeError as error:
         raise BadInput(
             f"this is no JSON: {error.msg} in column {error.colno}",
-            where=f"{where}:{error.lineno}" if "\n" in text.strip() else where,
+            where=f"{where}:{error.lineno}" if "\n" in text else where,
         ) from None
     except RecursionError:
         raise BadInput("the JSON is nested too deeply", where=where) from None
@@ -474,7 +475,8 @@ def _fault(model: type[BaseModel], detail: ErrorDetails, path: KeyPath) -> tuple
         return what, str(cause), ()
     if detail["type"] in ("model_type", "model_attributes_type", "dict_type", "dataclass_type"):
         return what, "give a mapping of keys to values", ()
-    return what, detail["msg"].replace("Input should", "it should", 1), ()
+    remedy = re.sub(r"^\w+ should", "it should", detail["msg"])
+    return what, remedy.replace(" after validation", ""), ()
 
 
 def _named(error: InvalidValue, path: KeyPath) -> str:

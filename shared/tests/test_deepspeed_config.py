@@ -38,8 +38,8 @@ def plugins(site):
     for name, source in (("lays", PLUGIN + LAUNCHES), ("serves", PLUGIN)):
         site.add(
             f"trimtab-{name}",
-            entry_points={"trimtab.plugins": {name: f"{name}_plugin"}},
-            files={f"{name}_plugin.py": source},
+            entry_points={"trimtab.plugins": {name: f"{name}_options"}},
+            files={f"{name}_options.py": source},
         )
     return site
 
@@ -145,8 +145,8 @@ def test_the_block_of_a_configuration_in_memory():
 def test_switched_on_plugins_come_in_the_users_order_with_their_options(plugins):
     plugins.add(
         "trimtab-also",
-        entry_points={"trimtab.plugins": {"also": "also_plugin"}},
-        files={"also_plugin.py": PLUGIN + LAUNCHES},
+        entry_points={"trimtab.plugins": {"also": "also_options"}},
+        files={"also_options.py": PLUGIN + LAUNCHES},
     )
     block = TrainingBlock({"lays": {"rows": 2}, "also": {}}, "ds.json")
     found = [(plugin.name, options) for plugin, options in training_plugins(block)]

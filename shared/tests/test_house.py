@@ -88,6 +88,15 @@ def test_the_extras_name_every_plugin() -> None:
         assert extras[plugin["name"].removeprefix("trimtab-")] == [pin]
 
 
+def test_every_distribution_is_type_checked_and_tested_without_frameworks() -> None:
+    checked = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["files"]
+    installed = (ROOT / "tox.ini").read_text().splitlines()
+    for folder in DISTRIBUTIONS:
+        path = folder.relative_to(ROOT).as_posix()
+        assert f"{path}/src" in checked
+        assert f"    -e {path}" in installed
+
+
 def test_the_lock_was_made_from_its_input() -> None:
     digest = hashlib.sha256((ROOT / "requirements" / "cpu.in").read_bytes()).hexdigest()
     assert digest in (ROOT / "requirements" / "cpu.lock").read_text(), "run python tools/lock.py"

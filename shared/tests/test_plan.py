@@ -78,7 +78,7 @@ def test_file_is_read_back_and_names_what_is_wrong_with_it(tmp_path: Path) -> No
     raw = json.loads(path.read_text())
     raw["version"] = 2
     path.write_text(json.dumps(raw, indent=2))
-    with pytest.raises(BadInput, match=r"plan\.json:\d+: the plan has version 2; .*version 1"):
+    with pytest.raises(BadInput, match=r"plan\.json:3: .*version 2; .*version 1"):
         Plan.read(path)
     raw["version"] = 1
     raw["grops"] = []

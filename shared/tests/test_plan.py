@@ -206,6 +206,7 @@ def test_deepspeed_files(tmp_path: Path) -> None:
     assert files["hostfile"] == "b slots=4\na slots=2\n"
     words = [w[0] for w in run(files["launch.sh"], tmp_path, "train.py", "--lr=1") if w]
     assert words[words.index("--include") + 1] == "b:2,3@a:0,1"
+    assert words[words.index("--hostfile") + 1] == "./hostfile"
     assert words[-2:] == ["train.py", "--lr=1"]
     assert words[words.index("--master_addr") + 1] == "b"
 

@@ -111,9 +111,10 @@ def deepspeed(plan: Plan) -> Files:
             )
     include = "@".join(f"{node.name}:{','.join(map(str, node.devices))}" for node in nodes)
     hostfile = "".join(f"{node.name} slots={max(node.devices) + 1}\n" for node in nodes)
-    words = ["deepspeed", "--hostfile", "hostfile", "--include", include]
-    words += ["--master_addr", nodes[0].name, "--master_port", str(MASTER_PORT)]
-    return {"hostfile": hostfile, "launch.sh": _shell([f'exec {shlex.join(words)} "$@"'])}
+    words = ["--include", include, "--master_addr", nodes[0].name]
+    words += ["--master_port", str(MASTER_PORT)]
+    start = f'exec deepspeed --hostfile "$(dirname "$0")/hostfile" {shlex.join(words)} "$@"'
+    return {"hostfile": hostfile, "launch.sh": _shell([start])}
 
 
 def torchrun(plan: Plan) -> Files:

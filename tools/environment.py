@@ -48,6 +48,8 @@ _REACHED = re.compile(
     r"(?:Collecting|Processing|Requirement already satisfied:) (?:[^\s(]*/)?([^\s(]+)"
 )
 _NOT_FOUND = re.compile(r"No matching distribution found for (\S+)")
+_NO_CANDIDATE = re.compile(r"No matching distribution|ResolutionImpossible")
+"""The second is what pip says where its settings constrain the package as well."""
 
 
 class SetupError(Exception):
@@ -197,21 +199,22 @@ def install_torch(pin: str) -> None:
     """Installs the CPU build of torch from pip's own indexes, or from PyTorch's."""
     say(f"Installing {pin}")
     try:
-        return pip(["install", "--no-deps", pin])
+        pip(["install", "--no-deps", pin])
+        return
     except PipError as error:
-        if not _NOT_FOUND.search(error.output) or _UNREACHABLE.search(error.output):
+        if not _NO_CANDIDATE.search(error.output) or _UNREACHABLE.search(error.output):
             raise
     say(f"pip's indexes have no {pin}: taking it from PyTorch's CPU wheels, {TORCH_CPU_INDEX}")
     try:
         pip(["install", "--no-deps", "--index-url", TORCH_CPU_INDEX, pin])
     except PipError as error:
-        if _UNREACHABLE.search(error.output) or _NOT_FOUND.search(error.output):
-            raise SetupError(
-                f"neither pip's indexes nor {TORCH_CPU_INDEX} give {pin} for Python "
-                f"{platform.python_version()}: let pip reach one of them, or put the wheel in a "
-                "folder and name that in PIP_FIND_LINKS"
-            ) from None
-        raise
+        if not _NO_CANDIDATE.search(error.output) and not _UNREACHABLE.search(error.output):
+            raise
+        raise SetupError(
+            f"neither pip's indexes nor {TORCH_CPU_INDEX} give {pin} for Python "
+            f"{platform.python_version()}: let pip reach one of them, or put the wheel in a "
+            "folder and name that in PIP_FIND_LINKS"
+        ) from None
 
 
 def mend_scripts() -> None:

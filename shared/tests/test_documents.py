@@ -110,9 +110,14 @@ def message_of(tmp_path: Path, text: str, reader=read_yaml, name="net.yaml") -> 
         ("cables: *gone\n", ":1: the alias *gone has no anchor before it; define it first."),
         (
             "cables: !!python/none x\n",
-            ":1: this is no YAML: could not determine a constructor "
-            "for the tag 'tag:yaml.org,2002:python/none'.",
+            ":1: the tag 'tag:yaml.org,2002:python/none' is not known; leave it out.",
         ),
+        ("cables: !secret x\n", ":1: the tag '!secret' is not known; leave it out."),
+        ("cables: !!seq x\n", ":1: the tag 'tag:yaml.org,2002:seq' is not known; leave it out."),
+        ("cables: !!bool x\n", ":1: 'x' is no bool; quote it if it is text."),
+        ("cables: !!int ''\n", ":1: '' is no int; quote it if it is text."),
+        ("cables: 0000-00-00\n", ":1: '0000-00-00' is no timestamp; quote it if it is text."),
+        (f"cables: {'9' * 5000}\n", f":1: '{'9' * 59}… is no int; quote it if it is text."),
         ("? [a]\n: 1\n", ":1: a key is a mapping or a list; give a plain key."),
         ("a: 1\n---\nb: 1\n", ":2: a second document begins; give one document in each file."),
         ("<<: 3\n", ":1: << merges something that is no mapping; merge a mapping."),

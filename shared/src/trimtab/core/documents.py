@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, cast, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -278,7 +278,7 @@ def parse_yaml(text: str, *, where: str) -> tuple[Any, LineMap]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise BadInput(f"this is no YAML: {error.problem}", where=f"{where}:{line}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except yaml.YAMLError as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"this is no YAML: {reason}", where=where) from None
     return reader.data, reader.lines
@@ -298,6 +298,10 @@ class _Open:
 
 
 _MERGE = object()
+_YAML_TAG = "tag:yaml.org,2002:"
+_SCALAR_TAGS = frozenset(
+    f"{_YAML_TAG}{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp", "binary")
+)
 
 
 class _YamlReader:
@@ -324,7 +328,7 @@ class _YamlReader:
             self._alias(str(event.anchor), line)
         elif isinstance(event, yaml.ScalarEvent):
             self._count(1, line)
-            value = self._scalar(event)
+            value = self._scalar(event, line)
             if event.anchor:
                 self._anchors[event.anchor] = (value, 1)
             self._add(value, line)
@@ -358,15 +362,21 @@ class _YamlReader:
         self._count(nodes, line)
         self._add(value, line)
 
-    def _scalar(self, event: yaml.ScalarEvent) -> Any:
+    def _scalar(self, event: yaml.ScalarEvent, line: int) -> Any:
         tag = event.tag
         if tag in (None, "!"):
             kind, value, implicit = yaml.ScalarNode, event.value, event.implicit
             tag = self._resolver.resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
-        if tag == "tag:yaml.org,2002:merge":
+        if tag == f"{_YAML_TAG}merge":
             return _MERGE
+        if tag not in _SCALAR_TAGS:
+            self._fail(f"the tag {shown(tag)} is not known", line, "leave it out")
         node = yaml.ScalarNode(tag, event.value, event.start_mark)  # type: ignore[arg-type]
-        return self._constructor.construct_object(node)
+        try:
+            return self._constructor.construct_object(node)
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError):
+            name = str(tag).removeprefix(_YAML_TAG)
+            self._fail(f"{shown(event.value)} is no {name}", line, "quote it if it is text")
 
     def _add(self, value: Any, line: int) -> KeyPath:
         if not self._open:
@@ -413,7 +423,7 @@ class _YamlReader:
                 "give a smaller document",
             )
 
-    def _fail(self, what: str, line: int, fix: str) -> None:
+    def _fail(self, what: str, line: int, fix: str) -> NoReturn:
         raise BadInput(what, where=f"{self._where}:{line}", fix=fix)
 
 

@@ -1,0 +1,72 @@
+"""The launchers that are installed still have the options that the wrapper knows by name."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import pytest
+
+from trimtab.hosts.launcher_command import FLAGS
+
+pytestmark = pytest.mark.integration
+
+
+def flags(parser: argparse.ArgumentParser) -> set[str]:
+    """The options of a parser that take no value, with hyphens."""
+    return {
+        name.replace("_", "-")
+        for action in parser._actions
+        for name in action.option_strings
+        if action.nargs == 0
+    }
+
+
+def options(parser: argparse.ArgumentParser) -> set[str]:
+    return {name.replace("_", "-") for action in parser._actions for name in action.option_strings}
+
+
+@pytest.fixture
+def deepspeed_parser(monkeypatch):
+    """DeepSpeed's parser, which it makes in the function that uses it."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.launcher import runner
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, args: parser)
+    return runner.parse_args([])
+
+
+def test_torchrun():
+    from torch.distributed.run import get_args_parser
+
+    parser = get_args_parser()
+    assert flags(parser) == FLAGS["torchrun"]
+    used = {"--master-addr", "--nnodes", "--node-rank", "--nproc-per-node", "--rdzv-backend"}
+    assert used <= options(parser)
+
+
+def test_deepspeed(deepspeed_parser):
+    assert flags(deepspeed_parser) == FLAGS["deepspeed"]
+    assert {"-H", "--hostfile", "--master-addr"} <= options(deepspeed_parser)
+
+
+def test_deepspeed_reads_the_same_hostfile(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.launcher import runner
+
+    from trimtab.hosts import launcher_command
+    from trimtab.hosts.deepspeed import launching
+
+    path = tmp_path / "hosts"
+    path.write_text("# ours\n  b slots=2 max=3\na\tslots=4\n\n")
+    command = launcher_command.parse(["deepspeed", "-H", str(path), "t.py"])
+    assert list(launching.hosts(command).items()) == list(runner.fetch_hostfile(str(path)).items())
+    assert launching.DEFAULT_HOSTFILE == runner.DLTS_HOSTFILE
+
+
+def test_deepspeed_reads_the_variables_from_an_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.launcher import runner
+
+    assert os.path.join(runner.DEEPSPEED_ENVIRONMENT_PATHS[0], str(tmp_path)) == str(tmp_path)
+    assert {os.path.expanduser("~"), "."} == set(runner.DEEPSPEED_ENVIRONMENT_PATHS)

@@ -20,7 +20,7 @@ def main() -> None:
     if sys.stdout is None:  # the caller closed it
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     status = run(lambda: command_line(sys.argv[1:])(prog_name="trimtab"))
-    sys.exit(_end_output() or status)
+    sys.exit(_end_output(status))
 
 
 def run(command: Callable[[], object]) -> int:
@@ -127,12 +127,23 @@ def _status(end: SystemExit) -> int:
     return 1
 
 
-def _end_output() -> int:
+def _end_output(status: int) -> int:
     """Ends stdout here: what frameworks print while the process goes down lands on stderr.
 
+    Args:
+        status: the exit status so far; what went wrong is said once.
+
     Returns:
-        The exit status of an output that could not be written, else 0.
+        The exit status, now that the output is written or cannot be.
     """
-    status = run(sys.stdout.flush)
-    os.dup2(os.open(os.devnull, os.O_WRONLY) if status else 2, 1)
+    # click hides a broken pipe behind a wrapper of sys.stdout, whose flush then says nothing.
+    out = sys.__stdout__ or sys.stdout
+    try:
+        out.flush()
+    except OSError:
+        status = status or run(out.flush) or 1
+        lost = True
+    else:
+        lost = False
+    os.dup2(os.open(os.devnull, os.O_WRONLY) if lost else 2, 1)
     return status

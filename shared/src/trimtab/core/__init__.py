@@ -1,1 +1,1 @@
-"""The planning core: clusters, models, workloads, costs, solvers, simulators and plans; it knows no framework."""
+"""The planning core: cluster, model, workload, cost, solve, simulate, plan; it knows no framework."""

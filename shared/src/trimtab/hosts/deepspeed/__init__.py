@@ -3,6 +3,6 @@
 Neither needs DeepSpeed to be installed.
 """
 
-from trimtab.hosts.deepspeed.config import TrainingBlock, enabled, find, training_plugins
+from trimtab.hosts.deepspeed.config import TrainingBlock, find, training_plugins
 
-__all__ = ["TrainingBlock", "enabled", "find", "training_plugins"]
+__all__ = ["TrainingBlock", "find", "training_plugins"]

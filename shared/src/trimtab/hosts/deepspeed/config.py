@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.core.documents import parse_json, read_text
 from trimtab.core.errors import BadInput
+from trimtab.hosts.block import KEY, enabled
 
 if TYPE_CHECKING:
     from trimtab.core.hooks import Plugin
-
-KEY = "trimtab"
 
 OPTIONS = ("--deepspeed_config", "--deepspeed", "--config")
 """The arguments of a training script that name its DeepSpeed configuration, the surest first."""
@@ -57,26 +56,6 @@ def find(arguments: Sequence[str]) -> TrainingBlock | None:
             if isinstance(config, Mapping) and KEY in config:
                 return TrainingBlock(enabled(config, where=where), where)
     return None
-
-
-def enabled(config: Mapping[str, object], *, where: str) -> dict[str, object]:
-    """The plugins' blocks of options by plugin name, in the user's order.
-
-    Args:
-        config: the whole DeepSpeed configuration.
-        where: the file that it comes from.
-
-    Raises:
-        BadInput: the block is not a mapping from plugins' names to their options.
-    """
-    block = config.get(KEY, {})
-    if not isinstance(block, Mapping):
-        raise BadInput(
-            f"it is a {type(block).__name__}",
-            where=f"{where}, {KEY}",
-            fix='give a mapping such as {"trimtab": {"placement": {}}}',
-        )
-    return dict(block)
 
 
 def training_plugins(block: TrainingBlock) -> list[tuple[Plugin, object]]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from trimtab.core.errors import BadInput
 from trimtab.core.hooks import discover, plugin
 from trimtab.core.policy import CallField, ServingPolicy
-
-KEY = "trimtab"
+from trimtab.hosts import block
 
 
 def enabled(additional_config: object) -> dict[str, object]:
@@ -18,14 +16,7 @@ def enabled(additional_config: object) -> dict[str, object]:
     Raises:
         BadInput: the block is not a mapping from plugins' names to their options.
     """
-    block = additional_config.get(KEY, {}) if isinstance(additional_config, Mapping) else {}
-    if not isinstance(block, Mapping):
-        raise BadInput(
-            f"it is a {type(block).__name__}",
-            where=f"--additional-config, {KEY}",
-            fix='give a mapping such as {"trimtab": {"urgency": {}}}',
-        )
-    return dict(block)
+    return block.enabled(additional_config, where="--additional-config")
 
 
 def policies(additional_config: object) -> list[tuple[str, ServingPolicy]]:

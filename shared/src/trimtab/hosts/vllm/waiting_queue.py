@@ -10,8 +10,8 @@ from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.request import Request
 
 _Entry = list[Any]
-"""``[key, engine's own order, serial, request or None once it has left]``: a list, so that it can be
-voided in place; with a serial, so that requests are never compared."""
+"""``[key, engine's own order, serial, request or None once it has left]``: a list, so that it can
+be voided in place; with a serial, so that requests are never compared."""
 
 
 class PolicyQueue(RequestQueue):

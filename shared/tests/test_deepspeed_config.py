@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.core.errors import BadInput
-from trimtab.hosts.deepspeed import enabled, find, training_plugins
+from trimtab.hosts.block import enabled
+from trimtab.hosts.deepspeed import find, training_plugins
 from trimtab.hosts.deepspeed.config import TrainingBlock
 
 PLUGIN = """

@@ -1,1 +1,1 @@
-"""The planning core: cluster, model, workload, cost, solve, simulate, plan; it knows no framework."""
+"""The planning core: cluster, model, workload, cost, solve, simulate, plan, and no framework."""

@@ -1,0 +1,28 @@
+"""The plugin's hooks: what trimtab finds under the name ``placement``."""
+
+from __future__ import annotations
+
+from typer import Typer
+
+from trimtab.core.command_groups import command_group
+from trimtab.core.hooks import PluginInfo, hookimpl
+from trimtab.placement.config import PlacementConfig
+
+
+@hookimpl
+def trimtab_info() -> PluginInfo:
+    """Says what the plugin is, and how it is switched on."""
+    return PluginInfo(
+        summary="lays training ranks onto the network so that their groups stay close",
+        enable="trimtab plan placement --cluster FILE --job FILE --out PLAN, then"
+        " trimtab launch --plan PLAN -- LAUNCHER …",
+        config=PlacementConfig,
+    )
+
+
+@hookimpl
+def trimtab_commands(app: Typer) -> None:
+    """Adds ``trimtab plan placement``."""
+    from trimtab.placement.command import placement
+
+    command_group(app, "plan").command("placement")(placement)

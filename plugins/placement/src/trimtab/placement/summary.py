@@ -1,0 +1,36 @@
+"""What a plan achieves, counted from its ranks alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+from trimtab.placement.fabric import Fabric
+from trimtab.placement.job import GroupKind, TrainingJob
+
+
+def group_spreads(
+    fabric: Fabric, job: TrainingJob, order: Sequence[str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """How many domains the groups of each kind touch, for each tier.
+
+    Args:
+        fabric: the network.
+        job: the job.
+        order: its nodes by node rank.
+
+    Returns:
+        By tier and kind of group: the ``widest`` and the ``mean`` count.
+    """
+    path = {place.name: place.path for place in fabric.places}
+    spreads: dict[str, dict[str, dict[str, float]]] = {}
+    for index, tier in enumerate(fabric.tiers):
+        domain = [path[node][index] for node in order]
+        spreads[tier] = {}
+        for kind in get_args(GroupKind):
+            counts = [
+                len({domain[rank // job.ranks_per_node] for rank in group})
+                for group in job.groups(kind)
+            ]
+            spreads[tier][kind] = {"widest": max(counts), "mean": sum(counts) / len(counts)}
+    return spreads

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from trimtab.core.errors import BadInput, Unsupported
 from trimtab.core.plan import Objective, Plan, Slot
-from trimtab.hosts import launch, launcher_command
+from trimtab.hosts import host_order, launch, launcher_command
 from trimtab.hosts.deepspeed import launching as deepspeed
 
 # A launcher that shows what it was started with, or ends as its last word says.
@@ -102,6 +102,18 @@ def config(tmp_path: Path, block: object) -> str:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"train_batch_size": 4, "trimtab": block}))
     return str(path)
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    """Prepares a launch with a hostfile for the plan."""
+
+    def prepare(command, environment, order):
+        path = tmp_path / "order"
+        path.write_text("".join(f"{host} slots={slots}\n" for host, slots in order.items()))
+        return launch.prepare(command, environment, path)
+
+    return prepare
 
 
 def plan(*ranks: tuple[str, int]) -> Plan:
@@ -230,7 +242,7 @@ def test_parsing_keeps_every_word(start, rest):
         ("deepspeed -Hhosts -q --num_gpus 4 --no_local_rank t.py -H x", "t.py -H x"),
         ("/venv/bin/ds --module --include a@b:0,1 mod.train 1", "mod.train 1"),
         ("torchrun --nnodes", ""),
-        ("srun -n 4 python t.py", "-n 4 python t.py"),
+        ("srun -n 4 -l --exclusive --mpi=pmix python t.py -n 9", "python t.py -n 9"),
     ],
 )
 def test_where_the_job_begins(command, job):
@@ -250,63 +262,67 @@ def test_options_are_found_and_replaced_in_any_spelling(given_as):
 # Hosts in order
 
 
-def test_deepspeed_gets_a_hostfile_in_the_plans_order(launchers, hostfile, tmp_path):
+def test_deepspeed_gets_a_hostfile_in_the_plans_order(launchers, prepare, hostfile, tmp_path):
     command = ["deepspeed", "--hostfile", str(hostfile), "--master_addr=a", "t.py"]
-    order = launch.hosts_of(plan(("c", 0), ("c", 1), ("a", 0), ("a", 1)))
-    prepared = launch.prepare(command, os.environ, order)
+    order = host_order.hosts_of(plan(("c", 0), ("c", 1), ("a", 0), ("a", 1)))
+    prepared = prepare(command, os.environ, order)
     parsed = launcher_command.parse(prepared.command)
     written = parsed.option("--hostfile")
     assert written is not None
     assert Path(written).read_text() == "c slots=2\na slots=2\n"
     assert parsed.option("--master-addr") == "c"
     assert parsed.job == ("t.py",)
-    again = launch.prepare(command, os.environ, order)
+    again = prepare(command, os.environ, order)
     assert again == prepared
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [Path(written).name]
+    kept = [path.name for path in (tmp_path / "cache").iterdir()]
+    exported = Path(prepared.environment["DS_ENV_FILE"])
+    assert sorted(kept) == sorted([Path(written).name, exported.name])
+    assert exported.read_text() == f"TRIMTAB_PLAN={prepared.environment['TRIMTAB_PLAN']}"
 
 
-def test_a_plan_is_hostfile_enough(launchers):
-    prepared = launch.prepare(["deepspeed", "t.py"], {}, {"x": 8, "w": 8})
+def test_a_plan_is_hostfile_enough(launchers, prepare):
+    prepared = prepare(["deepspeed", "t.py"], {}, {"x": 8, "w": 8})
     written = launcher_command.parse(prepared.command).option("--hostfile")
     assert written is not None
     assert Path(written).read_text() == "x slots=8\nw slots=8\n"
 
 
-def test_an_order_that_is_there_already_changes_nothing(launchers, hostfile):
+def test_an_order_that_is_there_already_changes_nothing(launchers, prepare, hostfile):
     command = ("deepspeed", "-H", str(hostfile), "t.py")
-    prepared = launch.prepare(command, {}, {"a": 2, "b": 2, "c": 4})
-    assert (prepared.command, prepared.environment) == (command, {})
+    prepared = prepare(command, {}, {"a": 2, "b": 2, "c": 4})
+    assert prepared.command == command
+    assert prepared.environment.keys() == {"TRIMTAB_PLAN", "DS_ENV_FILE"}
 
 
 @pytest.mark.parametrize(
     ("order", "sentence"),
     [({"a": 2, "z": 1}, "'z', which has no line there"), ({"a": 3}, "'a', which has slots=2")],
 )
-def test_a_hostfile_without_room(launchers, hostfile, order, sentence):
+def test_a_hostfile_without_room(launchers, prepare, hostfile, order, sentence):
     with pytest.raises(BadInput, match=sentence):
-        launch.prepare(["deepspeed", "-H", str(hostfile), "t.py"], {}, order)
+        prepare(["deepspeed", "-H", str(hostfile), "t.py"], {}, order)
 
 
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [("d slots=x", "hosts:6: 'd slots=x' is no entry"), ("a slots=9", "'a' is given twice")],
 )
-def test_a_hostfile_that_deepspeed_would_refuse(launchers, hostfile, line, sentence):
+def test_a_hostfile_that_deepspeed_would_refuse(launchers, prepare, hostfile, line, sentence):
     hostfile.write_text(f"{hostfile.read_text()}{line}\n")
     with pytest.raises(BadInput, match=sentence):
-        launch.prepare(["deepspeed", f"--hostfile={hostfile}", "t.py"], {}, {"c": 1})
+        prepare(["deepspeed", f"--hostfile={hostfile}", "t.py"], {}, {"c": 1})
 
 
 @pytest.mark.parametrize(
     ("own", "rank"), [("b.cluster", 0), ("a", 1), ("a.elsewhere", 1), ("10.0.0.7", 2)]
 )
-def test_torchrun_gets_this_nodes_place(launchers, own, rank):
+def test_torchrun_gets_this_nodes_place(launchers, prepare, own, rank):
     given_to = "--nnodes 3 --node_rank=2 --master-addr=a t.py --node-rank 9"
     command = ["torchrun", *given_to.split()]
     order = {"b.cluster": 2, "a.cluster": 2, "10.0.0.7": 2}
     environment = {"TRIMTAB_HOST": own}
-    words = " ".join(launch.prepare(command, environment, order).command)
-    numbers = f"--nnodes 3 --nproc-per-node 2 --node-rank {rank} --master-addr b.cluster"
+    words = " ".join(prepare(command, environment, order).command)
+    numbers = f"--nnodes 3 --node-rank {rank} --master-addr b.cluster --nproc-per-node 2"
     assert words == f"torchrun {numbers} t.py --node-rank 9"
 
 
@@ -317,23 +333,68 @@ def test_torchrun_gets_this_nodes_place(launchers, own, rank):
         ("torchrun t.py", {"PET_NNODES": "3"}, {"a": 2, "b": 2}, "--nnodes is 3"),
         ("torchrun --nproc_per_node 4 t.py", {}, {"a": 2, "b": 2}, "--nproc-per-node is 4"),
         ("torchrun t.py", {}, {"a": 2, "b": 1}, "torchrun needs as many on every host"),
-        ("torchrun --standalone t.py", {}, {"a": 2}, "--standalone numbers the nodes by itself"),
-        ("torchrun --rdzv-backend=c10d t.py", {}, {"a": 2}, "--rdzv-backend c10d numbers"),
+        ("torchrun --standalone t.py", {}, {"a": 2, "b": 2}, "--standalone is for one host, and"),
+        ("torchrun --rdzv-backend=etcd-v2 t.py", {}, {"a": 2}, "--rdzv-backend etcd-v2 numbers"),
+        ("torchrun --rdzv-backend c10d --nnodes 3:4 t.py", {}, {"a": 2, "b": 2}, "--nnodes is 3:4"),
+        ("torchrun t.py", {"PET_RDZV_BACKEND": "c10d", "PET_NNODES": "3"}, {"a": 2}, "is 3, where"),
         ("torchrun t.py", {"TRIMTAB_HOST": "z"}, {"a": 2}, "'z', is not one host of the plan"),
-        ("srun -n 2 t.py", {}, {"a": 2}, "srun takes no order of hosts"),
+        ("srun -n 3 t.py", {}, {"a": 2}, "--ntasks is 3, where the plan has 2"),
+        ("srun -N2 t.py", {}, {"a": 2}, "--nodes is 2, where the plan has 1"),
+        ("srun -m block t.py -m arbitrary", {}, {"a": 2}, "--distribution is block, which numbers"),
+        ("srun --nodelist=a t.py", {}, {"a": 2}, "--nodelist contradicts the plan's list"),
+        ("srun --mpi=none torchrun t.py", {}, {"a": 2}, "srun would start torchrun once for each"),
+        ("srun t.py", {"SLURM_JOB_NODELIST": "b[1-3]"}, {"a": 2}, "'a' is not in this allocation"),
+        ("deepspeed t.py", {"SLURM_JOB_NODELIST": "a[1"}, {"a": 2}, "brackets that do not match"),
+        (
+            "torchrun --rdzv-backend c10d t.py",
+            {"SLURM_JOB_NODELIST": "b[1,3]"},
+            {"b1": 2, "b2": 2, "c": 2},
+            "'b2' and 1 more is not in this allocation",
+        ),
     ],
 )
-def test_an_order_that_cannot_be_given(launchers, command, environment, order, sentence):
+def test_an_order_that_cannot_be_given(launchers, prepare, command, environment, order, sentence):
     with pytest.raises(BadInput, match=sentence):
-        launch.prepare(command.split(), environment, order)
+        prepare(command.split(), environment, order)
+
+
+@pytest.mark.parametrize(
+    ("given_as", "nodes"), [("", "--nnodes 2 "), ("--nnodes 2 ", ""), ("--nnodes=1:3 ", "")]
+)
+def test_the_dynamic_rendezvous_is_replaced_by_ours(launchers, prepare, given_as, nodes):
+    command = f"torchrun {given_as}--rdzv-backend c10d --rdzv-conf read_timeout=9 t.py".split()
+    parsed = launcher_command.parse(prepare(command, {}, {"b": 2, "a": 2}).command)
+    conf = parsed.option("--rdzv-conf")
+    assert conf is not None
+    settings = dict(entry.split("=") for entry in conf.split(","))
+    assert Path(settings.pop("plan")).read_text() == "b slots=2\na slots=2\n"
+    assert settings == {"read_timeout": "9"}
+    words = " ".join(parsed.words).replace(conf, "CONF")
+    ours = f"--rdzv-backend trimtab --rdzv-conf CONF {nodes}--nproc-per-node 2"
+    assert words == f"torchrun {ours} {given_as}t.py"
+
+
+def test_standalone_with_one_host_gets_its_number_of_ranks(launchers, prepare):
+    prepared = prepare(["torchrun", "--standalone", "t.py"], {}, {"a": 3})
+    assert " ".join(prepared.command) == "torchrun --nproc-per-node 3 --standalone t.py"
+
+
+def test_srun_gets_a_host_for_each_task(launchers, prepare):
+    environment = {"SLURM_JOB_NODELIST": "n[01-03]"}
+    command = ["srun", "-l", "--mpi", "none", "python", "t.py", "-n", "9"]
+    prepared = prepare(command, environment, {"n03": 2, "n01": 2})
+    ours = "--distribution arbitrary --ntasks 4 --nodes 2"
+    assert " ".join(prepared.command) == f"srun {ours} -l --mpi none python t.py -n 9"
+    hostfile = Path(prepared.environment["SLURM_HOSTFILE"])
+    assert hostfile.read_text() == "n03\nn03\nn01\nn01\n"
 
 
 def test_a_plan_without_ranks_and_one_across_machines(tmp_path):
     with pytest.raises(BadInput, match="a placement plan has no ranks to launch"):
-        launch.hosts_of(plan())
+        host_order.hosts_of(plan())
     for ranks in ([("a", 0), ("b", 0), ("a", 1)], [("a", 1)], [("a", 1), ("a", 0)]):
         with pytest.raises(Unsupported, match="across machines in turn, or leaves devices"):
-            launch.hosts_of(plan(*ranks))
+            host_order.hosts_of(plan(*ranks))
 
 
 def test_a_plan_that_is_not_for_launching_names_its_file(launchers, tmp_path):
@@ -350,7 +411,7 @@ def test_what_is_run_is_said_on_stderr(launchers, tmp_path):
     ended = launchers.trimtab(
         "launch", "--plan", str(path), "--", "torchrun", "t.py", TRIMTAB_HOST="a"
     )
-    argv = "--nnodes 2 --nproc-per-node 1 --node-rank 1 --master-addr b t.py"
+    argv = "--nnodes 2 --node-rank 1 --master-addr b --nproc-per-node 1 t.py"
     assert " ".join(json.loads(ended.stdout)["argv"]) == argv
     assert ended.stderr == f"trimtab: launching torchrun {argv}\n"
 
@@ -371,6 +432,15 @@ def test_plugins_change_the_launch_in_the_users_order(lays, tmp_path):
     prepared = launch.prepare(command, {"HOME": "/nowhere"})
     assert prepared.command == ("deepspeed", "-q", "--no_ssh", *command[1:])
     assert prepared.environment == {"HOME": "/nowhere", "MOOD": "calm", "SEEN": "calm"}
+
+
+def test_a_configuration_that_the_job_does_not_name(lays, tmp_path):
+    path = Path(config(tmp_path, {"lays": {"mood": "calm"}}))
+    prepared = launch.prepare(["torchrun", "t.py"], {}, config=path)
+    assert prepared.environment == {"MOOD": "calm", "SEEN": "none"}
+    path.write_text("{}")
+    with pytest.raises(BadInput, match=r"ds\.json: there is no 'trimtab' block; add one"):
+        launch.prepare(["torchrun", "t.py"], {}, config=path)
 
 
 def test_a_plugin_sees_and_orders_the_hosts(lays, hostfile, tmp_path):

@@ -47,6 +47,12 @@ def launch(
     plan: Path | None = typer.Option(
         None, "--plan", metavar="PLAN", help="Give the hosts their ranks in this plan's order."
     ),
+    config: Path | None = typer.Option(
+        None,
+        "--config",
+        metavar="FILE",
+        help="The JSON file with the trimtab block, where the job's arguments name none.",
+    ),
 ) -> None:
     """Run a training launcher with placement and collectives applied.
 
@@ -57,7 +63,7 @@ def launch(
     from trimtab.hosts.launch import prepare
 
     command: list[str] = ctx.obj
-    prepared = prepare(command, os.environ, _hosts_of(plan) if plan is not None else None)
+    prepared = prepare(command, os.environ, plan, config)
     _tell(prepared, command)
     become(prepared.command, prepared.environment)
 
@@ -92,18 +98,6 @@ def _restore_signals() -> None:
     for name in ("SIGPIPE", "SIGXFSZ"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
-
-
-def _hosts_of(path: Path) -> dict[str, int]:
-    from trimtab.core.plan import Plan
-    from trimtab.hosts.launch import hosts_of
-
-    try:
-        return hosts_of(Plan.read(path))
-    except BadInput as error:
-        if error.where:
-            raise
-        raise type(error)(error.what, where=str(path), fix=error.fix) from None
 
 
 def _tell(prepared: Launch, command: Sequence[str]) -> None:

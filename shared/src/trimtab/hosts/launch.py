@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from trimtab.core.errors import BadInput, Unsupported
 from trimtab.core.launch import LaunchChange, Launcher, LaunchRequest
-from trimtab.hosts import launcher_command, versions
+from trimtab.hosts import host_order, launcher_command, slurm, versions
 from trimtab.hosts.deepspeed import launching as deepspeed
-from trimtab.hosts.deepspeed.config import find, training_plugins
+from trimtab.hosts.deepspeed.config import find, read_block, training_plugins
 from trimtab.hosts.launcher_command import LauncherCommand
 from trimtab.hosts.torch import launching as torch
-
-if TYPE_CHECKING:
-    from trimtab.core.plan import Plan
 
 FRAMEWORKS: Mapping[Launcher, str] = {"deepspeed": "deepspeed", "torchrun": "torch"}
 """The framework whose version decides how a launcher behaves."""
@@ -30,55 +25,38 @@ class Launch:
     environment: Mapping[str, str]
 
 
-def hosts_of(plan: Plan) -> dict[str, int]:
-    """How many ranks a training plan gives each machine, in rank order.
-
-    Raises:
-        BadInput: the plan is not about training.
-        Unsupported: it numbers ranks in a way that needs more than an order of machines.
-    """
-    if not plan.ranks:
-        raise BadInput(
-            f"a {plan.planner} plan has no ranks to launch",
-            fix="give a plan of a training job, as trimtab plan placement makes it",
-        )
-    hosts = Counter(slot.node for slot in plan.ranks)
-    in_order = [(host, device) for host, count in hosts.items() for device in range(count)]
-    if in_order != [(slot.node, slot.device) for slot in plan.ranks]:
-        raise Unsupported(
-            "the plan numbers ranks across machines in turn, or leaves devices of one out",
-            fix="write it for Slurm with trimtab emit --to slurm",
-        )
-    return dict(hosts)
-
-
 def prepare(
     command: Sequence[str],
     environment: Mapping[str, str],
-    hosts: Mapping[str, int] | None = None,
+    plan: Path | None = None,
+    config: Path | None = None,
 ) -> Launch:
     """What is to be run in place of a launcher's command.
 
-    Without a plugin in the job's DeepSpeed configuration and without an order of hosts, it is the
-    command itself.
+    Without a plugin in the job's DeepSpeed configuration and without a plan, it is the command
+    itself.
 
     Args:
         command: the launcher and its arguments.
         environment: the environment of the launch.
-        hosts: how many ranks a plan gives each machine, in rank order.
+        plan: a plan, or a hostfile, in whose order the hosts get their ranks.
+        config: the configuration whose block counts, instead of the one that the job names.
 
     Raises:
-        BadInput: the launcher is unknown, or a plugin or the order cannot be applied to it.
+        BadInput: the launcher is unknown, the plan is none for this job, or a plugin or the order
+            cannot be applied to the launcher.
     """
     parsed = launcher_command.parse(command)
-    block = find(parsed.job)
+    block = find(parsed.job) if config is None else read_block(config)
     plugins = training_plugins(block) if block is not None else []
-    if not plugins and not hosts:
+    if not plugins and plan is None:
         return Launch(tuple(command), environment)
     if parsed.launcher in FRAMEWORKS:
         versions.require(FRAMEWORKS[parsed.launcher])
     given = deepspeed.hosts(parsed) if parsed.launcher == "deepspeed" else {}
-    request = LaunchRequest(parsed.launcher, parsed.words, environment, hosts or given)
+    request = LaunchRequest(parsed.launcher, parsed.words, environment, given)
+    if plan is not None:
+        request = changed(request, _planned(plan))
     for plugin, options in plugins:
         change = plugin.launch(options, request)
         if change is not None:
@@ -97,6 +75,14 @@ def changed(request: LaunchRequest, change: LaunchChange) -> LaunchRequest:
     )
 
 
+def _planned(plan: Path) -> LaunchChange:
+    """What a plan changes: the order of the hosts, and a variable by which the job can check it."""
+    return LaunchChange(
+        environment={host_order.PLAN_VARIABLE: str(plan.absolute())},
+        hosts=host_order.read_order(plan),
+    )
+
+
 def _applied(
     request: LaunchRequest, given: Mapping[str, int], environment: Mapping[str, str]
 ) -> Launch:
@@ -109,6 +95,8 @@ def _applied(
     """
     parsed = launcher_command.parse(request.command)
     final = dict(request.environment)
+    if parsed.launcher == "srun" and request.hosts:
+        final |= slurm.variables(request.hosts)
     added = {name: value for name, value in final.items() if environment.get(name) != value}
     if list(request.hosts.items()) != list(given.items()):
         parsed = _with_hosts(parsed, request)
@@ -118,11 +106,9 @@ def _applied(
 
 
 def _with_hosts(parsed: LauncherCommand, request: LaunchRequest) -> LauncherCommand:
+    slurm.check_allocation(request.hosts, request.environment)
     if parsed.launcher == "deepspeed":
         return deepspeed.with_hosts(parsed, request.hosts)
     if parsed.launcher == "torchrun":
         return torch.with_hosts(parsed, request.hosts, request.environment)
-    raise Unsupported(
-        "srun takes no order of hosts from trimtab launch",
-        fix="write it for Slurm with trimtab emit --to slurm",
-    )
+    return slurm.with_hosts(parsed, request.hosts)

@@ -42,6 +42,61 @@ FLAGS: Mapping[Launcher, frozenset[str]] = {
             "-q",
         }
     ),
+    "srun": frozenset(
+        {
+            "--bcast",
+            "--compress",
+            "--contiguous",
+            "--disable-status",
+            "--exact",
+            "--exclusive",
+            "--get-user-env",
+            "--help",
+            "--hold",
+            "--immediate",
+            "--interactive",
+            "--kill-on-bad-exit",
+            "--label",
+            "--multi-prog",
+            "--nice",
+            "--no-allocate",
+            "--no-kill",
+            "--overcommit",
+            "--overlap",
+            "--oversubscribe",
+            "--preserve-env",
+            "--propagate",
+            "--pty",
+            "--quiet",
+            "--reboot",
+            "--resv-ports",
+            "--send-libs",
+            "--spread-job",
+            "--test-only",
+            "--unbuffered",
+            "--usage",
+            "--use-min-nodes",
+            "--verbose",
+            "--version",
+            "--whole",
+            "--x11",
+            "-E",
+            "-H",
+            "-I",
+            "-K",
+            "-O",
+            "-Q",
+            "-V",
+            "-X",
+            "-Z",
+            "-h",
+            "-k",
+            "-l",
+            "-s",
+            "-u",
+            "-v",
+        }
+    ),
     "torchrun": frozenset(
         {
             "--help",
@@ -55,7 +110,10 @@ FLAGS: Mapping[Launcher, frozenset[str]] = {
         }
     ),
 }
-"""The options that take no value, written with hyphens; all others of a launcher take one."""
+"""The options that take no value of their own word; all others of a launcher take one.
+
+They are written with hyphens.
+"""
 
 KNOWN = "deepspeed, torchrun, python -m torch.distributed.run, srun"
 
@@ -67,7 +125,7 @@ class LauncherCommand:
     Attributes:
         launcher: the kind of launcher.
         program: what starts it, e.g. ``("python", "-m", "torch.distributed.run")``.
-        options: the launcher's own options; empty for srun, whose options are not told apart.
+        options: the launcher's own options.
         job: the training script and its arguments.
     """
 
@@ -116,7 +174,7 @@ def parse(command: Sequence[str]) -> LauncherCommand:
     """
     launcher, length = _identify(command)
     program, rest = tuple(command[:length]), tuple(command[length:])
-    end = _end_of_options(rest, FLAGS[launcher]) if launcher in FLAGS else 0
+    end = _end_of_options(rest, FLAGS[launcher])
     return LauncherCommand(launcher, program, rest[:end], rest[end:])
 
 

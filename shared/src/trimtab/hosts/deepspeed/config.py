@@ -58,6 +58,23 @@ def find(arguments: Sequence[str]) -> TrainingBlock | None:
     return None
 
 
+def read_block(path: str | Path) -> TrainingBlock:
+    """The block of a configuration file.
+
+    Raises:
+        BadInput: the file cannot be read, is no JSON, or has no block.
+    """
+    where = str(path)
+    config = _parse(read_text(path), where)
+    if not isinstance(config, Mapping) or KEY not in config:
+        raise BadInput(
+            f"there is no {KEY!r} block",
+            where=where,
+            fix='add one, such as {"trimtab": {"placement": {"plan": "plan.json"}}}',
+        )
+    return TrainingBlock(enabled(config, where=where), where)
+
+
 def training_plugins(block: TrainingBlock) -> list[tuple[Plugin, object]]:
     """The plugins that a block switches on, with their options, which are checked.
 

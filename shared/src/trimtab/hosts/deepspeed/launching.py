@@ -30,7 +30,7 @@ def hosts(command: LauncherCommand) -> dict[str, int]:
         BadInput: the hostfile is one that the launcher would refuse.
     """
     path = _hostfile(command)
-    return _entries(path) if path is not None else {}
+    return read_hostfile(path) if path is not None else {}
 
 
 def with_hosts(command: LauncherCommand, ranks: Mapping[str, int]) -> LauncherCommand:
@@ -55,7 +55,7 @@ def _check_slots(hostfile: Path | None, ranks: Mapping[str, int]) -> None:
     """Whether the hostfile that the user gave, if any, has room for the ranks."""
     if hostfile is None:
         return
-    slots = _entries(hostfile)
+    slots = read_hostfile(hostfile)
     for host, wanted in ranks.items():
         if wanted > slots.get(host, 0):
             has = f"slots={slots[host]}" if host in slots else "no line"
@@ -98,8 +98,12 @@ def _hostfile(command: LauncherCommand) -> Path | None:
     return path if path.is_file() else None
 
 
-def _entries(path: Path) -> dict[str, int]:
-    """The slots of each host, in the file's order."""
+def read_hostfile(path: Path) -> dict[str, int]:
+    """The slots of each host of a hostfile, in its order.
+
+    Raises:
+        BadInput: the file is one that the launcher would refuse.
+    """
     slots: dict[str, int] = {}
     for number, line in read_lines(path):
         if line.lstrip().startswith("#"):

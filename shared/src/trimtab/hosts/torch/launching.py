@@ -1,24 +1,31 @@
 """torchrun: the order of its nodes.
 
-Each node runs its own torchrun, and the static rendezvous numbers them as they are told.
+Each node runs its own torchrun. The static rendezvous numbers them as they are told; the dynamic
+one (c10d) sorts them by name, so that ours (`trimtab.hosts.torch.rendezvous`) takes its place.
 """
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+from trimtab.core.cache import keep
 from trimtab.core.errors import BadInput, Unsupported
+from trimtab.hosts.host_order import HOST_VARIABLE, own_host, place_of
 from trimtab.hosts.launcher_command import LauncherCommand
 
-HOST_VARIABLE = "TRIMTAB_HOST"
-"""The name by which a plan knows this machine, where it is not its host name."""
+BACKEND = "trimtab"
+"""Our rendezvous, by the name under which torchrun finds it."""
+
+PLAN_SETTING = "plan"
+"""The key in ``--rdzv-conf`` of the plan or hostfile that our rendezvous orders the nodes by."""
+
+_REPLACEABLE = ("c10d", BACKEND)
 
 
 def with_hosts(
     command: LauncherCommand, ranks: Mapping[str, int], environment: Mapping[str, str]
 ) -> LauncherCommand:
-    """The command of this node with its place in the order, and the first host as the master.
+    """The command of this node, which then gets its place in the order.
 
     Args:
         command: torchrun's command on this node.
@@ -29,39 +36,83 @@ def with_hosts(
         BadInput: this node is not in the order, or the command contradicts it.
         Unsupported: torchrun cannot number ranks in this way.
     """
-    _check_rendezvous(command, environment)
-    hosts = list(ranks)
-    _check_number("nnodes", str(len(hosts)), command, environment)
     if len(set(ranks.values())) > 1:
         raise Unsupported(
             f"the hosts get {sorted(set(ranks.values()))} ranks each",
             fix="torchrun needs as many on every host; launch with deepspeed",
         )
-    processes = str(ranks[hosts[0]])
+    processes = str(next(iter(ranks.values())))
     _check_number("nproc-per-node", processes, command, environment)
-    place = str(_place(hosts, environment))
-    for option, value in (
-        ("--master-addr", hosts[0]),
-        ("--node-rank", place),
-        ("--nproc-per-node", processes),
-        ("--nnodes", str(len(hosts))),
-    ):
-        command = command.with_option((option,), value, as_=option)
+    command = _with(command, "--nproc-per-node", processes)
+    if _is_standalone(command, environment):
+        return _alone(command, ranks)
+    rendezvous = _value(command, environment, "rdzv-backend") or "static"
+    if rendezvous == "static":
+        return _numbered(command, ranks, environment)
+    if rendezvous in _REPLACEABLE:
+        return _sorted(command, ranks, environment)
+    raise Unsupported(
+        f"--rdzv-backend {rendezvous} numbers the nodes by itself",
+        fix="give --rdzv-backend c10d, or leave it out, so that the nodes get the plan's order",
+    )
+
+
+def _alone(command: LauncherCommand, ranks: Mapping[str, int]) -> LauncherCommand:
+    if len(ranks) > 1:
+        raise BadInput(
+            f"--standalone is for one host, and the plan has {len(ranks)}",
+            fix="leave it out, so that the nodes get the order of the plan",
+        )
     return command
 
 
-def _check_rendezvous(command: LauncherCommand, environment: Mapping[str, str]) -> None:
-    """Whether the nodes are numbered as they are told: other rendezvous sort them by name."""
-    standalone = command.option("--standalone") is not None or (
-        environment.get("PET_STANDALONE", "0") not in ("", "0")
-    )
-    rendezvous = _value(command, environment, "rdzv-backend") or "static"
-    if standalone or rendezvous != "static":
-        named = "--standalone" if standalone else f"--rdzv-backend {rendezvous}"
-        raise Unsupported(
-            f"{named} numbers the nodes by itself",
-            fix="leave it out, so that the nodes get the order of the plan",
+def _numbered(
+    command: LauncherCommand, ranks: Mapping[str, int], environment: Mapping[str, str]
+) -> LauncherCommand:
+    """The command for the static rendezvous, with the first host as the master."""
+    hosts = list(ranks)
+    _check_number("nnodes", str(len(hosts)), command, environment)
+    own = own_host(environment)
+    place = place_of(own, hosts)
+    if place is None:
+        raise BadInput(
+            f"this machine, {own!r}, is not one host of the plan",
+            fix=f"set {HOST_VARIABLE} to one of {', '.join(hosts[:20])}",
         )
+    command = _with(command, "--master-addr", hosts[0])
+    command = _with(command, "--node-rank", str(place))
+    return _with(command, "--nnodes", str(len(hosts)))
+
+
+def _sorted(
+    command: LauncherCommand, ranks: Mapping[str, int], environment: Mapping[str, str]
+) -> LauncherCommand:
+    """The command for the dynamic rendezvous, which then sorts the nodes by the order."""
+    nodes = _value(command, environment, "nnodes")
+    least, colon, most = (nodes or str(len(ranks))).partition(":")
+    if not _within(len(ranks), least, most if colon else least):
+        raise BadInput(
+            f"--nnodes is {nodes}, where the plan has {len(ranks)}",
+            fix=f"give {len(ranks)}, or leave it out",
+        )
+    if nodes is None:
+        command = _with(command, "--nnodes", str(len(ranks)))
+    order = keep("".join(f"{host} slots={slots}\n" for host, slots in ranks.items()), "hostfile")
+    settings = _value(command, environment, "rdzv-conf")
+    ours = f"{PLAN_SETTING}={order.absolute()}"
+    command = _with(command, "--rdzv-conf", f"{settings},{ours}" if settings else ours)
+    return _with(command, "--rdzv-backend", BACKEND)
+
+
+def _within(planned: int, least: str, most: str) -> bool:
+    """Whether a range has room for the planned number; one that is none is torchrun's to judge."""
+    numbers = least.isdecimal() and most.isdecimal()
+    return not numbers or int(least) <= planned <= int(most)
+
+
+def _is_standalone(command: LauncherCommand, environment: Mapping[str, str]) -> bool:
+    told = environment.get("PET_STANDALONE", "0") not in ("", "0")
+    return told or command.option("--standalone") is not None
 
 
 def _check_number(
@@ -82,18 +133,5 @@ def _value(command: LauncherCommand, environment: Mapping[str, str], name: str) 
     return command.option(f"--{name}") or environment.get(variable) or None
 
 
-def _place(order: Sequence[str], environment: Mapping[str, str]) -> int:
-    """This machine's index in the order; a host name matches with or without its domain."""
-    own = environment.get(HOST_VARIABLE) or socket.gethostname()
-    for name, candidates in ((own, order), (_short(own), [_short(host) for host in order])):
-        if candidates.count(name) == 1:
-            return candidates.index(name)
-    raise BadInput(
-        f"this machine, {own!r}, is not one host of the plan",
-        fix=f"set {HOST_VARIABLE} to one of {', '.join(order[:20])}",
-    )
-
-
-def _short(host: str) -> str:
-    """A host name without its domain; an address stays whole."""
-    return host if host.replace(".", "").isdigit() else host.partition(".")[0]
+def _with(command: LauncherCommand, option: str, value: str) -> LauncherCommand:
+    return command.with_option((option,), value, as_=option)

@@ -1,0 +1,114 @@
+"""The order in which hosts get their ranks, and which of them this machine is."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from trimtab.core.documents import read_text
+from trimtab.core.errors import BadInput, Unsupported
+from trimtab.core.plan import Plan
+from trimtab.hosts.deepspeed.launching import read_hostfile
+
+HOST_VARIABLE = "TRIMTAB_HOST"
+"""The name by which a plan knows this machine, where it is not its host name."""
+
+PLAN_VARIABLE = "TRIMTAB_PLAN"
+"""The plan that a job was launched with; it is set on every host."""
+
+STRICT_VARIABLE = "TRIMTAB_STRICT"
+"""Set to 1, a job that does not lie where its plan says is refused."""
+
+
+def hosts_of(plan: Plan) -> dict[str, int]:
+    """How many ranks a training plan gives each machine, in rank order.
+
+    Raises:
+        BadInput: the plan is not about training.
+        Unsupported: it numbers ranks in a way that needs more than an order of machines.
+    """
+    if not plan.ranks:
+        raise BadInput(
+            f"a {plan.planner} plan has no ranks to launch",
+            fix="give a plan of a training job, as trimtab plan placement makes it",
+        )
+    hosts = Counter(slot.node for slot in plan.ranks)
+    in_order = [(host, device) for host, count in hosts.items() for device in range(count)]
+    if in_order != [(slot.node, slot.device) for slot in plan.ranks]:
+        raise Unsupported(
+            "the plan numbers ranks across machines in turn, or leaves devices of one out",
+            fix="write it for Slurm with trimtab emit --to slurm",
+        )
+    return dict(hosts)
+
+
+def read_order(path: str | Path) -> dict[str, int]:
+    """How many ranks each machine gets, in rank order, from a plan or a hostfile.
+
+    Raises:
+        BadInput: it is neither, or the plan is not about training.
+    """
+    if not read_text(path).lstrip().startswith("{"):
+        return read_hostfile(Path(path))
+    try:
+        return hosts_of(Plan.read(path))
+    except BadInput as error:
+        if error.where:
+            raise
+        raise type(error)(error.what, where=str(path), fix=error.fix) from None
+
+
+def own_host(environment: Mapping[str, str] = os.environ) -> str:
+    """This machine's name, as plans know it."""
+    return environment.get(HOST_VARIABLE) or socket.gethostname()
+
+
+def place_of(host: str, order: Sequence[str]) -> int | None:
+    """The index of a host in an order; None where none, or more than one, is meant.
+
+    A host name matches with or without its domain.
+    """
+    for name, candidates in ((host, order), (short(host), [short(known) for known in order])):
+        if candidates.count(name) == 1:
+            return candidates.index(name)
+    return None
+
+
+def new_ranks(order: Sequence[str], hosts: Sequence[str]) -> list[int]:
+    """The rank that an order gives each of the hosts that are there.
+
+    Hosts that the order does not name come after the others; hosts of one name keep their order.
+
+    Args:
+        order: hosts in the order in which they shall get their ranks; not all need be there.
+        hosts: the hosts that are there, by their present rank.
+    """
+    places = [place_of(host, order) for host in hosts]
+    keys = [(len(order) if place is None else place, at) for at, place in enumerate(places)]
+    rank_of = {key: rank for rank, key in enumerate(sorted(keys))}
+    return [rank_of[key] for key in keys]
+
+
+def difference(order: Sequence[str], hosts: Sequence[str]) -> str:
+    """What differs between planned hosts and those that are there; empty if nothing does."""
+    places = {place_of(host, order) for host in hosts}
+    missing = [host for at, host in enumerate(order) if at not in places]
+    unknown = [host for host in hosts if place_of(host, order) is None]
+    parts = [f"{listed(missing)} missing"] if missing else []
+    parts += [f"{listed(unknown)} not planned"] if unknown else []
+    return " and ".join(parts)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names and how many more there are, with the verb: ``a, b and 3 more are``."""
+    shown = ", ".join(dict.fromkeys(names[:3]))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{shown}{more} {'is' if len(names) == 1 else 'are'}"
+
+
+def short(host: str) -> str:
+    """A host name without its domain; an address stays whole."""
+    return host if host.replace(".", "").isdigit() else host.partition(".")[0]

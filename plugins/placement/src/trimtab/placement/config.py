@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class PlacementConfig(BaseModel):
-    """What the launch wrapper does with a plan."""
+    """What the launch wrapper does: it follows a plan, or makes one for the hosts it finds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -14,8 +14,15 @@ class PlacementConfig(BaseModel):
         None, description="plan file whose order of nodes the job gets; made by trimtab plan"
     )
     cluster: str | None = Field(
-        None, description="cluster file; without a plan, the hosts are ordered by it"
+        None,
+        description="cluster file; without a plan the hosts are ordered by it, and with one it is"
+        " checked that the plan was made for it",
     )
     job: str | None = Field(None, description="job file, beside cluster")
-    verify: bool = Field(True, description="compare the live job with the plan after init")
-    strict: bool = Field(False, description="refuse to go on where they differ")
+    hosts: str | None = Field(
+        None,
+        description="hostfile of the allocation, where neither DeepSpeed's nor Slurm's names it",
+    )
+    strict: bool = Field(
+        False, description="refuse to go on where the live job differs from the plan"
+    )

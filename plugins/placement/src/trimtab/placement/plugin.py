@@ -6,6 +6,7 @@ from typer import Typer
 
 from trimtab.core.command_groups import command_group
 from trimtab.core.hooks import PluginInfo, hookimpl
+from trimtab.core.launch import LaunchChange, LaunchRequest
 from trimtab.placement.config import PlacementConfig
 
 
@@ -18,6 +19,14 @@ def trimtab_info() -> PluginInfo:
         " trimtab launch --plan PLAN -- LAUNCHER …",
         config=PlacementConfig,
     )
+
+
+@hookimpl
+def trimtab_launch(config: PlacementConfig, launch: LaunchRequest) -> LaunchChange | None:
+    """Gives the hosts of a training launch the order of a plan."""
+    from trimtab.placement.launching import launch_change
+
+    return launch_change(config, launch)
 
 
 @hookimpl

@@ -71,11 +71,12 @@ def command_line(arguments: list[str]) -> typer.Typer:
 
 def _add_core_commands(app: typer.Typer) -> None:
     """Adds the core's own commands; their modules import what they need when they run."""
-    from trimtab.cli import bench, doctor, emit, launch, plugins
+    from trimtab.cli import bench, doctor, emit, import_topology, launch, plugins
 
     app.command("bench")(bench.bench)
     app.command("doctor")(doctor.doctor)
     app.command("emit")(emit.emit)
+    app.command("import")(import_topology.import_topology)
     app.command("launch", cls=launch.LaunchCommand)(launch.launch)
     app.command("plugins")(plugins.plugins)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.core.cluster import Cluster
-from trimtab.core.documents import parse_json, parse_yaml, read_text, validate
+from trimtab.core.documents import json_lines, parse_json, parse_yaml, read_text, validate
 from trimtab.core.errors import BadInput
 from trimtab.core.topology import ibnetdiscover, kubernetes, measured, nccl, slurm, topograph
 from trimtab.core.topology.assumptions import Assumed
@@ -97,7 +97,12 @@ def _of_data(data: Any, places: Places, path: str | Path) -> Draft | Cluster:
         if "items" in data or data.get("kind") == "Node":
             return kubernetes.draft_of_nodes(data, places)
         if "bandwidth_bytes_per_s" in data:
-            found = validate(measured.Measurement, data, where=places.source)
+            found = validate(
+                measured.Measurement,
+                data,
+                where=places.source,
+                lines=lambda: json_lines(places.text),
+            )
             return measured.draft_of_measurement(found, places.source)
         if "nodes" in data:
             return Cluster.read(path)

@@ -268,7 +268,7 @@ def _together(draft: Draft, names: Sequence[str], count: int, size: int) -> list
 
 
 def _named(said: _Said) -> str:
-    if not said.name:
+    if not said.name or "=" in said.name:  # an empty value takes the next pair, as in Slurm
         raise BadInput("a switch or block has no name", where=said.where, fix="give it one")
     return said.name
 

@@ -29,6 +29,9 @@ from trimtab.core.units import Bytes, BytesPerSecond, Seconds
 MAX_BANDWIDTH_BYTES_PER_S = 10e12
 """Above what any link does; a larger figure is bits taken for bytes, or a wrong prefix."""
 
+MAX_CLUSTER_VALUES = 1_000_000
+"""Keys and values of the largest cluster file: some fifty thousand nodes with a link each."""
+
 
 def _plausible(bandwidth_bytes_per_s: float | None) -> float | None:
     if bandwidth_bytes_per_s is not None and bandwidth_bytes_per_s > MAX_BANDWIDTH_BYTES_PER_S:
@@ -191,7 +194,7 @@ class Cluster(Document):
             BadInput: it names the file, the line, the key, the value and what would be right.
         """
         where = str(path)
-        data, lines = parse_yaml(read_text(path), where=where)
+        data, lines = parse_yaml(read_text(path), where=where, max_nodes=MAX_CLUSTER_VALUES)
         if own_devices is not None and isinstance(data, dict):
             given = data.get("own_devices") or []
             data["own_devices"] = [*given, *read_devices(own_devices)]

@@ -16,15 +16,15 @@ MAX_DEPTH = 64
 _Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def parse_yaml(text: str, *, where: str) -> tuple[Any, LineMap]:
+def parse_yaml(text: str, *, where: str, max_nodes: int = MAX_NODES) -> tuple[Any, LineMap]:
     """Plain data from YAML text, and the line of each key.
 
-    The work is bounded by `MAX_NODES` and `MAX_DEPTH`, counted with every alias expanded.
+    The work is bounded by ``max_nodes`` and `MAX_DEPTH`, counted with every alias expanded.
 
     Raises:
         BadInput: the text is no YAML, repeats a key, holds several documents or is too large.
     """
-    reader = _YamlReader(where)
+    reader = _YamlReader(where, max_nodes)
     try:
         for event in yaml.parse(text, Loader=_Loader):
             reader.feed(event)
@@ -60,10 +60,10 @@ _SCALAR_TAGS = frozenset(
 class _YamlReader:
     """Builds data from YAML events without recursion, so that limits hold while it reads."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, max_nodes: int) -> None:
         self.data: Any = None
         self.lines: dict[KeyPath, int] = {}
-        self._where = where
+        self._where, self._max_nodes = where, max_nodes
         self._open: list[_Open] = []
         self._anchors: dict[str, tuple[Any, int]] = {}
         self._nodes = 0
@@ -169,9 +169,9 @@ class _YamlReader:
 
     def _count(self, nodes: int, line: int) -> None:
         self._nodes += nodes
-        if self._nodes > MAX_NODES:
+        if self._nodes > self._max_nodes:
             self._fail(
-                f"more than {MAX_NODES:,} values, with every alias expanded",
+                f"more than {self._max_nodes:,} values, with every alias expanded",
                 line,
                 "give a smaller document",
             )

@@ -32,6 +32,7 @@ FORMATS = (
 _CONF = re.compile(r"(SwitchName|BlockName|BlockSizes)\s*=", re.I)
 _FABRIC = re.compile(r'(vendid=0x|(Switch|Ca|Rt)\s+\d+\s+")')
 _HOSTFILE = re.compile(r"\S+\s+slots=")
+_CLUSTER = re.compile(r"^nodes\s*:", re.M)
 _TABLE = re.compile(r"[^,:{}]*(,[^,:{}]+)+")
 
 
@@ -67,6 +68,8 @@ def read_topology(path: str | Path, assumed: Assumed | None = None) -> Cluster:
         elif _TABLE.fullmatch(line):
             found_matrix = measured.measurement_of_csv(text, source)
             draft = measured.draft_of_measurement(found_matrix, source)
+        elif _CLUSTER.search(text):
+            return Cluster.read(path)
         else:
             read = _of_yaml(text, source, path, given)
             if isinstance(read, Cluster):

@@ -7,7 +7,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import datetime
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -28,11 +29,8 @@ FORMATS: tuple[Format, ...] = ("trimtab", "csv", "philly", "helios", "slurm")
 MAX_JSON_BYTES = 2**30
 
 Placed = Iterator[tuple[str, ClusterJob]]
-"""Jobs with the place that each comes from, such as ``trace.csv:17``; arrivals may count from any day."""
+"""Jobs with the place that each comes from, such as ``trace.csv:17``."""
 Row = Mapping[str, str]
-
-_REQUEST_KEYS = frozenset(JobRequest.__dataclass_fields__)
-_FIRST_COLUMN: Mapping[str, Format] = {"job_id": "csv", "JobID": "slurm"}
 
 
 def read_jobs(
@@ -88,20 +86,11 @@ def read_jobs(
 
 def write_jobs(path: str | Path, jobs: Iterable[ClusterJob]) -> None:
     """Writes a trace as JSON lines, whole or not at all."""
-    lines = []
-    for job in jobs:
-        fields = {
-            key: value
-            for key in JobRequest.__dataclass_fields__
-            if (value := getattr(job.request, key)) not in (None, "")
-        }
-        lines.append(json.dumps(fields | {"duration_s": job.duration_s}))
+    lines = [json.dumps(asdict(job.request) | {"duration_s": job.duration_s}) for job in jobs]
     write_atomic(path, "\n".join(lines) + "\n")
 
 
 def _from_zero(jobs: list[ClusterJob]) -> list[ClusterJob]:
-    from dataclasses import replace
-
     first_s = jobs[0].request.arrival_s
     return [
         replace(job, request=replace(job.request, arrival_s=job.request.arrival_s - first_s))
@@ -163,10 +152,12 @@ def _own_job(record: Mapping[str, Any], where: str) -> ClusterJob:
     if "duration_s" not in record:
         raise BadInput("duration_s is missing", where=where, fix="add it")
     request = {key: value for key, value in record.items() if key != "duration_s"}
-    duration = {"duration_s": record["duration_s"]}
     return validate(
         ClusterJob,
-        {"request": validate(_Strict, request, where=where).request()} | duration,
+        {
+            "request": validate(JobRequest, request, where=where),
+            "duration_s": record["duration_s"],
+        },
         where=where,
     )
 
@@ -305,7 +296,7 @@ def _time_s(row: Row, column: str, where: str) -> float:
 def _seconds(text: object, column: str, where: str) -> float:
     """Seconds of a date without regard to its zone: only differences matter."""
     try:
-        return datetime.fromisoformat(str(text).strip()).timestamp()
+        return datetime.fromisoformat(str(text).strip()).replace(tzinfo=UTC).timestamp()
     except (ValueError, OverflowError):
         raise BadInput(
             f"{column} is {shown(text)}", where=where, fix="write 2017-10-09 07:01:55"

@@ -2,23 +2,26 @@
 
 A pod whose cells lie in ``a`` rows and ``b`` columns holds at most ``min(capacity, a b)`` of them.
 If every row touches at most ``R`` pods and every column at most ``C``, the pods' ``a`` sum to at
-most ``R`` times the rows and their ``b`` to at most ``C`` times the columns. The fewest columns to touch
-for given rows to touch is a linear programme, or with whole columns a small integer one.
+most ``R`` times the rows and their ``b`` to at most ``C`` times the columns. Moreover each row is
+cut into at most ``R`` parts whose widths sum to the columns, and a part of width ``w`` needs a pod
+that touches ``w`` columns. The fewest columns to touch for given ``R`` are a linear programme, or,
+with whole columns, a small integer one.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-
 from trimtab.placement.grid import Demand, Spread
+from trimtab.placement.programme import Programme
 
 _SLACK = 1e-6
 """Solvers' rounding; a bound is lowered by it before it is rounded up."""
+
+_MOST_SHAPES = 400
+"""Ways to cut a row that the tighter bound is tried with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,64 +41,31 @@ class Frontier:
 
     def least(self, alpha: float) -> float:
         """The weighted spread that no placement goes below."""
-        return min(
-            Spread(index + 1, data).weighted(alpha)
+        return min(spread.weighted(alpha) for spread in self.corners)
+
+    @property
+    def corners(self) -> list[Spread]:
+        """The least data spread of each pipeline spread."""
+        return [
+            Spread(index + 1, data)
             for index, data in enumerate(self.least_data)
             if data is not None
-        )
+        ]
+
+    def raised(self, pipeline: int, data: int | None) -> Frontier:
+        """The frontier with more known of one pipeline spread, and so of the lesser ones too."""
+        floor = math.inf if data is None else data
+        known = [math.inf if least is None else least for least in self.least_data]
+        lifted = [
+            max(least, floor) if index < pipeline else least for index, least in enumerate(known)
+        ]
+        return Frontier(tuple(None if math.isinf(least) else int(least) for least in lifted))
 
 
-def _classes(demand: Demand) -> list[tuple[int, int]]:
-    """The capacities that matter, with their numbers."""
-    capped = (min(capacity, demand.cells) for capacity in demand.capacities if capacity > 0)
-    return sorted(Counter(capped).items())
-
-
-def _least_columns(demand: Demand, pipeline: int, seconds: float) -> float | None:
-    """Fewest pod-columns that hold all cells when rows touch ``pipeline`` pods each.
-
-    Variables, for each capacity and each number of columns ``b``: how many of its pods touch ``b``
-    columns, and the rows that these touch together.
-    """
-    choices = [
-        (capacity, number, b)
-        for capacity, number in _classes(demand)
-        for b in range(1, demand.columns + 1)
-        # More columns than cells are never touched.
-        if b <= capacity
-    ]
-    size = len(choices)
-    capacity, number, columns = (
-        np.array(column, dtype=float) for column in zip(*choices, strict=True)
-    )
-    # Three blocks: pods z, rows a, cells x.
-    eye, zero = np.eye(size), np.zeros((size, size))
-    constraints = [
-        LinearConstraint(np.hstack([zero, -np.diag(columns), eye]), -np.inf, 0),
-        LinearConstraint(np.hstack([-np.diag(capacity), zero, eye]), -np.inf, 0),
-        LinearConstraint(np.hstack([-demand.rows * eye, eye, zero]), -np.inf, 0),
-        LinearConstraint(
-            np.concatenate([np.zeros(size), np.ones(size), np.zeros(size)]),
-            -np.inf,
-            demand.rows * pipeline,
-        ),
-        LinearConstraint(np.concatenate([np.zeros(2 * size), np.ones(size)]), demand.cells, np.inf),
-    ]
-    for value, count in _classes(demand):
-        same = np.concatenate([capacity == value, np.zeros(2 * size)]).astype(float)
-        constraints.append(LinearConstraint(same, -np.inf, count))
-    upper = np.concatenate([number, np.full(size, np.inf), np.full(size, np.inf)])
-    solved = milp(
-        np.concatenate([columns, np.zeros(2 * size)]),
-        constraints=constraints,
-        bounds=Bounds(0, upper),
-        integrality=np.concatenate([np.full(size, float(seconds > 0)), np.zeros(2 * size)]),
-        options={"time_limit": seconds} if seconds > 0 else {},
-    )
-    if solved.status == 2:
-        return None
-    bound = solved.mip_dual_bound if seconds > 0 else solved.fun
-    return 0.0 if bound is None else float(bound)
+def frontier(demand: Demand) -> Frontier:
+    """The quick bound for every pipeline spread that can occur."""
+    most = min(demand.columns, sum(1 for capacity in demand.capacities if capacity))
+    return Frontier(tuple(_least_data(demand, r) for r in range(1, most + 1)))
 
 
 def fewest_pods(demand: Demand) -> int | None:
@@ -111,26 +81,88 @@ def fewest_pods(demand: Demand) -> int | None:
     return None
 
 
-def _least_data(demand: Demand, pipeline: int, seconds: float) -> int | None:
-    if pipeline == 1:
-        return fewest_pods(demand)
-    columns = _least_columns(demand, pipeline, seconds)
-    if columns is None:
-        return None
-    whole = fewest_pods(demand.transposed)
-    least = 1 if whole is not None and pipeline >= whole else 2
-    return max(least, math.ceil(columns / demand.columns - _SLACK))
-
-
-def frontier(demand: Demand, *, whole_columns_within_s: float = 0.0) -> Frontier:
-    """The bound for every pipeline spread that can occur.
+def least_data(demand: Demand, pipeline: int, *, nodes: int) -> int | None:
+    """The tighter bound on the data spread for a pipeline spread; None where none has it.
 
     Args:
         demand: the job's grid and the pods' free nodes.
-        whole_columns_within_s: seconds for each spread's integer programme; 0 solves the linear
-            one, which is a little weaker and much quicker.
+        pipeline: the pipeline spread.
+        nodes: of the search tree at most.
     """
-    most = min(demand.columns, sum(1 for capacity in demand.capacities if capacity))
-    return Frontier(
-        tuple(_least_data(demand, r, whole_columns_within_s) for r in range(1, most + 1))
-    )
+    shapes = _shapes(demand.columns, pipeline)
+    if len(shapes) > _MOST_SHAPES:
+        return 1
+    answer = _shaped_programme(demand, shapes).solve(nodes=nodes)
+    if not answer.feasible:
+        return None
+    return max(1, math.ceil(answer.bound / demand.columns - _SLACK))
+
+
+def _least_data(demand: Demand, pipeline: int) -> int | None:
+    if pipeline == 1:
+        return fewest_pods(demand)
+    answer = _programme(demand, pipeline).solve()
+    if not answer.feasible:
+        return None
+    whole = fewest_pods(demand.transposed)
+    least = 1 if whole is not None and pipeline >= whole else 2
+    return max(least, math.ceil(answer.bound / demand.columns - _SLACK))
+
+
+def _programme(demand: Demand, pipeline: int) -> Programme:
+    """For each capacity and number of columns: how many pods, their rows together, their cells."""
+    programme = Programme()
+    rows: list[tuple[int, float]] = []
+    cells: list[tuple[int, float]] = []
+    for capacity, number in demand.classes:
+        same: list[tuple[int, float]] = []
+        for columns in range(1, min(demand.columns, capacity) + 1):
+            pods = programme.variable(columns, upper=number)
+            touched, held = programme.variable(), programme.variable()
+            programme.constrain([(held, 1), (touched, -columns)], high=0)
+            programme.constrain([(held, 1), (pods, -capacity)], high=0)
+            programme.constrain([(touched, 1), (pods, -demand.rows)], high=0)
+            same.append((pods, 1))
+            rows.append((touched, 1))
+            cells.append((held, 1))
+        programme.constrain(same, high=number)
+    programme.constrain(rows, high=demand.rows * pipeline)
+    programme.constrain(cells, low=demand.cells)
+    return programme
+
+
+def _shapes(columns: int, parts: int) -> list[tuple[int, ...]]:
+    """The ways to cut a row into at most so many parts, whatever their order."""
+
+    def cut(left: int, parts: int, widest: int) -> Iterator[tuple[int, ...]]:
+        if left == 0:
+            yield ()
+        elif parts:
+            for width in range(min(left, widest), 0, -1):
+                for rest in cut(left - width, parts - 1, width):
+                    yield (width, *rest)
+
+    return list(cut(columns, parts, columns))
+
+
+def _shaped_programme(demand: Demand, shapes: list[tuple[int, ...]]) -> Programme:
+    """As above, with the rows of a pod told apart by the width they have in it."""
+    programme = Programme()
+    parts: dict[int, list[tuple[int, float]]] = {w: [] for w in range(1, demand.columns + 1)}
+    for capacity, number in demand.classes:
+        same: list[tuple[int, float]] = []
+        for columns in range(1, min(demand.columns, capacity) + 1):
+            pods = programme.variable(columns, upper=number, whole=True)
+            by_width = [(programme.variable(), width) for width in range(1, columns + 1)]
+            programme.constrain([*by_width, (pods, -capacity)], high=0)
+            programme.constrain([*((v, 1) for v, _ in by_width), (pods, -demand.rows)], high=0)
+            same.append((pods, 1))
+            for variable, width in by_width:
+                parts[width].append((variable, 1))
+        programme.constrain(same, high=number)
+    rows = [(programme.variable(), shape) for shape in shapes]
+    programme.constrain([(variable, 1) for variable, _ in rows], low=demand.rows, high=demand.rows)
+    for width, terms in parts.items():
+        used = [(v, -float(shape.count(width))) for v, shape in rows if width in shape]
+        programme.constrain([*terms, *used], low=0, high=0)
+    return programme

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 if TYPE_CHECKING:
-    from trimtab.core.cluster import Cluster
     from trimtab.core.plan import Plan
 
 Mode = Literal["allocate", "reorder"]
@@ -34,11 +33,12 @@ def placement(
     report: Path | None = typer.Option(None, help="Write a page with pictures to this file."),
 ) -> None:
     """Plan which node of a cluster runs which rank of a training job."""
+    from trimtab.core.topology import read_topology
     from trimtab.placement.fabric import states_of
     from trimtab.placement.job import TrainingJob
     from trimtab.placement.planner import plan_placement
 
-    network = _network(cluster)
+    network = read_topology(cluster)
     plan = plan_placement(
         network,
         TrainingJob.read(job),
@@ -56,12 +56,6 @@ def placement(
         typer.echo(plan.model_dump_json(indent=2))
     else:
         _show(plan, out)
-
-
-def _network(path: Path) -> Cluster:
-    from trimtab.core.cluster import Cluster
-
-    return Cluster.read(path)
 
 
 def _hosts(path: Path) -> list[str]:

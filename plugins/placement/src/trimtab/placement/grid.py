@@ -7,6 +7,7 @@ node-replica), a column a bundle of data-parallel groups (all nodes of one pipel
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,12 @@ class Demand:
     def cells(self) -> int:
         """Nodes that the job needs."""
         return self.rows * self.columns
+
+    @property
+    def classes(self) -> list[tuple[int, int]]:
+        """The pods' capacities as far as they matter, with how many pods have each."""
+        capped = (min(capacity, self.cells) for capacity in self.capacities if capacity > 0)
+        return sorted(Counter(capped).items())
 
     @property
     def transposed(self) -> Demand:
@@ -71,8 +78,8 @@ class Spread:
 def _most_distinct(lines: PodGrid) -> int:
     """The most distinct entries in any line (first axis) of a grid."""
     ordered = np.sort(lines, axis=1)
-    changes: int = (np.diff(ordered, axis=1) != 0).sum(axis=1).max(initial=0)
-    return int(changes) + 1
+    changes = np.sum(np.diff(ordered, axis=1) != 0, axis=1)
+    return max(changes.tolist(), default=0) + 1
 
 
 def spread_of(grid: PodGrid) -> Spread:
@@ -83,8 +90,8 @@ def spread_of(grid: PodGrid) -> Spread:
 def touches(grid: PodGrid) -> int:
     """Sum of all rows' and columns' spreads; breaks ties between equal widest groups."""
     rows, columns = np.sort(grid, axis=1), np.sort(grid.T, axis=1)
-    cuts = (np.diff(rows, axis=1) != 0).sum() + (np.diff(columns, axis=1) != 0).sum()
-    return int(cuts) + grid.shape[0] + grid.shape[1]
+    cuts = np.count_nonzero(np.diff(rows, axis=1)) + np.count_nonzero(np.diff(columns, axis=1))
+    return cuts + grid.shape[0] + grid.shape[1]
 
 
 def fits(demand: Demand, grid: PodGrid) -> bool:

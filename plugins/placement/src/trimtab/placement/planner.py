@@ -123,10 +123,10 @@ def _solve(
             " tensor groups are placed across nodes."
         )
     usable: tuple[State, ...] = ("free", "movable", "busy") if mode == "reorder" else ("free",)
-    stays = _attempt(fabric, job, grid, tier, usable)
+    stays = _attempt(fabric, job, grid, tier, alpha, usable)
     if mode == "reorder" or not any(place.state == "movable" for place in fabric.places):
         return stays or _refuse(fabric, job, grid, usable)
-    moves = _attempt(fabric, job, grid, tier, ("free", "movable"))
+    moves = _attempt(fabric, job, grid, tier, alpha, ("free", "movable"))
     if moves is None:
         return stays or _refuse(fabric, job, grid, ("free", "movable"))
     if stays is None:
@@ -140,10 +140,15 @@ def _value(solved: _Solved, alpha: float) -> float:
 
 
 def _attempt(
-    fabric: Fabric, job: TrainingJob, grid: JobGrid, tier: int, usable: Sequence[State]
+    fabric: Fabric,
+    job: TrainingJob,
+    grid: JobGrid,
+    tier: int,
+    alpha: float,
+    usable: Sequence[State],
 ) -> _Solved | None:
     pods = _pods(fabric, job, tier, usable)
-    front = search(pods.demand(grid))
+    front = search(pods.demand(grid), (alpha,))
     return None if front is None else _Solved(pods, grid, front)
 
 

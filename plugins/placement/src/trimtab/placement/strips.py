@@ -18,6 +18,8 @@ from trimtab.placement.grid import Candidate, Demand, PodGrid
 
 Counts = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
+_MOST_STRIPS = 24
+
 Deal = list[tuple[int, int]]
 """``(pod, segments)`` (whole rows) or ``(pod, cells)`` (split rows), in filling order."""
 
@@ -132,8 +134,8 @@ def _one_way(demand: Demand, most: int, name: str) -> Iterator[Candidate]:
 
 def strip_covers(demand: Demand) -> Iterator[Candidate]:
     """All strip covers, along the columns and along the rows; few, and each quickly built."""
-    # More strips than pods never help.
-    pods = len(demand.capacities) + 1
+    # More strips than pods never help, nor do very many: each adds to the other spread.
+    pods = min(len(demand.capacities) + 1, _MOST_STRIPS)
     yield from _one_way(demand, min(demand.columns, pods), "column strips")
     for candidate in _one_way(demand.transposed, min(demand.rows, pods), "row strips"):
         yield candidate.transposed

@@ -1,0 +1,164 @@
+"""Row paths: each pod gets a range of columns, each row walks over pods from the first column on.
+
+This is the widest family here. Strip covers are the special case in which all rows change pods at
+the same columns. Which ranges the pods get, so that no row meets more than ``R`` pods and no
+column more than ``C``, is a mixed-integer programme: the rows are a flow through the columns, and
+a pod whose range is ``w`` wide carries ``capacity // w`` rows.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trimtab.placement.grid import Candidate, Demand, Spread
+from trimtab.placement.programme import Programme
+
+Range = tuple[int, int]
+"""The first cut and the last one of a range of columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """The programme and what its variables mean.
+
+    Attributes:
+        taken: how many pods of a capacity take a range.
+        flow: how many rows walk a range as their step of a number.
+    """
+
+    programme: Programme
+    taken: dict[tuple[int, Range], int]
+    flow: dict[tuple[Range, int], int]
+
+
+def even_cuts(columns: int, most: int) -> list[int]:
+    """Column numbers at which ranges may begin and end; all of them, or ``most`` + 1 spread out."""
+    parts = min(columns, most)
+    return [round(part * columns / parts) for part in range(parts + 1)]
+
+
+def row_paths(
+    demand: Demand, spread: Spread, *, cuts: Sequence[int], nodes: int
+) -> Candidate | None:
+    """A placement of at most the given spreads.
+
+    Args:
+        demand: the job's grid and the pods' free nodes.
+        spread: what is asked for.
+        cuts: where ranges of columns may begin and end; from 0 to the number of columns.
+        nodes: of the search tree at most.
+
+    Returns:
+        None where there is none of this kind, or none was found.
+    """
+    model = _model(demand, spread, cuts)
+    found = model.programme.solve(nodes=nodes)
+    if found.values is None:
+        return None
+    # The flow was left continuous; with the ranges fixed, whole rows are quickly found.
+    for variable in model.flow.values():
+        model.programme.whole[variable] = True
+    ranges = np.full(len(found.values), np.nan)
+    for variable in model.taken.values():
+        ranges[variable] = round(found.values[variable])
+    whole = model.programme.solve(nodes=nodes, fixed=ranges)
+    if whole.values is None:
+        return None
+    values = [round(value) for value in whole.values]
+    paths = _paths({key: values[v] for key, v in model.flow.items()}, demand.rows, len(cuts) - 1)
+    taken = {key: values[v] for key, v in model.taken.items() if values[v]}
+    return _build(demand, cuts, paths, taken)
+
+
+def _model(demand: Demand, spread: Spread, cuts: Sequence[int]) -> _Model:
+    programme, end = Programme(), len(cuts) - 1
+    ranges = [(s, e) for s in range(end) for e in range(s + 1, end + 1)]
+    carried: dict[Range, list[tuple[int, float]]] = {each: [] for each in ranges}
+    crossed: list[list[tuple[int, float]]] = [[] for _ in range(end)]
+    taken: dict[tuple[int, Range], int] = {}
+    for capacity, number in demand.classes:
+        own: list[tuple[int, float]] = []
+        for start, stop in ranges:
+            rows = min(capacity // (cuts[stop] - cuts[start]), demand.rows)
+            if rows:
+                variable = programme.variable(upper=number, whole=True)
+                taken[capacity, (start, stop)] = variable
+                own.append((variable, 1))
+                carried[start, stop].append((variable, -rows))
+                for column in range(start, stop):
+                    crossed[column].append((variable, 1))
+        programme.constrain(own, high=number)
+    for pods in crossed:
+        programme.constrain(pods, high=spread.data)
+    flow = _flow(programme, demand.rows, spread.pipeline, end, carried)
+    return _Model(programme, taken, flow)
+
+
+def _flow(
+    programme: Programme,
+    rows: int,
+    steps: int,
+    end: int,
+    carried: dict[Range, list[tuple[int, float]]],
+) -> dict[tuple[Range, int], int]:
+    """Rows go from cut 0 to the last in at most ``steps`` steps."""
+    flow: dict[tuple[Range, int], int] = {}
+    into: dict[tuple[int, int], list[tuple[int, float]]] = defaultdict(list)
+    for start, stop in carried:
+        own: list[tuple[int, float]] = []
+        for step in range(steps):
+            reachable = step <= start and (step > 0 or start == 0)
+            if reachable and (step < steps - 1 or stop == end):
+                variable = programme.variable(upper=rows)
+                flow[(start, stop), step] = variable
+                own.append((variable, 1))
+                into[stop, step + 1].append((variable, 1))
+                into[start, step].append((variable, -1))
+        programme.constrain([*own, *carried[start, stop]], high=0)
+    programme.constrain(into.pop((0, 0)), low=-rows, high=-rows)
+    for (cut, _), terms in into.items():
+        if cut != end:
+            programme.constrain(terms, low=0, high=0)
+    return flow
+
+
+def _paths(flow: dict[tuple[Range, int], int], rows: int, end: int) -> list[list[Range]]:
+    """Takes the flow apart into the ranges of each row; neighbours are alike."""
+    left = dict(sorted(flow.items()))
+    paths: list[list[Range]] = []
+    for _ in range(rows):
+        path: list[Range] = []
+        at = 0
+        while at != end:
+            key = next(k for k, n in left.items() if n and k[0][0] == at and k[1] == len(path))
+            left[key] -= 1
+            path.append(key[0])
+            at = key[0][1]
+        paths.append(path)
+    return sorted(paths)
+
+
+def _build(
+    demand: Demand,
+    cuts: Sequence[int],
+    paths: Sequence[Sequence[Range]],
+    taken: dict[tuple[int, Range], int],
+) -> Candidate | None:
+    waiting: dict[int, list[int]] = defaultdict(list)
+    for pod, capacity in enumerate(demand.capacities):
+        waiting[min(capacity, demand.cells)].append(pod)
+    pods: dict[Range, list[tuple[int, int]]] = defaultdict(list)
+    for (capacity, each), number in sorted(taken.items()):
+        rows = capacity // (cuts[each[1]] - cuts[each[0]])
+        pods[each] += [(waiting[capacity].pop(0), rows) for _ in range(number)]
+    grid = np.full((demand.rows, demand.columns), -1, dtype=np.int64)
+    for each, offered in pods.items():
+        users = [row for row, path in enumerate(paths) if each in path]
+        for pod, rows in offered:
+            grid[users[:rows], cuts[each[0]] : cuts[each[1]]] = pod
+            users = users[rows:]
+    return Candidate.built(demand, grid, "row paths")

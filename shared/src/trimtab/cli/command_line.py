@@ -71,7 +71,8 @@ def command_line(arguments: list[str]) -> typer.Typer:
 
 def _add_core_commands(app: typer.Typer) -> None:
     """Adds the core's own commands; their modules import what they need when they run."""
-    from trimtab.cli import bench, doctor, emit, import_topology, launch, plugins
+    from trimtab.cli import bench, doctor, emit, import_topology, launch, plugins, profile_network
+    from trimtab.core.command_groups import command_group
 
     app.command("bench")(bench.bench)
     app.command("doctor")(doctor.doctor)
@@ -79,6 +80,7 @@ def _add_core_commands(app: typer.Typer) -> None:
     app.command("import")(import_topology.import_topology)
     app.command("launch", cls=launch.LaunchCommand)(launch.launch)
     app.command("plugins")(plugins.plugins)
+    command_group(app, "profile").command("network")(profile_network.network)
 
 
 def _global_options(

@@ -1,0 +1,84 @@
+"""Real pairs of hosts, measured over gloo: on a shaped tree the tiers found are the true ones."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from trimtab.core.cluster import Cluster
+from trimtab.core.topology import read_topology
+from trimtab.hosts.testbed import TreeNetwork, obstacle, two_tiers
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+MODULE = [sys.executable, "-m", "trimtab.hosts.torch.network_profile"]
+HOST_BYTES_PER_S = 12.5e6
+UPLINK_BYTES_PER_S = 4e6
+
+
+def domains(cluster: Cluster) -> set[frozenset[str]]:
+    """The hosts below each switch that a host hangs on."""
+    names = {node.name for node in cluster.nodes}
+    found: dict[str, set[str]] = {}
+    for link in cluster.links:
+        if link.a in names:
+            found.setdefault(link.b, set()).add(link.a)
+    return {frozenset(hosts) for hosts in found.values()}
+
+
+@pytest.mark.skipif(bool(reason := obstacle()), reason=str(reason))
+@pytest.mark.parametrize("pairs", ["alone", "at-once"])
+def test_the_tiers_of_a_shaped_tree_are_found(tmp_path: Path, pairs: str) -> None:
+    true = two_tiers(
+        [4, 4], host_bytes_per_s=HOST_BYTES_PER_S, uplink_bytes_per_s=UPLINK_BYTES_PER_S
+    )
+    # Ranks alternate between the leaves, so that their order tells nothing.
+    order = [f"h{n}" for pair in zip(range(4), range(4, 8), strict=True) for n in pair]
+    arguments = ["--out", "matrix.json", "--cluster", "cluster.yaml", "--pairs", pairs]
+    arguments += ["--sizes", "64KiB,256KiB", "--repeats", "3", "--device", "cpu"]
+    job = {"WORLD_SIZE": "8", "MASTER_ADDR": order[0], "MASTER_PORT": "29500"}
+    commands = {
+        host: ["env", f"RANK={rank}", *MODULE, *arguments] for rank, host in enumerate(order)
+    }
+    with TreeNetwork(true) as network:
+        done = network.run_all(
+            commands, env={**job, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, timeout_s=200
+        )
+    assert {host: each.returncode for host, each in done.items()} == dict.fromkeys(order, 0), done
+    found = read_topology(tmp_path / "matrix.json")
+    assert domains(found) == domains(true)
+    # Two tiers of switches, as there are.
+    assert len(found.switches) == 3
+    assert domains(Cluster.read(tmp_path / "cluster.yaml")) == domains(true)
+    summary = done[order[0]].stdout.splitlines()
+    assert [line.split(",")[0] for line in summary] == [
+        "8 hosts",
+        "tier 1: 2 domains",
+        "tier 2: 1 domain",
+    ]
+    if pairs == "alone":
+        own = [link.bandwidth_bytes_per_s for link in found.links if link.a in true.graph]
+        uplinks = [link.bandwidth_bytes_per_s for link in found.links if link.b == "core"]
+        assert min(own) == pytest.approx(HOST_BYTES_PER_S, rel=0.3)
+        assert min(uplinks) == pytest.approx(UPLINK_BYTES_PER_S, rel=0.3)
+
+
+def test_processes_of_one_machine_through_the_command(tmp_path: Path) -> None:
+    import subprocess
+
+    command = [sys.executable, "-m", "trimtab.cli", "profile", "network", "--nproc", "3"]
+    more = ["--sizes", "64KiB,1MiB", "--repeats", "1", "--out", "m.json", "--cluster", "c.yaml"]
+    done = subprocess.run(
+        [*command, *more, "--device", "cpu"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("3 hosts\ntier 1: ")
+    cluster = Cluster.read(tmp_path / "c.yaml", connected=True)
+    assert [node.device for node in cluster.nodes] == ["cpu"] * 3

@@ -78,8 +78,8 @@ class Spread:
 def _most_distinct(lines: PodGrid) -> int:
     """The most distinct entries in any line (first axis) of a grid."""
     ordered = np.sort(lines, axis=1)
-    changes = np.sum(np.diff(ordered, axis=1) != 0, axis=1)
-    return max(changes.tolist(), default=0) + 1
+    changes: PodGrid = np.sum(np.diff(ordered, axis=1) != 0, axis=1)
+    return int(changes.max(initial=0)) + 1
 
 
 def spread_of(grid: PodGrid) -> Spread:
@@ -91,7 +91,7 @@ def touches(grid: PodGrid) -> int:
     """Sum of all rows' and columns' spreads; breaks ties between equal widest groups."""
     rows, columns = np.sort(grid, axis=1), np.sort(grid.T, axis=1)
     cuts = np.count_nonzero(np.diff(rows, axis=1)) + np.count_nonzero(np.diff(columns, axis=1))
-    return cuts + grid.shape[0] + grid.shape[1]
+    return int(cuts + sum(grid.shape))
 
 
 def fits(demand: Demand, grid: PodGrid) -> bool:

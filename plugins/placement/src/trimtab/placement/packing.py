@@ -6,7 +6,7 @@ row by row (``pp``: pipelines first) or column by column (``dp``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -54,15 +54,65 @@ def leaf_order(demand: Demand) -> Taken | None:
     return in_order(demand, np.arange(len(demand.capacities)))
 
 
-def hostname_order(demand: Demand, seed: int) -> Taken | None:
-    """Takes nodes by name where names say nothing of the network: in a random order of all nodes.
-
-    This is torchrun's order on a cluster whose names were given by another rule.
-    """
-    nodes = np.repeat(np.arange(len(demand.capacities)), demand.capacities)
-    if len(nodes) < demand.cells:
+def hostname_order(demand: Demand) -> Taken | None:
+    """Takes nodes by their names as text, ``node10`` before ``node2``, as torchrun numbers them."""
+    pods = np.repeat(np.arange(len(demand.capacities)), demand.capacities)
+    if len(pods) < demand.cells:
         return None
-    return np.random.default_rng(seed).permutation(nodes)[: demand.cells]
+    by_name = sorted(range(len(pods)), key=str)
+    taken: Taken = pods[by_name[: demand.cells]]
+    return taken
+
+
+def stripe(demand: Demand) -> Taken | None:
+    """Gives equal segments of whole rows to pods, as DLRover's node groups do."""
+    capacities = np.array(demand.capacities, dtype=np.int64)
+    for segments in range(1, demand.rows + 1):
+        height = -(-demand.rows // segments)
+        held = capacities // (height * demand.columns)
+        if held.sum() >= -(-demand.rows // height):
+            largest = np.argsort(-held, kind="stable")
+            cells = np.repeat(largest, held[largest] * height * demand.columns)
+            return np.array(cells[: demand.cells], dtype=np.int64)
+    return None
+
+
+def bipartition(demand: Demand, order: RankOrder) -> PodGrid | None:
+    """Halves pods and grid together until each part has one pod (dual recursive bipartition).
+
+    The pods are those that packing takes. A part of the grid is cut across its longer side, and
+    across ``order``'s groups last where the sides are equal.
+    """
+    taken = gpu_packing(demand)
+    if taken is None:
+        return None
+    grid = np.full((demand.rows, demand.columns), -1, dtype=np.int64)
+    cells = np.stack(np.nonzero(grid < 0), axis=1)
+    _halve(grid, cells, list(dict.fromkeys(taken.tolist())), demand.capacities, order)
+    return grid
+
+
+def _halve(
+    grid: PodGrid,
+    cells: npt.NDArray[np.int64],
+    pods: Sequence[int],
+    capacities: Sequence[int],
+    order: RankOrder,
+) -> None:
+    if len(pods) == 1 or not len(cells):
+        grid[cells[:, 0], cells[:, 1]] = pods[0]
+        return
+    halves = pods[::2], pods[1::2]
+    room = [sum(capacities[pod] for pod in half) for half in halves]
+    tall, wide = (len(np.unique(cells[:, axis])) for axis in (0, 1))
+    by_row = tall > wide or (tall == wide and order == "pp")
+    axis, line = (0, wide) if by_row else (1, tall)
+    cells = cells[np.lexsort((cells[:, 1 - axis], cells[:, axis]))]
+    lowest, highest = max(0, len(cells) - room[1]), min(len(cells), room[0])
+    even = round(len(cells) * room[0] / sum(room) / line) * line
+    first = even if lowest <= even <= highest else min(max(even, lowest), highest)
+    _halve(grid, cells[:first], halves[0], capacities, order)
+    _halve(grid, cells[first:], halves[1], capacities, order)
 
 
 def random_fit(demand: Demand, seed: int) -> Taken | None:
@@ -84,17 +134,32 @@ def laid(demand: Demand, taken: Taken, order: RankOrder) -> PodGrid:
     return taken.reshape(demand.columns, demand.rows).T
 
 
+PACKINGS: Mapping[str, Callable[[Demand], Taken | None]] = {
+    "best-fit": best_fit,
+    "smallest-first": smallest_first,
+    "gpu-packing": gpu_packing,
+    "leaf-order": leaf_order,
+    "hostname-order": hostname_order,
+    "dlrover-stripe": stripe,
+}
+"""What people use, each to be laid in either rank order."""
+
+
 def packings(demand: Demand) -> Iterator[Candidate]:
-    """The packings that are worth a look, in both rank orders."""
-    for name, pack in (
-        ("gpu-packing", gpu_packing),
-        ("best-fit", best_fit),
-        ("smallest first", smallest_first),
-        ("leaf order", leaf_order),
-    ):
+    """The placements that people have without a planner, in both rank orders."""
+    for name, pack in PACKINGS.items():
         taken = pack(demand)
-        if taken is not None:
-            for order in RANK_ORDERS:
-                built = Candidate.built(demand, laid(demand, taken, order), f"{name} {order}")
-                if built is not None:
-                    yield built
+        if taken is None:
+            continue
+        for order in RANK_ORDERS:
+            yield from _named(demand, laid(demand, taken, order), f"{name} {order}")
+    for order in RANK_ORDERS:
+        grid = bipartition(demand, order)
+        if grid is not None:
+            yield from _named(demand, grid, f"topology-aware {order}")
+
+
+def _named(demand: Demand, grid: PodGrid, name: str) -> Iterator[Candidate]:
+    built = Candidate.built(demand, grid, name)
+    if built is not None:
+        yield built

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from typer import Typer
 
+from trimtab.core.benchmark import Benchmark
 from trimtab.core.command_groups import command_group
 from trimtab.core.hooks import PluginInfo, hookimpl
 from trimtab.core.launch import LaunchChange, LaunchRequest
@@ -35,3 +38,11 @@ def trimtab_commands(app: Typer) -> None:
     from trimtab.placement.command import placement
 
     command_group(app, "plan").command("placement")(placement)
+
+
+@hookimpl
+def trimtab_benchmarks() -> Sequence[Benchmark]:
+    """The benchmark of spreads and planning times."""
+    from trimtab.placement.bench import BENCHMARK
+
+    return [BENCHMARK]

@@ -9,6 +9,11 @@ from trimtab.urgency.config import UrgencyConfig
 from trimtab.urgency.fields import FIELDS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from typer import Typer
+
+    from trimtab.core.benchmark import Benchmark, Case, Options, Progress
     from trimtab.core.policy import ServingPolicy
 
 
@@ -29,3 +34,25 @@ def trimtab_serving_policy(config: UrgencyConfig) -> ServingPolicy:
     from trimtab.urgency.policy import UrgencyPolicy
 
     return UrgencyPolicy(config)
+
+
+@hookimpl
+def trimtab_benchmarks() -> Sequence[Benchmark]:
+    """The comparison with vLLM's own orders; what it needs is imported when it runs."""
+    from trimtab.core.benchmark import Benchmark
+
+    def run(options: Options, progress: Progress) -> list[Case]:
+        from trimtab.urgency import bench
+
+        return bench.run(options, progress)
+
+    summary = "text-to-SQL workflows under vLLM's own orders and under urgency"
+    return [Benchmark("urgency", summary, run)]
+
+
+@hookimpl
+def trimtab_commands(app: Typer) -> None:
+    """Adds ``trimtab demo``."""
+    from trimtab.urgency.command import demo
+
+    app.command("demo")(demo)

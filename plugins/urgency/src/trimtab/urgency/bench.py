@@ -1,0 +1,160 @@
+"""``trimtab bench urgency``: the agent's crowd under vLLM's own orders and under urgency.
+
+On real engines every repeat is one crowd that visits all servers in turn, so that a slow moment of
+the machine is shared; in the simulator every seed is one crowd.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from trimtab.core.benchmark import Case, Options, Progress
+from trimtab.core.cache import cache_directory
+from trimtab.core.policy import ServingPolicy
+from trimtab.hosts.vllm.server import Server
+from trimtab.hosts.vllm.small_model import small_model
+from trimtab.urgency.text_to_sql import simulated
+from trimtab.urgency.text_to_sql.agent import Answer
+from trimtab.urgency.text_to_sql.crowd import (
+    LOAD,
+    Journey,
+    Pace,
+    Visit,
+    assemble,
+    measure_pace,
+    visit_all,
+)
+from trimtab.urgency.text_to_sql.databases import Database, load
+from trimtab.urgency.text_to_sql.figures import METRICS, Figures, Metric, figures
+from trimtab.urgency.text_to_sql.sides import (
+    FCFS,
+    MIDDLEWARE,
+    PAPER,
+    PRIORITY,
+    SEATS,
+    URGENCY,
+    Side,
+    servers,
+)
+
+BASELINES = (FCFS, PRIORITY)
+OURS = (URGENCY, PAPER, MIDDLEWARE)
+
+_POLICIES: dict[str, Callable[[Sequence[Visit]], Callable[[], ServingPolicy] | None]] = {
+    FCFS.name: lambda crowd: None,
+    PRIORITY.name: simulated.static_priority,
+    URGENCY.name: partial(simulated.urgency, order="edd"),
+    PAPER.name: partial(simulated.urgency, order="urgency"),
+}
+"""The sides that the simulator knows, as the policy that orders a crowd's calls."""
+
+WORKFLOWS = 32
+REPEATS = 3
+QUICK_WORKFLOWS = 10
+SIMULATED_SEEDS = 10
+SIMULATED_WORKFLOWS = 100
+LOADS = (1.2, LOAD)
+
+Runs = dict[str, list[Figures]]
+"""By side, the figures of each repeat; the repeats of all sides correspond."""
+
+
+def run(options: Options, progress: Progress) -> list[Case]:
+    """The cases of the simulator and of real engines."""
+    databases = load(cache_directory() / "text-to-sql")
+    loads = LOADS[-1:] if options.quick else LOADS
+    cases = []
+    for rate in loads:
+        progress(f"simulating at {rate:g} times the capacity")
+        name = f"simulator/text-to-sql/load-{rate:g}"
+        cases += _cases(name, _simulated(databases, options.seed, rate))
+    return cases + _cases("real/text-to-sql", _real(databases, options, progress))
+
+
+def _real(databases: Sequence[Database], options: Options, progress: Progress) -> Runs:
+    sides = (FCFS, URGENCY) if options.quick else BASELINES + OURS
+    repeats = 1 if options.quick else REPEATS
+    with (
+        tempfile.TemporaryDirectory(prefix="trimtab-bench-") as logs,
+        servers(sides, small_model(), Path(logs), progress) as started,
+    ):
+        pairs = list(zip(sides, started, strict=True))
+        pace = _pace(pairs, databases, progress, quick=options.quick)
+        runs: Runs = {side.name: [] for side in sides}
+        for repeat in range(repeats):
+            crowd = assemble(
+                databases,
+                pace,
+                workflows=QUICK_WORKFLOWS if options.quick else WORKFLOWS,
+                seed=options.seed + repeat,
+            )
+            turn = repeat % len(pairs)
+            for number, (side, server) in enumerate(pairs[turn:] + pairs[:turn]):
+                done = (repeat + number / len(pairs)) / repeats
+                progress(f"crowd {repeat + 1} of {repeats} under {side.title}", done)
+                journeys = asyncio.run(
+                    visit_all(server, crowd, static_priority=side.static_priority)
+                )
+                runs[side.name].append(figures(journeys))
+    return runs
+
+
+def _pace(
+    pairs: Sequence[tuple[Side, Server]],
+    databases: Sequence[Database],
+    progress: Progress,
+    *,
+    quick: bool,
+) -> Pace:
+    """The pace of the first server; the others are visited too, so that all are equally warm."""
+    paces = []
+    for side, server in pairs:
+        progress(f"measuring how fast this machine is: {side.title}")
+        paces.append(
+            asyncio.run(measure_pace(server, databases[:4] if quick else databases, SEATS))
+        )
+    return paces[0]
+
+
+def _simulated(databases: Sequence[Database], seed: int, rate: float) -> Runs:
+    pace = simulated.pace(databases)
+    runs: Runs = {name: [] for name in _POLICIES}
+    for number in range(SIMULATED_SEEDS):
+        crowd = assemble(
+            databases, pace, workflows=SIMULATED_WORKFLOWS, seed=seed + number, load=rate
+        )
+        for name, policy in _POLICIES.items():
+            ended_s = simulated.finished_s(crowd, seed + number, policy(crowd))
+            journeys = [Journey(v, ended_s[v.workflow], Answer(), 0) for v in crowd]
+            runs[name].append(figures(journeys))
+    return runs
+
+
+def _cases(where: str, runs: Runs) -> list[Case]:
+    """A case for each of our orders, each baseline and each metric."""
+    return [
+        _case(f"{where}/{ours.name}", metric, theirs, runs[theirs.name], runs[ours.name])
+        for ours in OURS
+        for theirs in BASELINES
+        for metric in METRICS
+        if ours.name in runs and theirs.name in runs
+    ]
+
+
+def _case(
+    name: str, metric: Metric, theirs: Side, before: Sequence[Figures], after: Sequence[Figures]
+) -> Case:
+    pairs = [
+        (max(metric.of(a), metric.floor), max(metric.of(b), metric.floor))
+        for a, b in zip(before, after, strict=True)
+    ]
+    notes = (
+        f"{before[0].workflows} workflows; values below {metric.floor:g} count as {metric.floor:g}"
+    )
+    return Case.compare(
+        name, metric.name, metric.unit, metric.better, theirs.name, pairs, notes=notes
+    )

@@ -1,0 +1,128 @@
+"""The servers that a comparison is between, and how all of them are started."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from trimtab.core.benchmark import Progress
+from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, Server
+from trimtab.urgency.config import Order
+
+SEATS = 4
+"""Calls that a server runs at once: few, so that calls wait in its queue and not in its batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A way to order the waiting calls.
+
+    Attributes:
+        name: as in reports.
+        title: as people read it.
+        arguments: what it adds to ``vllm serve``.
+        static_priority: whether clients send a priority by class.
+    """
+
+    name: str
+    title: str
+    arguments: tuple[str, ...] = ()
+    static_priority: bool = False
+
+
+def host_side(order: Order) -> Side:
+    """The host scheduler with the plugin's policy in one of its orders."""
+    options = {"trimtab": {"urgency": {"order": order}}}
+    return Side(
+        f"urgency-{order}",
+        f"trimtab urgency ({order})",
+        (
+            *("--scheduler-cls", "trimtab.hosts.vllm.Scheduler"),
+            *("--middleware", "trimtab.hosts.vllm.Middleware"),
+            *("--additional-config", json.dumps(options)),
+        ),
+    )
+
+
+FCFS = Side("vllm-fcfs", "vLLM's own order")
+PRIORITY = Side(
+    "vllm-priority",
+    "vLLM's priority by class",
+    ("--scheduling-policy", "priority"),
+    static_priority=True,
+)
+URGENCY = host_side("edd")
+PAPER = host_side("urgency")
+MIDDLEWARE = Side(
+    "urgency-middleware",
+    "trimtab urgency, middleware only",
+    (
+        *("--scheduling-policy", "priority"),
+        *("--middleware", "trimtab.urgency.PriorityMiddleware"),
+    ),
+)
+
+
+def engine_environment() -> dict[str, str]:
+    """The environment of a server on this machine; what the user has set stays.
+
+    One core is left to the clients and the API server: threads of one parallel section that must
+    share a core wait for each other, and a step then takes many times as long.
+    """
+    defaults = {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) - 1)),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_PLUGINS": "trimtab",
+    }
+    return {**defaults, **{name: os.environ[name] for name in defaults if name in os.environ}}
+
+
+@contextmanager
+def servers(
+    sides: Sequence[Side], model: Path | str, logs: Path, progress: Progress, port: int = 0
+) -> Iterator[list[Server]]:
+    """Starts a server for each side, all at once, and yields them when every one is ready.
+
+    Args:
+        sides: what is compared.
+        model: the model that all of them serve.
+        logs: the folder of their logs.
+        progress: told while they start.
+        port: the first server's port, the others taking the next ones; 0 for free ones.
+
+    Raises:
+        BadInput: a port is taken, or there is no such model.
+        ServerFailed: a server ended, or was not ready in time.
+    """
+
+    def say() -> None:
+        for server in started:
+            server.check()
+        names = " and ".join(side.title for side in sides) if len(sides) < 3 else "all sides"
+        progress(f"starting {len(sides)} servers ({names})")
+
+    with ExitStack() as stack:
+        started: list[Server] = []
+        for number, side in enumerate(sides):
+            server = Server(
+                model,
+                logs / f"{side.name}.log",
+                [
+                    *SMALL_CPU_ENGINE,
+                    "--enforce-eager",
+                    "--max-num-seqs",
+                    str(SEATS),
+                    *side.arguments,
+                ],
+                engine_environment(),
+                port=port and port + number,
+            )
+            started.append(stack.enter_context(server))
+        for server in started:
+            server.wait_ready(waiting=say)
+        yield started

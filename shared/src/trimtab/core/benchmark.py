@@ -73,6 +73,15 @@ class Machine(BaseModel):
     cores: int
     python: str
 
+    @classmethod
+    def here(cls) -> Machine:
+        """This machine."""
+        return cls(
+            cpu=platform.processor() or platform.machine(),
+            cores=os.cpu_count() or 1,
+            python=platform.python_version(),
+        )
+
 
 class Report(BaseModel):
     """What ``trimtab bench NAME --json`` prints."""
@@ -114,10 +123,6 @@ def report(benchmark: Benchmark, options: Options, progress: Progress) -> Report
         bench=benchmark.name,
         version=version("trimtab-core"),
         seed=options.seed,
-        machine=Machine(
-            cpu=platform.processor() or platform.machine(),
-            cores=os.cpu_count() or 1,
-            python=platform.python_version(),
-        ),
+        machine=Machine.here(),
         cases=benchmark.run(options, progress),
     )

@@ -185,8 +185,11 @@ def check_model(model: Path | str) -> None:
         )
 
 
+_given: set[int] = set()
+
+
 def free_port(port: int = 0) -> int:
-    """The port itself if it is free; for 0, one that is.
+    """The port itself if it is free; for 0, one that is and was not given before.
 
     vLLM binds with SO_REUSEPORT, so that two servers on a port would share its requests unnoticed.
 
@@ -205,7 +208,10 @@ def free_port(port: int = 0) -> int:
             why = "is taken by another process" if taken else f"cannot be used ({error.strerror})"
             raise BadInput(f"port {port} {why}", fix="give another, or 0 for a free one") from None
         chosen: int = probe.getsockname()[1]
-        return chosen
+    if port == 0 and chosen in _given:
+        return free_port()
+    _given.add(chosen)
+    return chosen
 
 
 def _start_watchdog(cleanup: ExitStack) -> int:

@@ -81,6 +81,5 @@ def test_ranks_and_groups_lie_where_the_plan_says(network, plan, tmp_path, optio
         assert pipeline in ({"h0", "h1"}, {"h2", "h3"})
     assert shown["spreads"]["leaf"]["pipeline"] == 1
     assert shown["spreads"]["leaf"] == {
-        kind: spread["widest"]
-        for kind, spread in Plan.read(plan).details["tiers"]["leaf"].items()
+        kind: spread["widest"] for kind, spread in Plan.read(plan).details["tiers"]["leaf"].items()
     }

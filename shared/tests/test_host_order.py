@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.core.errors import BadInput
-from trimtab.core.hostlist import expand
 from trimtab.hosts.host_order import difference, new_ranks, own_host, place_of, read_order
 
 names = st.sampled_from(["a", "b", "c", "d", "e.x"])
@@ -65,27 +64,3 @@ def test_an_order_that_is_neither_plan_nor_hostfile(tmp_path):
         path.write_text(text)
         with pytest.raises(BadInput, match=sentence):
             read_order(path)
-
-
-@pytest.mark.parametrize(
-    ("text", "hosts"),
-    [
-        ("a", "a"),
-        ("a[1-3]", "a1 a2 a3"),
-        ("n[08-11,3]x,login", "n08x n09x n10x n11x n3x login"),
-        ("r[1-2]n[1,5]", "r1n1 r1n5 r2n1 r2n5"),
-    ],
-)
-def test_hostlists(text, hosts):
-    assert expand(text) == hosts.split()
-
-
-@pytest.mark.parametrize("text", ["", "a[1", "a]1", "a[3-1]", "a[x]", "a[]", "a[1-999999999]"])
-def test_what_is_no_hostlist(text):
-    with pytest.raises(BadInput):
-        expand(text, where="here")
-
-
-def test_a_product_of_ranges_is_bounded():
-    with pytest.raises(BadInput, match="more than 200,000 hosts"):
-        expand("a[1-1000]b[1-1000]")

@@ -344,7 +344,7 @@ def test_torchrun_gets_this_nodes_place(launchers, prepare, own, rank):
         ("srun --nodelist=a t.py", {}, {"a": 2}, "--nodelist contradicts the plan's list"),
         ("srun --mpi=none torchrun t.py", {}, {"a": 2}, "srun would start torchrun once for each"),
         ("srun t.py", {"SLURM_JOB_NODELIST": "b[1-3]"}, {"a": 2}, "'a' is not in this allocation"),
-        ("deepspeed t.py", {"SLURM_JOB_NODELIST": "a[1"}, {"a": 2}, "brackets that do not match"),
+        ("deepspeed t.py", {"SLURM_JOB_NODELIST": "a[1"}, {"a": 2}, "brackets of 'a\\[1' do not match"),
         (
             "torchrun --rdzv-backend c10d t.py",
             {"SLURM_JOB_NODELIST": "b[1,3]"},

@@ -7,11 +7,14 @@ import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trimtab.core.documents import read_text
 from trimtab.core.errors import BadInput, Unsupported
-from trimtab.core.plan import Plan
 from trimtab.hosts.deepspeed.launching import read_hostfile
+
+if TYPE_CHECKING:
+    from trimtab.core.plan import Plan
 
 HOST_VARIABLE = "TRIMTAB_HOST"
 """The name by which a plan knows this machine, where it is not its host name."""
@@ -53,6 +56,8 @@ def read_order(path: str | Path) -> dict[str, int]:
     """
     if not read_text(path).lstrip().startswith("{"):
         return read_hostfile(Path(path))
+    from trimtab.core.plan import Plan
+
     try:
         return hosts_of(Plan.read(path))
     except BadInput as error:

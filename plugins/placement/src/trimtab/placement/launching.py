@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from trimtab.core.cache import keep
-from trimtab.core.cluster import Cluster
 from trimtab.core.errors import BadInput
 from trimtab.core.launch import LaunchChange, LaunchRequest
 from trimtab.core.plan import Plan
+from trimtab.core.topology import read_topology
 from trimtab.hosts.host_order import PLAN_VARIABLE, STRICT_VARIABLE, hosts_of, read_order
 from trimtab.hosts.slurm import allocated
 from trimtab.placement.config import PlacementConfig
@@ -60,7 +60,7 @@ def _checked(path: Path, cluster: str | None) -> Plan:
             where=str(path),
             fix="give one that trimtab plan placement made",
         )
-    if cluster is not None and plan.stale_inputs({"cluster": Cluster.read(cluster)}):
+    if cluster is not None and plan.stale_inputs({"cluster": read_topology(cluster)}):
         raise BadInput(
             f"the plan was made for another cluster than {cluster} describes now",
             where=str(path),
@@ -87,7 +87,7 @@ def _planned_here(
             fix="give the job file as job",
         )
     plan = plan_placement(
-        Cluster.read(cluster),
+        read_topology(cluster),
         TrainingJob.read(config.job),
         mode="reorder",
         hosts=_allocation(config, request),

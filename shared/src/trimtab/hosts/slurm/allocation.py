@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trimtab.core.errors import BadInput
-from trimtab.core.hostlist import expand
+from trimtab.core.topology.hostlist import expand
 from trimtab.hosts.host_order import place_of
 
 NODELIST_VARIABLE = "SLURM_JOB_NODELIST"

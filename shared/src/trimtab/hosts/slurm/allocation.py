@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trimtab.core.errors import BadInput
-from trimtab.core.topology.hostlist import expand
 from trimtab.hosts.host_order import place_of
 
 NODELIST_VARIABLE = "SLURM_JOB_NODELIST"
@@ -17,8 +16,12 @@ def allocated(environment: Mapping[str, str]) -> list[str]:
     Raises:
         BadInput: the variable that lists them is no hostlist.
     """
-    nodelist = environment.get(NODELIST_VARIABLE, "")
-    return expand(nodelist, where=NODELIST_VARIABLE) if nodelist else []
+    nodelist = environment.get(NODELIST_VARIABLE)
+    if not nodelist:
+        return []
+    from trimtab.core.topology.hostlist import expand
+
+    return expand(nodelist, where=NODELIST_VARIABLE)
 
 
 def check_allocation(ranks: Mapping[str, int], environment: Mapping[str, str]) -> None:

@@ -213,7 +213,7 @@ def test_deepspeed_files(tmp_path: Path) -> None:
 
 def test_torchrun_scripts(tmp_path: Path) -> None:
     files = emit(training(*RANKS), "torchrun")
-    assert list(files) == ["node0-b.sh", "node1-a.sh"]
+    assert list(files) == ["hostfile", "ranks", "node0-b.sh", "node1-a.sh"]
     words = [w[0] for w in run(files["node1-a.sh"], tmp_path, "train.py")]
     assert words[:2] == ["0,1", "torchrun"]
     assert words[words.index("--node-rank") + 1] == "1"
@@ -266,4 +266,4 @@ def test_names_cannot_smuggle_commands_into_scripts() -> None:
 def test_unknown_target_names_the_nearest() -> None:
     with pytest.raises(BadInput, match="slurm"):
         emit(serving(), "slrum")
-    assert set(EMITTERS) == {"vllm", "deepspeed", "torchrun", "slurm"}
+    assert set(EMITTERS) == {"vllm", "deepspeed", "torchrun", "slurm", "kubernetes", "mpi"}

@@ -9,11 +9,11 @@ import typer
 
 def emit(
     plan: Path = typer.Argument(help="A plan file."),
-    to: str = typer.Option(..., help="vllm, deepspeed, torchrun or slurm."),
+    to: str = typer.Option(..., help="vllm, deepspeed, torchrun, slurm, kubernetes or mpi."),
     out: Path | None = typer.Option(None, help="A folder for the files; else they are printed."),
     json_: bool = typer.Option(False, "--json", help="Print one JSON object: content by name."),
 ) -> None:
-    """Write the files that start a plan with vLLM, DeepSpeed, torchrun or Slurm."""
+    """Write the files that start a plan with one of these tools."""
     import json
 
     from trimtab.core.emitters import emit as files_for

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 from trimtab.core.documents import nearest
 from trimtab.core.errors import BadInput, Unsupported
+from trimtab.core.kubernetes_emitter import kubernetes
 from trimtab.core.plan import Group, Option, Plan, Slot
+from trimtab.core.planned_nodes import (
+    PlannedNode,
+    by_node,
+    require_even,
+    require_ranks,
+    training_nodes,
+)
 
 Files = dict[str, str]
 """The content of each file by its name."""
 
 HTTP_PORT = 8000
 MASTER_PORT = 29500
+
+PDSH_FANOUT = 1024
+"""How many nodes DeepSpeed has pdsh start at one time."""
 
 
 def emit(plan: Plan, target: str) -> Files:
@@ -79,7 +89,7 @@ def _vllm_replica(
     layers = [stage.layers for stage in group.stages]
     if len(layers) > 1 and all(layers) and len(set(layers)) > 1:
         env["VLLM_PP_LAYER_PARTITION"] = ",".join(map(str, layers))
-    nodes = list(_by_node(slots)) or [_Node("", ())]
+    nodes = list(by_node(slots)) or [PlannedNode("", ())]
     name = f"{group.name}-{replica}"
     port = HTTP_PORT + ports[nodes[0].name]
     ports[nodes[0].name] += 1
@@ -102,7 +112,7 @@ def deepspeed(plan: Plan) -> Files:
     Raises:
         Unsupported: DeepSpeed cannot number ranks as the plan does.
     """
-    nodes = _training_nodes(plan, "DeepSpeed")
+    nodes = training_nodes(plan, "DeepSpeed")
     for node in nodes:
         if list(node.devices) != sorted(node.devices):
             raise Unsupported(
@@ -113,24 +123,32 @@ def deepspeed(plan: Plan) -> Files:
     hostfile = "".join(f"{node.name} slots={max(node.devices) + 1}\n" for node in nodes)
     words = ["--include", include, "--master_addr", nodes[0].name]
     words += ["--master_port", str(MASTER_PORT)]
+    if len(nodes) > PDSH_FANOUT:  # else those beyond wait for the first to end
+        words += [f"--launcher_args=-f {len(nodes)}"]
     start = f'exec deepspeed --hostfile "$(dirname "$0")/hostfile" {shlex.join(words)} "$@"'
     return {"hostfile": hostfile, "launch.sh": _shell([start])}
 
 
 def torchrun(plan: Plan) -> Files:
-    """One script for each node; each starts the training command it is given.
+    """Scripts that start the training command they are given, and the order of nodes and ranks.
+
+    There is one script for each node, which states the node's rank; where nodes are restarted or
+    replaced, ``rendezvous.sh`` on every node has trimtab's rendezvous number them by the hostfile.
+    ``ranks`` lists the rank, node and device of each process.
 
     Raises:
         Unsupported: torchrun cannot number ranks as the plan does.
     """
-    nodes = _training_nodes(plan, "torchrun")
-    sizes = {len(node.devices) for node in nodes}
-    if len(sizes) > 1:
-        raise Unsupported(
-            f"the nodes run {sorted(sizes)} ranks each",
-            fix="torchrun needs as many on every node; emit for deepspeed or slurm instead",
-        )
-    files = {}
+    nodes = training_nodes(plan, "torchrun")
+    require_even(nodes, "torchrun", "deepspeed or slurm")
+    files = {
+        "hostfile": "".join(f"{node.name} slots={len(node.devices)}\n" for node in nodes),
+        "ranks": "".join(
+            f"{rank} {slot.node} {slot.device}\n" for rank, slot in enumerate(plan.ranks)
+        ),
+    }
+    if len({node.devices for node in nodes}) == 1:
+        files["rendezvous.sh"] = _rendezvous(nodes)
     for rank, node in enumerate(nodes):
         words = ["torchrun", "--nnodes", str(len(nodes)), "--node-rank", str(rank)]
         words += ["--nproc-per-node", str(len(node.devices))]
@@ -139,9 +157,24 @@ def torchrun(plan: Plan) -> Files:
     return files
 
 
+def _rendezvous(nodes: Sequence[PlannedNode]) -> str:
+    devices = nodes[0].devices
+    words = ["torchrun", "--nnodes", str(len(nodes)), "--nproc-per-node", str(len(devices))]
+    words += ["--rdzv-backend", "trimtab", "--rdzv-endpoint", f"{nodes[0].name}:{MASTER_PORT}"]
+    words += ["--rdzv-id", "${RDZV_ID:-training}"]
+    lines = [
+        "# run on every node; give each job an RDZV_ID of its own",
+        f"export CUDA_VISIBLE_DEVICES={','.join(map(str, devices))}",
+        'TRIMTAB_PLAN="$(cd "$(dirname "$0")" && pwd)/hostfile"',
+        "export TRIMTAB_PLAN",
+        f'exec {shlex.join(words[:-1])} "{words[-1]}" "$@"',
+    ]
+    return _shell(lines)
+
+
 def slurm(plan: Plan) -> Files:
     """A batch script that runs the training command it is given, each rank where the plan says."""
-    _require_ranks(plan)
+    require_ranks(plan)
     used = defaultdict(list)
     for slot in plan.ranks:
         used[slot.node].append(slot.device)
@@ -165,49 +198,48 @@ def slurm(plan: Plan) -> Files:
     return {"job.sbatch": _shell(script, strict=False), "slurm-hostfile": hosts}
 
 
+def mpi(plan: Plan) -> Files:
+    """A rankfile, a hostfile with a line for each rank, and a script that starts a command by them.
+
+    The script maps ranks by the hostfile's sequence, which binds no rank to a core; the rankfile is
+    for those who want Open MPI to bind, and its slots are then cores.
+    """
+    require_ranks(plan)
+    device_of_rank = " ".join(str(slot.device) for slot in plan.ranks)
+    run = (
+        "CUDA_VISIBLE_DEVICES=${devices[$OMPI_COMM_WORLD_RANK]} RANK=$OMPI_COMM_WORLD_RANK"
+        ' LOCAL_RANK=0 exec "$@"'
+    )
+    words = ["mpirun", "-np", str(len(plan.ranks)), "--map-by", "seq", "--bind-to", "none"]
+    for variable in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+        words += ["-x", variable]
+    script = [
+        f"export MASTER_ADDR={shlex.quote(plan.ranks[0].node)} MASTER_PORT={MASTER_PORT}",
+        f"export WORLD_SIZE={len(plan.ranks)}",
+        f'exec {shlex.join(words)} --hostfile "$(dirname "$0")/hostfile"'
+        f" bash -c 'devices=({device_of_rank}); {run}' -- \"$@\"",
+    ]
+    ranks = enumerate(plan.ranks)
+    return {
+        "rankfile": "".join(
+            f"rank {rank}={slot.node} slot={slot.device}\n" for rank, slot in ranks
+        ),
+        "hostfile": "".join(f"{slot.node}\n" for slot in plan.ranks),
+        "launch.sh": _shell(script),
+    }
+
+
 EMITTERS: Mapping[str, Callable[[Plan], Files]] = {
     "vllm": vllm,
     "deepspeed": deepspeed,
     "torchrun": torchrun,
     "slurm": slurm,
+    "kubernetes": kubernetes,
+    "mpi": mpi,
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Node:
-    """A node and its devices, in rank order."""
-
-    name: str
-    devices: tuple[int, ...]
-
-
-def _by_node(slots: Iterable[Slot]) -> Iterator[_Node]:
-    devices = defaultdict(list)
-    for slot in slots:
-        devices[slot.node].append(slot.device)
-    for name, numbers in devices.items():
-        yield _Node(name, tuple(numbers))
-
-
-def _require_ranks(plan: Plan) -> None:
-    if not plan.ranks:
-        raise BadInput(f"the {plan.planner} plan has no ranks", fix="emit a training plan")
-
-
-def _training_nodes(plan: Plan, tool: str) -> list[_Node]:
-    """The nodes in rank order, for a tool that numbers the ranks of one node in a row."""
-    _require_ranks(plan)
-    nodes = list(_by_node(plan.ranks))
-    in_a_row = [Slot(node=node.name, device=d) for node in nodes for d in node.devices]
-    if in_a_row != list(plan.ranks):
-        raise Unsupported(
-            "the plan numbers ranks across nodes in turn",
-            fix=f"{tool} numbers all ranks of a node in a row; emit for slurm instead",
-        )
-    return nodes
-
-
-def _script(node: _Node, env: Mapping[str, str], words: Sequence[str], rest: str = "") -> str:
+def _script(node: PlannedNode, env: Mapping[str, str], words: Sequence[str], rest: str = "") -> str:
     lines = [f"# run on node {node.name}"] if node.name else []
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, node.devices))} if node.devices else {}
     lines += [f"export {_variable(k)}={shlex.quote(v)}" for k, v in {**visible, **env}.items()]

@@ -45,6 +45,10 @@ class LimitTimes:
         return math.inf if request.limit_s is None else request.limit_s
 
 
+_DRAWN = 10
+"""The lognormal counts as so many jobs."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Sample:
     """The times of jobs that were alike, ascending, and a lognormal for what lies beyond them."""
@@ -62,10 +66,10 @@ class _Sample:
         return cls(tuple(sorted(times_s)), float(median), sigma)
 
     def survivors(self, time_s: float) -> float:
-        """How many ran longer, with one further job that is drawn from the lognormal."""
+        """How many ran longer, with a few further jobs that are drawn from the lognormal."""
         deviations = (math.log(max(time_s, 1.0)) - self.log_median) / self.log_sigma
         beyond = 0.5 * math.erfc(deviations / math.sqrt(2))
-        return len(self.times_s) - bisect_right(self.times_s, time_s) + beyond
+        return len(self.times_s) - bisect_right(self.times_s, time_s) + _DRAWN * beyond
 
     def quantile_s(self, share: float) -> float:
         """The time that a further job stays below with a chance of ``share``."""

@@ -1,8 +1,8 @@
 """The reservation queue: other jobs run around a large one that was announced.
 
-Algorithm 1 of Arnold (arXiv:2509.15940). When the large job is announced its placement is solved over
-what will be free by then, and each pod gets a quota of reserved nodes. Other jobs start outside the
-reserved zone, or inside it where they will have ended in time. It differs from the published
+Algorithm 1 of Arnold (arXiv:2509.15940). When the large job is announced its placement is solved
+over what will be free by then, and each pod gets a quota of reserved nodes. Others start outside
+the reserved zone, or inside it where they will have ended in time. It differs from the published
 algorithm where that needs it:
 
 - A time is compared with a time: now + the time's quantile + a margin <= the arrival. The paper
@@ -42,8 +42,6 @@ from trimtab.placement.strips import strip_covers
 _SURE = (0.0, 0.005, 0.02, 0.1, 0.3, 1.0)
 """Chances of being held on arrival up to which a node is counted as free: the first that does."""
 
-_LIKELY = 0.1
-"""A node that is held on arrival with at most this chance puts no quota at risk."""
 _SOON_S = 1800.0
 """A job that found its nodes held looks for those that are likely free within this time."""
 
@@ -59,7 +57,7 @@ class ReservationOptions(Document):
         ageing_s: a waiting job gains one step of priority in this time.
         patience_s: a job that waited so long is overtaken no more; infinity for never.
         alpha: weight of the large job's data-parallel spread.
-        replan_share: the quotas are solved anew when so large a further part of them is at risk.
+        replan_share: the quotas are solved anew when so many more of them are expected to be held.
         interval_s: the zone moves to surer nodes this often at most.
         preempt: whether preemptable jobs in the zone are ended on arrival.
     """
@@ -99,8 +97,7 @@ class _Zone:
     quotas: Nodes
     nodes: Flags
     admitted: set[str] = field(default_factory=set)
-    chance: float = 0.0
-    at_risk: int = 0
+    expected_held: float = 0.0
     unsure: bool = True
     settled_s: float = -math.inf
 
@@ -238,26 +235,22 @@ class ReservationQueue:
         zone.unsure = bool((held[zone.nodes] > self.options.risk / 500).any())
 
     def _renew_quotas(self, state: ClusterState, zone: _Zone, chances: Chances) -> None:
-        pods = len(zone.quotas)
-
-        def likely(chance: float) -> Nodes:
-            return np.bincount(state.pod_of[chances <= chance], minlength=pods)
-
-        def at_risk() -> int:
-            return int(np.maximum(zone.quotas - likely(max(zone.chance, _LIKELY)), 0).sum())
-
-        if zone.quotas.any() and at_risk() <= zone.at_risk + self._bearable(zone):
+        expected = _expected_held(zone.quotas, chances, state.pod_of)
+        bearable = self.options.replan_share * zone.request.nodes
+        planned = bool(zone.quotas.any())
+        if planned and expected <= zone.expected_held + bearable:
             return
         for chance in _SURE:
-            found = best_grid(zone.request, likely(chance).tolist(), self.options.alpha)
-            if found is not None:
-                zone.quotas = np.bincount(found.grid.ravel(), minlength=pods)
-                zone.chance = chance
-                zone.at_risk = at_risk()
-                return
-
-    def _bearable(self, zone: _Zone) -> float:
-        return self.options.replan_share * zone.request.nodes
+            free = np.bincount(state.pod_of[chances <= chance], minlength=len(zone.quotas))
+            found = best_grid(zone.request, free.tolist(), self.options.alpha)
+            if found is None:
+                continue
+            quotas = np.bincount(found.grid.ravel(), minlength=len(zone.quotas))
+            then = _expected_held(quotas, chances, state.pod_of)
+            if not planned or then < expected:
+                zone.quotas, expected = quotas, then
+            zone.expected_held = expected
+            return
 
     def _chances(self, state: ClusterState, zone: _Zone) -> Chances:
         """The chance that each node is still held when the large job arrives; shape (nodes,)."""
@@ -301,6 +294,14 @@ def late(times: JobTimes | None, running: Running, arrival_s: float, now_s: floa
     if times is None:
         return 1.0
     return times.exceeds(running.request, arrival_s - running.started_s, ran_s)
+
+
+def _expected_held(quotas: Nodes, chances: Chances, pod_of: Nodes) -> float:
+    """How many nodes of a zone with such quotas are held on arrival, if it takes the surest."""
+    order = np.lexsort((chances, pod_of))
+    pods = pod_of[order]
+    within = np.arange(len(order)) - np.searchsorted(pods, np.arange(len(quotas)))[pods]
+    return float(chances[order][within < quotas[pods]].sum())
 
 
 def _preference(chances: Chances, free: Flags, risk: float) -> Chances:

@@ -122,3 +122,13 @@ def test_torchrun_numbers_nodes_in_the_plans_order(environment, plan, free_port)
         f"rank 2 of 4 on {FIRST} local 0 None",
         f"rank 3 of 4 on {FIRST} local 1 None",
     ]
+
+
+def test_srun_numbers_tasks_in_the_plans_order(environment, plan) -> None:
+    words = ["--plan", plan, "--", "srun", "--mpi", "none", sys.executable, WORKER, "show"]
+    allocation = {"SLURM_JOB_NODELIST": f"{FIRST},{SECOND}"}
+    lines = shown(start(words, {**environment, **allocation}))
+    assert lines == [
+        f"rank {rank} of 4 on {host} local 0 None"
+        for rank, host in enumerate([SECOND, SECOND, FIRST, FIRST])
+    ]

@@ -83,3 +83,19 @@ def test_ranks_and_groups_lie_where_the_plan_says(network, plan, tmp_path, optio
     assert shown["spreads"]["leaf"] == {
         kind: spread["widest"] for kind, spread in Plan.read(plan).details["tiers"]["leaf"].items()
     }
+
+
+def test_a_job_in_another_order_is_refused_by_every_rank(network, plan) -> None:
+    words = ["torchrun", "--nnodes", "4", "--nproc-per-node", "2", "--master-addr", "h0"]
+    commands = {host: [*words, "--node-rank", host[1:], RANK] for host in network.addresses}
+    env = {"OMP_NUM_THREADS": "1", "TRIMTAB_PLAN": plan, "TRIMTAB_STRICT": "1"}
+    done = network.run_all(commands, env=env, timeout_s=240)
+    for run in done.values():
+        assert run.returncode == 1
+        assert "shown" not in run.stdout
+        # h1 and h2 have each other's ranks, so that pipelines cross the leaves.
+        sentence = (
+            "4 of 8 ranks run elsewhere than planned, the first of them rank 2 on h1/0 instead of"
+            " h2/0; the widest pipeline group touches 2 of the tier leaf, where the plan has 1"
+        )
+        assert run.stderr.count(sentence) >= 1

@@ -772,6 +772,54 @@ def test_a_cluster_of_twelve_thousand_nodes_goes_through_a_file(tmp_path: Path) 
     assert again == cluster
 
 
+WHOLE = [
+    FABRIC,
+    SYSTEM,
+    GRAPHS,
+    dedent(TREE_CONF),
+    nodes(node("a", {TIER + "0": "l", ZONE: "x"}), node("b", {TIER + "0": "m", ZONE: "y"})),
+    instances(("i1", ["a", "s"]), ("i2", ["b", "s"])),
+    json.dumps({"hosts": ["a", "b"], "bandwidth_bytes_per_s": [[None, 1e9], [2e9, None]]}),
+    "host,a,b\na,,1e9\nb,1 GB/s,\n",
+    "- topology: t\n  block:\n    block_sizes: [1]\n    blocks: [{block: b, nodes: 'n[1-2]'}]\n",
+    "- topology: t\n  tree: {switches: [{switch: r, children: s}, {switch: s, nodes: n}]}\n",
+    "a slots=2\nb slots=3\n",
+]
+PIECES = [
+    "",
+    "\n",
+    ",",
+    "[",
+    "]",
+    "{",
+    "}",
+    '"',
+    ":",
+    "=",
+    "-",
+    "0",
+    "-1",
+    "9" * 30,
+    "null",
+    "<",
+    ">",
+]
+damage = st.tuples(st.integers(0, 1), st.floats(0, 1), st.integers(0, 40), st.sampled_from(PIECES))
+
+
+@given(st.sampled_from(WHOLE), st.lists(damage, min_size=1, max_size=3))
+def test_a_damaged_file_is_read_or_refused_and_never_a_fault(
+    tmp_path_factory: pytest.TempPathFactory,
+    text: str,
+    harm: list[tuple[int, float, int, str]],
+) -> None:
+    for cut, at, length, piece in harm:
+        begin = int(at * len(text))
+        text = text[:begin] if cut else text[:begin] + piece + text[begin + length :]
+    with suppress(BadInput):
+        assert read(tmp_path_factory.getbasetemp(), text, "damaged").nodes
+
+
 def test_too_large_a_file_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "huge"
     with path.open("wb") as file:

@@ -91,7 +91,7 @@ def draft_of_fabric(text: str, source: str) -> Draft:
 def _points(text: str, source: str) -> dict[str, _Point]:
     points: dict[str, _Point] = {}
     current: _Point | None = None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         where, content = f"{source}:{number}", line.strip()
         if head := _HEAD.match(content):
             current = _Point(head[1], head[2], head[3], where)

@@ -49,37 +49,32 @@ def read_topology(path: str | Path, assumed: Assumed | None = None) -> Cluster:
     """
     source, given = str(path), assumed or Assumed()
     text = read_text(path, max_bytes=MAX_TOPOLOGY_BYTES)
+    found = _found(text, source, path, given)
+    return found if isinstance(found, Cluster) else found.cluster(Path(path).name, given)
+
+
+def _found(text: str, source: str, path: str | Path, assumed: Assumed) -> Draft | Cluster:
     beginning = text.lstrip()[:1]
     if beginning == "<":
-        draft = _of_xml(text, source)
-    elif beginning in "{[":
-        found = _of_data(parse_json(text, where=source), Places(text, source), path)
-        if isinstance(found, Cluster):
-            return found
-        draft = found
-    else:
-        line = _first_line(text)
-        if _CONF.match(line):
-            draft = slurm.draft_of_conf(text, source, given)
-        elif _FABRIC.match(line):
-            draft = ibnetdiscover.draft_of_fabric(text, source)
-        elif _HOSTFILE.match(line):
-            return _of_hostfile(path, given)
-        elif _TABLE.fullmatch(line):
-            found_matrix = measured.measurement_of_csv(text, source)
-            draft = measured.draft_of_measurement(found_matrix, source)
-        elif _CLUSTER.search(text):
-            return Cluster.read(path)
-        else:
-            read = _of_yaml(text, source, path, given)
-            if isinstance(read, Cluster):
-                return read
-            draft = read
-    return draft.cluster(Path(path).name, given)
+        return _of_xml(text, source)
+    if beginning in "{[":
+        return _of_data(parse_json(text, where=source), Places(text, source), path)
+    line = _first_line(text)
+    if _CONF.match(line):
+        return slurm.draft_of_conf(text, source, assumed)
+    if _FABRIC.match(line):
+        return ibnetdiscover.draft_of_fabric(text, source)
+    if _HOSTFILE.match(line):
+        return _of_hostfile(path, assumed)
+    if _TABLE.fullmatch(line):
+        return measured.draft_of_measurement(measured.measurement_of_csv(text, source), source)
+    if _CLUSTER.search(text):
+        return Cluster.read(path)
+    return _of_yaml(text, source, path, assumed)
 
 
 def _first_line(text: str) -> str:
-    lines = (line.strip() for line in text.splitlines())
+    lines = (line.strip() for line in text.split("\n"))
     return next((line for line in lines if line and not line.startswith("#")), "")
 
 

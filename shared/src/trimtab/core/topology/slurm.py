@@ -101,7 +101,7 @@ def draft_of_yaml(data: Any, lines: LineMap, source: str, assumed: Assumed) -> D
 def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
     """Lines without comments; one that ends with a backslash goes on in the next."""
     begun, so_far = 0, ""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         content = line.split("#", 1)[0].rstrip()
         begun = begun or number
         if content.endswith("\\"):

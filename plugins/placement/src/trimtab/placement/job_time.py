@@ -144,9 +144,9 @@ class BoostedTimes:
         BadInput: scikit-learn is missing, or there are too few jobs.
     """
 
-    SHARES = (0.25, 0.5, 0.75, 0.9, 0.97, 0.99)
+    SHARES = (0.25, 0.5, 0.75, 0.9, 0.98)
 
-    def __init__(self, ended: Sequence[Ended], *, seed: int = 0, bags: int = 3) -> None:
+    def __init__(self, ended: Sequence[Ended], *, seed: int = 0, bags: int = 2) -> None:
         try:
             from sklearn.ensemble import (  # type: ignore[import-not-found,unused-ignore]
                 HistGradientBoostingRegressor,
@@ -170,7 +170,7 @@ class BoostedTimes:
                 HistGradientBoostingRegressor(
                     loss="quantile",
                     quantile=share,
-                    max_iter=60,
+                    max_iter=40,
                     min_samples_leaf=20,
                     categorical_features=[0],
                     random_state=seed,

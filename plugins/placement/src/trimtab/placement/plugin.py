@@ -34,10 +34,12 @@ def trimtab_launch(config: PlacementConfig, launch: LaunchRequest) -> LaunchChan
 
 @hookimpl
 def trimtab_commands(app: Typer) -> None:
-    """Adds ``trimtab plan placement``."""
+    """Adds ``trimtab plan placement`` and ``trimtab simulate cluster``."""
     from trimtab.placement.command import placement
+    from trimtab.placement.simulate_command import cluster
 
     command_group(app, "plan").command("placement")(placement)
+    command_group(app, "simulate").command("cluster")(cluster)
 
 
 @hookimpl

@@ -67,10 +67,10 @@ def cluster(
 
 def _pods(path: Path) -> list[int]:
     """Free nodes of each of the widest domains."""
-    from trimtab.core.cluster import Cluster
+    from trimtab.core.topology import read_topology
     from trimtab.placement.fabric import Fabric, domains
 
-    free = [place for place in Fabric.of(Cluster.read(path)).places if place.state == "free"]
+    free = [place for place in Fabric.of(read_topology(path)).places if place.state == "free"]
     return [len(places) for places in domains(free, 0).values()]
 
 

@@ -41,13 +41,15 @@ def test_torchrun():
 
     parser = get_args_parser()
     assert flags(parser) == FLAGS["torchrun"]
-    used = {"--master-addr", "--nnodes", "--node-rank", "--nproc-per-node", "--rdzv-backend"}
-    assert used <= options(parser)
+    used = {"--master-addr", "--nnodes", "--node-rank", "--nproc-per-node"}
+    assert used | {"--rdzv-backend", "--rdzv-conf"} <= options(parser)
 
 
 def test_deepspeed(deepspeed_parser):
     assert flags(deepspeed_parser) == FLAGS["deepspeed"]
-    assert {"-H", "--hostfile", "--master-addr"} <= options(deepspeed_parser)
+    assert {"-H", "--hostfile", "--launcher", "--launcher-args", "--master-addr"} <= options(
+        deepspeed_parser
+    )
 
 
 def test_deepspeed_reads_the_same_hostfile(tmp_path, monkeypatch):
@@ -62,6 +64,7 @@ def test_deepspeed_reads_the_same_hostfile(tmp_path, monkeypatch):
     command = launcher_command.parse(["deepspeed", "-H", str(path), "t.py"])
     assert list(launching.hosts(command).items()) == list(runner.fetch_hostfile(str(path)).items())
     assert launching.DEFAULT_HOSTFILE == runner.DLTS_HOSTFILE
+    assert launching.PDSH_FAN_OUT == runner.PDSH_MAX_FAN_OUT
 
 
 def test_deepspeed_reads_the_variables_from_an_absolute_path(tmp_path, monkeypatch):

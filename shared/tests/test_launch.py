@@ -338,13 +338,19 @@ def test_torchrun_gets_this_nodes_place(launchers, prepare, own, rank):
         ("torchrun --rdzv-backend c10d --nnodes 3:4 t.py", {}, {"a": 2, "b": 2}, "--nnodes is 3:4"),
         ("torchrun t.py", {"PET_RDZV_BACKEND": "c10d", "PET_NNODES": "3"}, {"a": 2}, "is 3, where"),
         ("torchrun t.py", {"TRIMTAB_HOST": "z"}, {"a": 2}, "'z', is not one host of the plan"),
+        ("deepspeed --launcher slurm t.py", {}, {"a": 2}, "leaves the order of the hosts to Slurm"),
         ("srun -n 3 t.py", {}, {"a": 2}, "--ntasks is 3, where the plan has 2"),
         ("srun -N2 t.py", {}, {"a": 2}, "--nodes is 2, where the plan has 1"),
         ("srun -m block t.py -m arbitrary", {}, {"a": 2}, "--distribution is block, which numbers"),
         ("srun --nodelist=a t.py", {}, {"a": 2}, "--nodelist contradicts the plan's list"),
         ("srun --mpi=none torchrun t.py", {}, {"a": 2}, "srun would start torchrun once for each"),
         ("srun t.py", {"SLURM_JOB_NODELIST": "b[1-3]"}, {"a": 2}, "'a' is not in this allocation"),
-        ("deepspeed t.py", {"SLURM_JOB_NODELIST": "a[1"}, {"a": 2}, "brackets of 'a\\[1' do not match"),
+        (
+            "deepspeed t.py",
+            {"SLURM_JOB_NODELIST": "a[1"},
+            {"a": 2},
+            "brackets of 'a\\[1' do not match",
+        ),
         (
             "torchrun --rdzv-backend c10d t.py",
             {"SLURM_JOB_NODELIST": "b[1,3]"},
@@ -372,6 +378,20 @@ def test_the_dynamic_rendezvous_is_replaced_by_ours(launchers, prepare, given_as
     words = " ".join(parsed.words).replace(conf, "CONF")
     ours = f"--rdzv-backend trimtab --rdzv-conf CONF {nodes}--nproc-per-node 2"
     assert words == f"torchrun {ours} {given_as}t.py"
+
+
+@pytest.mark.parametrize(
+    ("given_as", "passed"),
+    [([], ""), (["--launcher", "pdsh"], ""), (["--launcher_args=-t 9"], "-t 9 ")],
+)
+def test_more_hosts_than_deepspeed_lets_pdsh_start_at_once(launchers, prepare, given_as, passed):
+    order = {f"n{number}": 8 for number in range(1025)}
+    parsed = launcher_command.parse(prepare(["deepspeed", *given_as, "t.py"], {}, order).command)
+    assert parsed.option("--launcher-args") == f"{passed}-f 1025"
+    assert parsed.job == ("t.py",)
+    del order["n0"]
+    parsed = launcher_command.parse(prepare(["deepspeed", *given_as, "t.py"], {}, order).command)
+    assert parsed.option("--launcher-args") == (passed.strip() or None)
 
 
 def test_standalone_with_one_host_gets_its_number_of_ranks(launchers, prepare):

@@ -115,6 +115,9 @@ FLAGS: Mapping[Launcher, frozenset[str]] = {
 They are written with hyphens.
 """
 
+WHOLE = frozenset({"--launcher", "--ntasks"})
+"""Options that another's name begins with, and that are no abbreviation of it."""
+
 KNOWN = "deepspeed, torchrun, python -m torch.distributed.run, srun"
 
 
@@ -252,4 +255,5 @@ def _name(word: str) -> str:
 
 def _means(name: str, names: Sequence[str]) -> bool:
     """Whether a name is one of an option's spellings, or the first letters of one."""
-    return any(name == known or (len(name) > 3 and known.startswith(name)) for known in names)
+    abbreviates = len(name) > 3 and name not in WHOLE
+    return any(name == known or (abbreviates and known.startswith(name)) for known in names)

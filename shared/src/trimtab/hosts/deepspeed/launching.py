@@ -13,13 +13,17 @@ from pathlib import Path
 
 from trimtab.core.cache import keep
 from trimtab.core.documents import read_lines
-from trimtab.core.errors import BadInput
+from trimtab.core.errors import BadInput, Unsupported
 from trimtab.hosts.launcher_command import LauncherCommand
 
 DEFAULT_HOSTFILE = "/job/hostfile"
 
+PDSH_FAN_OUT = 1024
+"""Hosts on which DeepSpeed lets pdsh start the job at once; more than these would wait for it."""
+
 _HOSTFILE = ("-H", "--hostfile")
 _MASTER = ("--master-addr",)
+_ARGUMENTS = ("--launcher-args",)
 _ENVIRONMENT_FILE = "DS_ENV_FILE"
 
 
@@ -42,12 +46,23 @@ def with_hosts(command: LauncherCommand, ranks: Mapping[str, int]) -> LauncherCo
 
     Raises:
         BadInput: the launcher's present hostfile lacks a host, or slots of one.
+        Unsupported: the hosts are started by Slurm, which sorts them.
     """
+    runner = command.option("--launcher") or "pdsh"
+    if runner == "slurm":
+        raise Unsupported(
+            "deepspeed --launcher slurm leaves the order of the hosts to Slurm",
+            fix="write trimtab launch --plan PLAN -- srun …, or leave --launcher out",
+        )
     _check_slots(_hostfile(command), ranks)
     text = "".join(f"{host} slots={slots}\n" for host, slots in ranks.items())
     ordered = command.with_option(_HOSTFILE, str(keep(text, "hostfile")), as_="--hostfile")
     if command.option(*_MASTER) is not None:
         ordered = ordered.with_option(_MASTER, next(iter(ranks)), as_="--master_addr")
+    if runner == "pdsh" and len(ranks) > PDSH_FAN_OUT:
+        given = command.option(*_ARGUMENTS)
+        wide = " ".join([*([given] if given else []), f"-f {len(ranks)}"])
+        ordered = ordered.with_option(_ARGUMENTS, wide, as_="--launcher_args")
     return ordered
 
 

@@ -17,6 +17,7 @@ from trimtab.core.solve import Limits
 from trimtab.placement.arnold import arnold, solve_arnold
 from trimtab.placement.grid import Candidate, Demand
 from trimtab.placement.packing import RANK_ORDERS, laid, packings, random_fit
+from trimtab.placement.real_bench import real_cases
 from trimtab.placement.search import Front, quick_search, search
 
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
@@ -248,11 +249,12 @@ def run(options: Options, progress: Progress) -> list[Case]:
     cases += _certified_cases("fragmented", solved)
     names = ("96", "208", "1200") if options.quick else tuple(SIZES)
     cases += _time_cases(names, 5.0 if options.quick else 60.0, progress)
+    cases += real_cases(options, progress)
     return cases
 
 
 BENCHMARK = Benchmark(
     name="placement",
-    summary="spread of training groups over pods, and planning time, against packing and Arnold",
+    summary="spread of training groups over pods, planning time, and a real job's step time",
     run=run,
 )

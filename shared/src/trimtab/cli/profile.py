@@ -12,10 +12,7 @@ if TYPE_CHECKING:
 
     from trimtab.core.cost.step import EngineProfile
 
-app = typer.Typer(no_args_is_help=True, help="Measure an engine on this machine.")
 
-
-@app.command("vllm")
 def vllm(
     model: str = typer.Option(..., help="A folder with a Hugging Face model, or a model's name."),
     out: Path = typer.Option(..., help="The profile file to write (JSON)."),

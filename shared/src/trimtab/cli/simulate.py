@@ -13,10 +13,7 @@ if TYPE_CHECKING:
 
     from trimtab.core.policy import ServingPolicy
 
-app = typer.Typer(no_args_is_help=True, help="Run a workload on simulated machines.")
 
-
-@app.command("serving")
 def serving(
     workload: Path = typer.Option(..., help="The requests: one JSON object a line."),
     profile: Path = typer.Option(..., help="What trimtab profile wrote."),

@@ -57,6 +57,12 @@ class KvCache:
             self._garbage += 1
         self._idle[self._garbage if name is None else name] = count
 
+    def release_unfilled(self, count: int) -> None:
+        """Gives back blocks that were not full: nobody can read them, so they are eaten first."""
+        self.free += count
+        if count and self._keeps:
+            self._forget(count)
+
     def readable(self, name: str) -> int:
         """How many blocks of a name can be held now."""
         held = self._held.get(name)
@@ -75,9 +81,7 @@ class KvCache:
         if held is None:
             rest = self._idle.pop(name) - count
             if rest:
-                self._garbage += 1
-                self._idle[self._garbage] = rest
-                self._idle.move_to_end(self._garbage, last=False)
+                self._forget(rest)
             self.free -= count
             held = self._held[name] = [count, 0]
         held[1] += 1
@@ -100,3 +104,8 @@ class KvCache:
         if not held[1]:
             del self._held[name]
             self.release(held[0], name)
+
+    def _forget(self, count: int) -> None:
+        self._garbage += 1
+        self._idle[self._garbage] = count
+        self._idle.move_to_end(self._garbage, last=False)

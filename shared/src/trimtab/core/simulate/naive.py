@@ -86,13 +86,15 @@ class Engine:
             generation.blocks.append(block)
 
     def drop(self, generation: Generation) -> None:
-        """Gives back all blocks, the last first."""
+        """Gives back all blocks, the last first; one that is not full is used again first."""
         private = generation.blocks[generation.shared :]
+        unfilled = generation.blocks[-1] if generation.computed % self.size else None
         for block in [*reversed(private), *reversed(generation.prefix)]:
             self.holders[block] -= 1
             if not self.holders[block]:
                 del self.holders[block]
-                self.free.append(block)
+                full = block is not unfilled
+                self.free.insert(len(self.free) if full else 0, block)
         generation.blocks, generation.shared, generation.prefix = [], 0, []
 
     def readable(self, name: object) -> list[Block]:

@@ -288,7 +288,7 @@ class Replica:
             self._stop_decoding(job)
         job.preemptions += 1
         whole = computed // self._block - job.shared_blocks
-        self._kv.release(self._blocks(computed) - computed // self._block)
+        self._kv.release_unfilled(self._blocks(computed) - computed // self._block)
         self._kv.release(whole, job.own_name)
         job.own_start = job.shared_blocks
         if job.shared_blocks and job.request.prefix:
@@ -434,7 +434,8 @@ class Replica:
         job.finished_s = now_s
 
     def _release(self, job: Job, computed: int) -> None:
-        self._kv.release(self._blocks(computed) - job.shared_blocks)
+        self._kv.release_unfilled(self._blocks(computed) - computed // self._block)
+        self._kv.release(computed // self._block - job.shared_blocks)
         if job.shared_blocks and job.request.prefix:
             self._kv.let_go(job.request.prefix)
         job.shared_blocks = 0

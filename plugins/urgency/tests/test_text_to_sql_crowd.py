@@ -25,6 +25,7 @@ from trimtab.urgency.text_to_sql.crowd import (
     assemble,
     capacity,
     questions,
+    tighten,
     visit_all,
 )
 from trimtab.urgency.text_to_sql.databases import NAMES, Database, Table
@@ -113,6 +114,16 @@ def test_a_crowd_has_the_load_classes_and_deadlines_it_should():
         low, high = DEADLINE_FACTORS[v.kind]
         assert low <= v.deadline_s / PACE.alone_s[v.kind] <= high
         assert v.question in questions()[v.database.name]
+
+
+def test_deadlines_are_tightened_together_until_half_are_in_time():
+    crowd = assemble(DATABASES, PACE, workflows=33, seed=5)
+    loose = [Journey(v, v.arrival_s + 1.0 + i % 7, Answer(), 0) for i, v in enumerate(crowd)]
+    tight = tighten(loose)
+    assert sum(journey.tardiness_s == 0 for journey in tight) == 16
+    factors = [b.visit.deadline_s / a.visit.deadline_s for a, b in zip(loose, tight, strict=True)]
+    assert max(factors) == pytest.approx(min(factors))
+    assert [j.latency_s for j in tight] == [j.latency_s for j in loose]
 
 
 def test_a_crowd_on_a_slower_machine_is_the_same_crowd_stretched():

@@ -7,10 +7,11 @@ it is as busy on a fast machine as on a slow one, and every server is visited by
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -35,6 +36,10 @@ STATIC_PRIORITY: dict[Class, int] = {"interactive": 0, "report": 1}
 LOAD = 4.0
 """Workflows that arrive, by those that the server can serve in the same time."""
 
+IN_TIME_SHARE = 0.5
+"""Of a crowd's workflows, those that vLLM's own order finishes in time; see `tighten`."""
+
+_ROUNDING = 1e-9
 _CALL_TIMEOUT_S = 600.0
 _ALONE = 2
 _WATCH_EVERY_S = 0.5
@@ -119,6 +124,19 @@ def assemble(
         visits.append(Visit(f"{seed}-w{number}", question, database, kind, arrival_s, deadline_s))
         arrival_s += chance.expovariate(load * pace.capacity_per_s)
     return visits
+
+
+def tighten(journeys: Sequence[Journey], share: float = IN_TIME_SHARE) -> list[Journey]:
+    """The same journeys with all deadlines multiplied by one factor, so that ``share`` are in time.
+
+    Whether a fixed deadline is tight depends on how busy the machine was while its pace was
+    measured. vLLM's own order knows no deadlines, so its journeys may say what is tight here.
+    """
+    used = sorted(journey.latency_s / journey.visit.deadline_s for journey in journeys)
+    factor = used[max(1, math.floor(share * len(used))) - 1] * (1 + _ROUNDING)
+    return [
+        replace(j, visit=replace(j.visit, deadline_s=j.visit.deadline_s * factor)) for j in journeys
+    ]
 
 
 async def measure_pace(server: Server, databases: Sequence[Database], seats: int) -> Pace:

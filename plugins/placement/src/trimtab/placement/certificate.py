@@ -4,8 +4,8 @@ A pod whose cells lie in ``a`` rows and ``b`` columns holds at most ``min(capaci
 If every row touches at most ``R`` pods and every column at most ``C``, the pods' ``a`` sum to at
 most ``R`` times the rows and their ``b`` to at most ``C`` times the columns. Moreover each row is
 cut into at most ``R`` parts whose widths sum to the columns, and a part of width ``w`` needs a pod
-that touches ``w`` columns. The fewest columns to touch for given ``R`` are a linear programme, or,
-with whole columns, a small integer one.
+that touches ``w`` columns. The fewest columns to touch for given ``R`` are a linear programme; with
+the cuts of rows, and in whole numbers, they are a small integer one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ _SLACK = 1e-6
 
 _MOST_SHAPES = 400
 """Ways to cut a row that the tighter bound is tried with."""
+
+_MOST_WIDTHS = 5_000
+"""Its variables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +92,20 @@ def least_data(demand: Demand, pipeline: int, *, nodes: int) -> int | None:
         pipeline: the pipeline spread.
         nodes: of the search tree at most.
     """
-    shapes = _shapes(demand.columns, pipeline)
-    if len(shapes) > _MOST_SHAPES:
+    sizes = sum(number_of_widths(demand, capacity) for capacity, _ in demand.classes)
+    shapes = _shapes(demand.columns, pipeline) if sizes <= _MOST_WIDTHS else []
+    if not 0 < len(shapes) <= _MOST_SHAPES:
         return 1
     answer = _shaped_programme(demand, shapes).solve(nodes=nodes)
     if not answer.feasible:
         return None
     return max(1, math.ceil(answer.bound / demand.columns - _SLACK))
+
+
+def number_of_widths(demand: Demand, capacity: int) -> int:
+    """How many pairs of columns touched and columns used in a row a pod can have."""
+    most = min(demand.columns, capacity)
+    return most * (most + 1) // 2
 
 
 def _least_data(demand: Demand, pipeline: int) -> int | None:
@@ -153,14 +163,14 @@ def _shaped_programme(demand: Demand, shapes: list[tuple[int, ...]]) -> Programm
         same: list[tuple[int, float]] = []
         for columns in range(1, min(demand.columns, capacity) + 1):
             pods = programme.variable(columns, upper=number, whole=True)
-            by_width = [(programme.variable(), width) for width in range(1, columns + 1)]
+            by_width = [(programme.variable(whole=True), w) for w in range(1, columns + 1)]
             programme.constrain([*by_width, (pods, -capacity)], high=0)
             programme.constrain([*((v, 1) for v, _ in by_width), (pods, -demand.rows)], high=0)
             same.append((pods, 1))
             for variable, width in by_width:
                 parts[width].append((variable, 1))
         programme.constrain(same, high=number)
-    rows = [(programme.variable(), shape) for shape in shapes]
+    rows = [(programme.variable(whole=True), shape) for shape in shapes]
     programme.constrain([(variable, 1) for variable, _ in rows], low=demand.rows, high=demand.rows)
     for width, terms in parts.items():
         used = [(v, -float(shape.count(width))) for v, shape in rows if width in shape]

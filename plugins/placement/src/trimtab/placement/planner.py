@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NoReturn, cast
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from trimtab.placement.fabric import Fabric, Place, State, domains
 from trimtab.placement.grid import Candidate, Demand, PodGrid
 from trimtab.placement.job import JobGrid, TrainingJob
 from trimtab.placement.layout import HostGrid, lay_out
-from trimtab.placement.search import Front, search
+from trimtab.placement.search import Front, quick_search, search
 from trimtab.placement.summary import group_spreads
 
 Mode = Literal["allocate", "reorder"]
@@ -44,6 +44,12 @@ class _Pods:
         """The job in units of its blocks."""
         room = (max(0, len(places) - self.spares) // grid.block for places in self.places)
         return Demand(grid.rows // grid.block, grid.columns, tuple(room))
+
+    def cut(self, pod: int, most: int) -> _Pods:
+        """With only the first nodes of a pod."""
+        places = list(self.places)
+        places[pod] = places[pod][:most]
+        return replace(self, places=tuple(places))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +99,9 @@ def plan_placement(
     hosts_at = lay_out(solved.pods.places, solved.grid, chosen.grid, weight)
     if mode == "reorder":
         warnings += _left_out(fabric, hosts_at)
-    return _plan(cluster, job, fabric, solved, chosen, hosts_at, weight, mode, warnings, started)
+    return _plan(
+        cluster, job, fabric, solved, chosen, hosts_at, weight, tier, mode, warnings, started
+    )
 
 
 def _checked(alpha: float) -> float:
@@ -110,46 +118,80 @@ def _check_twice(hosts: Sequence[str]) -> None:
         raise BadInput(f"the host {twice!r} is given twice", fix="give each host once")
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A job on a fabric, with what is asked of its placement."""
+
+    fabric: Fabric
+    job: TrainingJob
+    alpha: float
+    tier: int
+
+    def attempt(self, usable: Sequence[State]) -> _Solved | None:
+        """The front on nodes of some states; None where they do not hold the job."""
+        pods, grid = _pods(self.fabric, self.job, self.tier, usable), self.job.grid
+        front = search(pods.demand(grid), (self.alpha,))
+        if front is None and grid.block > 1 and grid.stage_major:
+            grid = replace(grid, block=1)
+            front = search(pods.demand(grid), (self.alpha,))
+        return None if front is None else _Solved(pods, grid, front)
+
+    def value(self, front: Front) -> float:
+        """The objective of the best placement."""
+        return front.best(self.alpha).spread.weighted(self.alpha)
+
+
 def _solve(
     fabric: Fabric, job: TrainingJob, alpha: float, tier: int, mode: Mode, warnings: list[str]
 ) -> _Solved:
     """The front on free nodes, or with movable ones where these make the placement better."""
-    grid = job.grid
     if job.data_parallel is None:
         raise BadInput("the job has no data_parallel", fix="give it, or order a fixed allocation")
+    request = _Request(fabric, job, alpha, tier)
+    usable: tuple[State, ...] = ("free", "movable", "busy") if mode == "reorder" else ("free",)
+    solved = request.attempt(usable)
+    if mode == "allocate" and any(place.state == "movable" for place in fabric.places):
+        usable = ("free", "movable")
+        solved = _better(request, solved, request.attempt(usable))
+    if solved is None:
+        _refuse(fabric, job, job.grid, usable)
     if job.tensor_parallel > job.gpus_per_node:
         warnings.append(
             f"tensor_parallel is {job.tensor_parallel} on nodes of {job.gpus_per_node} devices:"
             " tensor groups are placed across nodes."
         )
-    usable: tuple[State, ...] = ("free", "movable", "busy") if mode == "reorder" else ("free",)
-    stays = _attempt(fabric, job, grid, tier, alpha, usable)
-    if mode == "reorder" or not any(place.state == "movable" for place in fabric.places):
-        return stays or _refuse(fabric, job, grid, usable)
-    moves = _attempt(fabric, job, grid, tier, alpha, ("free", "movable"))
+    if solved.grid.block < job.grid.block:
+        warnings.append(
+            f"no placement keeps the {job.grid.block} nodes of each tensor, context or expert"
+            " group in one domain: some are split."
+        )
+    return solved
+
+
+def _better(request: _Request, stays: _Solved | None, moves: _Solved | None) -> _Solved | None:
+    """The placement with moved jobs only where it is better; then with as few moves as found."""
     if moves is None:
-        return stays or _refuse(fabric, job, grid, ("free", "movable"))
-    if stays is None:
-        return moves
-    gain = _value(stays, alpha) - _value(moves, alpha)
-    return moves if gain > _SAME else stays
+        return stays
+    if stays is not None and request.value(stays.front) <= request.value(moves.front) + _SAME:
+        return stays
+    return _fewest_moves(request, moves)
 
 
-def _value(solved: _Solved, alpha: float) -> float:
-    return solved.front.best(alpha).spread.weighted(alpha)
-
-
-def _attempt(
-    fabric: Fabric,
-    job: TrainingJob,
-    grid: JobGrid,
-    tier: int,
-    alpha: float,
-    usable: Sequence[State],
-) -> _Solved | None:
-    pods = _pods(fabric, job, tier, usable)
-    front = search(pods.demand(grid), (alpha,))
-    return None if front is None else _Solved(pods, grid, front)
+def _fewest_moves(request: _Request, solved: _Solved) -> _Solved:
+    """Takes movable nodes away, pod after pod, as long as the value stays."""
+    target = request.value(solved.front) + _SAME
+    for pod, places in enumerate(solved.pods.places):
+        low = sum(place.state == "free" for place in places)
+        high = len(places)
+        while low < high:
+            middle = (low + high) // 2
+            pods = solved.pods.cut(pod, middle)
+            front = quick_search(pods.demand(solved.grid))
+            if front is not None and request.value(front) <= target:
+                solved, high = _Solved(pods, solved.grid, front), middle
+            else:
+                low = middle + 1
+    return solved
 
 
 def _pods(fabric: Fabric, job: TrainingJob, tier: int, usable: Sequence[State]) -> _Pods:
@@ -166,7 +208,7 @@ def _pods(fabric: Fabric, job: TrainingJob, tier: int, usable: Sequence[State]) 
     return _Pods(tuple(found), tuple(found.values()), job.spares_per_pod)
 
 
-def _refuse(fabric: Fabric, job: TrainingJob, grid: JobGrid, usable: Sequence[State]) -> _Solved:
+def _refuse(fabric: Fabric, job: TrainingJob, grid: JobGrid, usable: Sequence[State]) -> NoReturn:
     """Raises why the job does not fit, and what would."""
     room = sum(
         place.state in usable and place.gpus >= job.ranks_per_node for place in fabric.places
@@ -201,6 +243,7 @@ def _plan(
     chosen: Candidate,
     hosts_at: HostGrid,
     alpha: float,
+    tier: str | None,
     mode: Mode,
     warnings: list[str],
     started: float,
@@ -238,7 +281,7 @@ def _plan(
                 "job": job.model_dump(mode="json"),
                 "mode": mode,
                 "alpha": alpha,
-                "tier": fabric.tiers[0] if fabric.tiers else None,
+                "tier": (tier or fabric.tiers[0]) if fabric.tiers else None,
                 "grid": _grid_facts(solved.grid),
                 "pods": _pod_facts(solved, chosen.grid),
                 "cells": chosen.grid.tolist(),

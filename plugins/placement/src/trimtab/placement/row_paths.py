@@ -41,6 +41,16 @@ def even_cuts(columns: int, most: int) -> list[int]:
     return [round(part * columns / parts) for part in range(parts + 1)]
 
 
+def useful_ranges(end: int, steps: int) -> list[Range]:
+    """The ranges that a walk of at most so many steps can use."""
+    return [
+        (start, stop)
+        for start in range(end)
+        for stop in range(start + 1, end + 1)
+        if (start > 0) + (stop < end) < steps
+    ]
+
+
 def row_paths(
     demand: Demand, spread: Spread, *, cuts: Sequence[int], nodes: int
 ) -> Candidate | None:
@@ -76,7 +86,7 @@ def row_paths(
 
 def _model(demand: Demand, spread: Spread, cuts: Sequence[int]) -> _Model:
     programme, end = Programme(), len(cuts) - 1
-    ranges = [(s, e) for s in range(end) for e in range(s + 1, end + 1)]
+    ranges = useful_ranges(end, spread.pipeline)
     carried: dict[Range, list[tuple[int, float]]] = {each: [] for each in ranges}
     crossed: list[list[tuple[int, float]]] = [[] for _ in range(end)]
     taken: dict[tuple[int, Range], int] = {}

@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from trimtab.placement.certificate import Frontier, frontier, least_data
 from trimtab.placement.grid import Candidate, Demand, Spread, pareto
 from trimtab.placement.packing import packings
-from trimtab.placement.row_paths import even_cuts, row_paths
+from trimtab.placement.row_paths import even_cuts, row_paths, useful_ranges
 from trimtab.placement.strips import strip_covers
 
 _SAME = 1e-9
-_NODES = 40
+_NODES = 300
 """Of each search tree; a count and not a time, so that every machine finds the same."""
 
 _COARSE = 8
 """Ranges of columns that are tried first where there are more columns."""
 
-_FINEST = 16
 _MOST_RANGES = 2500
 """Capacities times ranges of columns that a programme may have."""
 
@@ -71,13 +70,16 @@ def search(demand: Demand, alphas: Sequence[float]) -> Front | None:
     front = quick_search(demand)
     if front is None:
         return None
-    tightened: set[int] = set()
+    known: set[tuple[str, int]] = set()
     tried: set[Spread] = set()
     for alpha in alphas:
         while spread := next(_open(front, alpha, tried), None):
-            if spread.pipeline not in tightened:
-                tightened.add(spread.pipeline)
+            if ("rows", spread.pipeline) not in known:
+                known.add(("rows", spread.pipeline))
                 front = _tightened(demand, front, spread.pipeline)
+            elif ("columns", spread.data) not in known:
+                known.add(("columns", spread.data))
+                front = _tightened_across(demand, front, spread.data)
             else:
                 tried.add(spread)
                 front = _widened(demand, front, spread)
@@ -103,6 +105,13 @@ def _tightened(demand: Demand, front: Front, pipeline: int) -> Front:
     )
 
 
+def _tightened_across(demand: Demand, front: Front, data: int) -> Front:
+    """The same bound on the transposed grid: the least pipeline spread for a data spread."""
+    pipeline = least_data(demand.transposed, data, nodes=_NODES)
+    most = len(front.bound.least_data) if pipeline is None else pipeline - 1
+    return Front(front.candidates, front.bound.raised(most, data + 1))
+
+
 def _widened(demand: Demand, front: Front, spread: Spread) -> Front:
     found = _find(demand, spread)
     if found is None:
@@ -112,21 +121,21 @@ def _widened(demand: Demand, front: Front, spread: Spread) -> Front:
 
 def _find(demand: Demand, spread: Spread) -> Candidate | None:
     """A placement of at most the given spreads, by row paths of either orientation."""
-    for parts in dict.fromkeys((_COARSE, _FINEST)):
+    for parts in (_COARSE, demand.columns):
         found = _walk(demand, spread, parts)
         if found is not None:
             return found
         if demand.columns <= parts:
             break
-    if spread.data > 3:
-        return None
-    turned = _walk(demand.transposed, spread.swapped, 32 if spread.data == 2 else 12)
+    turned = _walk(demand.transposed, spread.swapped, demand.rows)
     return None if turned is None else turned.transposed
 
 
 def _walk(demand: Demand, spread: Spread, parts: int) -> Candidate | None:
+    """Row paths with at most so many cuts, and with fewer where the programme would be large."""
+    kinds = len(demand.classes)
+    parts = min(parts, demand.columns)
+    while kinds * len(useful_ranges(parts, spread.pipeline)) > _MOST_RANGES:
+        parts -= 1
     cuts = even_cuts(demand.columns, parts)
-    ranges = len(cuts) * (len(cuts) - 1) // 2
-    if len(demand.classes) * ranges > _MOST_RANGES:
-        return None
-    return row_paths(demand, spread, cuts=cuts, nodes=_NODES)
+    return row_paths(demand, spread, cuts=cuts, nodes=_NODES) if parts > 1 else None

@@ -1,0 +1,145 @@
+"""The report page: its structure, what it says, and that it needs no network."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from trimtab.core.cluster import Cluster
+from trimtab.core.errors import BadInput
+from trimtab.core.plan import Objective, Plan
+from trimtab.placement.job import TrainingJob
+from trimtab.placement.planner import plan_placement
+from trimtab.placement.report import report_page, write_report
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+def cluster_of(pods, per_pod, name="net", prefix="n"):
+    nodes, links = [], []
+    # Neighbouring names lie in different pods.
+    for index in range(pods * per_pod):
+        nodes.append({"name": f"{prefix}{index:03d}", "device": "H100-SXM", "count": 8})
+        leaf = f"pod{index % pods}"
+        links.append({"a": f"{prefix}{index:03d}", "b": leaf, "bandwidth_bytes_per_s": 5e10})
+    switches = [f"pod{pod}" for pod in range(pods)]
+    if pods > 1:
+        links += [{"a": leaf, "b": "core", "bandwidth_bytes_per_s": 1e11} for leaf in switches]
+        switches = [*switches, "core"]
+    return Cluster.model_validate(
+        {"name": name, "nodes": nodes, "switches": switches, "links": links}
+    )
+
+
+def planned(cluster, rows, columns):
+    job = TrainingJob(
+        name="job", tensor_parallel=8, pipeline_parallel=columns, data_parallel=rows, alpha=0.3
+    )
+    return plan_placement(cluster, job)
+
+
+class Page(HTMLParser):
+    """A page whose elements are closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.cells, self.said = [], [], []
+        self.count = {}
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        name = f"{tag}.{given['class']}" if given.get("class") else tag
+        self.count[name] = self.count.get(name, 0) + 1
+        if given.get("class") == "cell":
+            self.cells.append((int(given["data-r"]), int(given["data-c"]), given["fill"]))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.said.append(data)
+
+
+def test_each_cell_is_in_both_matrices_and_in_the_tree():
+    cluster = cluster_of(3, 5)
+    page = Page(report_page(planned(cluster, 6, 2), cluster))
+    cells = sorted((r, c) for r, c, _ in page.cells)
+    assert cells == sorted((r, c) for r in range(6) for c in range(2) for _ in range(3))
+    assert page.count["rect.idle"] == 3
+    assert page.count["svg.cells"] == 3
+
+
+def test_colours_are_the_pods_of_the_plan():
+    cluster = cluster_of(3, 5)
+    plan = planned(cluster, 5, 2)
+    before, after = (Page(report_page(plan, cluster)).cells[i * 10 : (i + 1) * 10] for i in (0, 1))
+
+    def widest(cells, axis):
+        lines = {}
+        for cell in cells:
+            lines.setdefault(cell[axis], set()).add(cell[2])
+        return max(map(len, lines.values()))
+
+    assert widest(after, 0) == plan.expected["pipeline_spread"].value == 1
+    assert widest(after, 1) == plan.expected["data_spread"].value
+    assert widest(before, 0) == 2
+
+
+def test_the_front_and_the_bound_are_drawn():
+    cluster = cluster_of(3, 5)
+    plan = planned(cluster, 6, 2)
+    page = Page(report_page(plan, cluster))
+    assert page.count["circle.point"] == len(plan.details["front"])
+    assert page.count["rect.before"] == 1
+    assert page.count["rect.impossible"] >= 1
+
+
+def test_the_page_needs_no_network_and_is_written_whole(tmp_path):
+    cluster = cluster_of(2, 4)
+    write_report(planned(cluster, 4, 2), cluster, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert not re.search(r"""(src|href)\s*=|@import|url\(|https?://""", text)
+    assert text.rstrip().endswith("</html>")
+    assert "$" not in text
+
+
+def test_names_are_escaped():
+    cluster = cluster_of(2, 4, name="<b>&</b></script>")
+    plan = planned(cluster, 4, 2)
+    warned = plan.model_copy(update={"warnings": ("a < b </script>",)})
+    page = Page(report_page(warned, cluster))
+    assert page.count.get("b", 0) == 4 + 2  # facts and captions, none from the name
+    assert page.count["section.warn"] == 1
+    assert any("a < b </script>" in said for said in page.said)
+
+
+def test_one_switch_and_more_nodes_than_can_be_drawn():
+    flat = cluster_of(1, 6)
+    assert "Before and after" in report_page(planned(flat, 3, 2), flat)
+    wide = cluster_of(30, 140)
+    page = Page(report_page(planned(wide, 10, 8), wide))
+    assert len(page.cells) == 2 * 80  # the matrices; the tree has bars
+
+
+def test_another_planners_plan_and_another_cluster_are_refused():
+    cluster = cluster_of(2, 4)
+    other = Plan(
+        planner="fleet", objective=Objective(metric="m", unit="1", better="lower", value=1)
+    )
+    with pytest.raises(
+        BadInput, match="the planner 'fleet'; give a plan of trimtab plan placement"
+    ):
+        report_page(other, cluster)
+    with pytest.raises(BadInput, match="'n000' is none of net; give the cluster"):
+        report_page(planned(cluster, 4, 2), cluster_of(2, 4, prefix="m"))

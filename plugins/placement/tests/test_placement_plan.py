@@ -245,3 +245,17 @@ def test_unknown_nodes_tiers_and_states_are_refused() -> None:
 def test_a_job_without_replicas_needs_a_fixed_allocation() -> None:
     with pytest.raises(BadInput, match="data_parallel"):
         plan_placement(tree(2, 1, 3), job())
+
+
+def test_leaves_inside_a_pod_are_laid_out_too() -> None:
+    """One pod of four leaves holds everything; pipelines stay under one leaf."""
+    cluster = tree(2, 4, 4)
+    plan = plan_placement(cluster, job(pipeline_parallel=4, data_parallel=4), alpha=0.2)
+    tiers = plan.details["tiers"]
+    assert isinstance(tiers, dict)
+    assert tiers["pod"]["data"]["widest"] == 1  # type: ignore[call-overload, index]
+    assert tiers["leaf"]["pipeline"]["widest"] == 1  # type: ignore[call-overload, index]
+    turned = plan_placement(cluster, job(pipeline_parallel=4, data_parallel=4), alpha=0.8)
+    tiers = turned.details["tiers"]
+    assert isinstance(tiers, dict)
+    assert tiers["leaf"]["data"]["widest"] == 1  # type: ignore[call-overload, index]

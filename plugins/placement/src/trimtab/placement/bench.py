@@ -17,6 +17,7 @@ from trimtab.core.solve import Limits
 from trimtab.placement.arnold import arnold, solve_arnold
 from trimtab.placement.grid import Candidate, Demand
 from trimtab.placement.packing import RANK_ORDERS, laid, packings, random_fit
+from trimtab.placement.queue_bench import queue_cases
 from trimtab.placement.real_bench import real_cases
 from trimtab.placement.search import Front, quick_search, search
 
@@ -48,6 +49,8 @@ SIZES: Mapping[str, Demand] = {
     "12496": Demand(1562, 8, _even(14_100, 300)),
 }
 """Nodes of the jobs whose planning is timed."""
+
+_QUICK_SIZES: tuple[str, ...] = ("96", "208", "1200", "12496")
 
 
 def fragmented(seed: int, count: int) -> list[Demand]:
@@ -236,21 +239,25 @@ def _time_case(name: str, baseline: str, theirs_s: float, ours_s: float, notes: 
 
 
 def run(options: Options, progress: Progress) -> list[Case]:
-    """All cases; with ``quick`` 12 fragmented clusters in place of 150."""
+    """All cases; with ``quick`` 6 fragmented clusters in place of 150."""
     cases: list[Case] = []
     for name, demand in SETTINGS.items():
         cases += _spread_cases(name, [_solved(demand, options.seed)])
-    count = 12 if options.quick else 150
+    count = 6 if options.quick else 150
     solved: list[_Instance] = []
     for number, demand in enumerate(fragmented(options.seed, count)):
         progress("fragmented clusters", number / count)
         solved.append(_solved(demand, options.seed))
     cases += _spread_cases("fragmented", solved)
     cases += _certified_cases("fragmented", solved)
-    names = ("96", "208", "1200") if options.quick else tuple(SIZES)
+    names = _QUICK_SIZES if options.quick else tuple(SIZES)
     cases += _time_cases(names, 5.0 if options.quick else 60.0, progress)
-    cases += real_cases(options, progress)
-    return cases
+    return cases + more_cases(options, progress)
+
+
+def more_cases(options: Options, progress: Progress) -> list[Case]:
+    """The cases of the queue and of real jobs."""
+    return [*queue_cases(options, progress), *real_cases(options, progress)]
 
 
 BENCHMARK = Benchmark(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -51,7 +50,9 @@ def placement(
     if out is not None:
         plan.write(out)
     if report is not None:
-        import_module("trimtab.placement.report").write_report(plan, network, report)
+        from trimtab.placement.report import write_report
+
+        write_report(plan, network, report)
     if json_:
         typer.echo(plan.model_dump_json(indent=2))
     else:

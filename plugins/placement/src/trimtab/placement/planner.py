@@ -96,7 +96,7 @@ def plan_placement(
     warnings: list[str] = []
     solved = _solve(fabric, job, weight, fabric.tier(tier), mode, warnings)
     chosen = solved.front.best(weight)
-    hosts_at = lay_out(solved.pods.places, solved.grid, chosen.grid, weight)
+    hosts_at = lay_out(solved.pods.places, fabric.tier(tier), solved.grid, chosen.grid, weight)
     if mode == "reorder":
         warnings += _left_out(fabric, hosts_at)
     return _plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,20 +59,28 @@ def test_the_tiers_of_a_shaped_tree_are_found(tmp_path: Path, pairs: str) -> Non
         "tier 1: 2 domains",
         "tier 2: 1 domain",
     ]
-    if pairs == "alone":
-        own = [link.bandwidth_bytes_per_s for link in found.links if link.a in true.graph]
-        uplinks = [link.bandwidth_bytes_per_s for link in found.links if link.b == "core"]
-        assert min(own) == pytest.approx(HOST_BYTES_PER_S, rel=0.3)
-        assert min(uplinks) == pytest.approx(UPLINK_BYTES_PER_S, rel=0.3)
+    own = [link.bandwidth_bytes_per_s for link in found.links if link.a in order]
+    uplinks = [link.bandwidth_bytes_per_s for link in found.links if link.b == "core"]
+    assert min(own) == pytest.approx(HOST_BYTES_PER_S, rel=0.3)
+    # How many pairs shared an uplink at one time is known on average only.
+    tolerance = 0.3 if pairs == "alone" else 0.6
+    assert uplinks == pytest.approx([UPLINK_BYTES_PER_S] * 2, rel=tolerance)
 
 
-def test_processes_of_one_machine_through_the_command(tmp_path: Path) -> None:
-    import subprocess
+COMMANDS = {
+    "command": ["trimtab.cli", "profile", "network", "--nproc", "3"],
+    "launched": [
+        *("trimtab.cli", "launch", "--", "torchrun", "--nproc-per-node", "3", "--standalone"),
+        *("-m", "trimtab.hosts.torch.network_profile"),
+    ],
+}
 
-    command = [sys.executable, "-m", "trimtab.cli", "profile", "network", "--nproc", "3"]
+
+@pytest.mark.parametrize("started", COMMANDS)
+def test_processes_of_one_machine(tmp_path: Path, started: str) -> None:
     more = ["--sizes", "64KiB,1MiB", "--repeats", "1", "--out", "m.json", "--cluster", "c.yaml"]
     done = subprocess.run(
-        [*command, *more, "--device", "cpu"],
+        [sys.executable, "-m", *COMMANDS[started], *more, "--device", "cpu"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

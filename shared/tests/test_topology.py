@@ -681,9 +681,14 @@ def test_a_measured_cluster(tmp_path: Path) -> None:
     }
     assert links(cluster)["a", "tier1-0"] == pytest.approx(10e9, rel=0.05)
     assert links(cluster)["tier1-0", "core_"] == pytest.approx(2e9, rel=0.05)
-    at_once = json.dumps(json.loads(text) | {"at_once": True})
-    shared = links(read(tmp_path, at_once))["tier1-0", "core_"]
-    assert shared == pytest.approx(2e9 * 2 * 2 / 3, rel=0.05)
+
+
+def test_pairs_that_were_measured_at_once_shared_the_uplink(tmp_path: Path) -> None:
+    """Four of eight hosts: on average 16/7 pairs cross, each one way at a time."""
+    matrix = noisy_matrix([0, 0, 0, 0, 1, 1, 1, 1], [0] * 8, (10e9, 2e9, 1), 3)
+    found = {"hosts": list("abcdefgh"), "bandwidth_bytes_per_s": matrix, "at_once": True}
+    uplink = links(read(tmp_path, json.dumps(found)))["tier1-0", "core"]
+    assert uplink == pytest.approx(2e9 * 16 / 7 / 2, rel=0.05)
 
 
 def test_hosts_that_are_equally_near_hang_on_one_switch(tmp_path: Path) -> None:

@@ -199,9 +199,13 @@ def _reach(rates: Floats, host: int, tiers: Sequence[Tier]) -> float:
 
 
 def _crossing(found: Measurement, members: int) -> float:
-    """How many of the pairs measured at one time lead out of a domain, on average."""
+    """How many messages leave a domain at one time, on average.
+
+    Each host has one partner at a time, any of the others, and each pair sends one way at a time.
+    """
     count = len(found.hosts)
-    return max(1.0, members * (count - members) / (count - 1)) if found.at_once else 1.0
+    pairs = members * (count - members) / (count - 1)
+    return max(1.0, pairs / 2) if found.at_once else 1.0
 
 
 def measurement_of_csv(text: str, source: str) -> Measurement:

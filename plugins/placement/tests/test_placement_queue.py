@@ -447,3 +447,18 @@ def test_public_formats(tmp_path):
     assert found["slurm"] == [job("7", 0, 4, 3600, limit_s=93600.0, department="ml")]
     assert found["helios"] == [job("1", 0, 2, 60, department="v")]
     assert found["philly"] == [job("application_1", 0, 2, 60, department="ee9e8c")]
+
+
+@pytest.mark.parametrize("preempt", [False, True])
+def test_large_jobs_that_want_the_same_nodes_run_one_after_the_other(preempt):
+    jobs = [
+        job("one", 100, 3, 20, announced_s=0),
+        job("two", 101, 3, 20, announced_s=0),
+        job("spot", 0, 4, 150, preemptable=True),
+    ]
+    policy = ReservationQueue(ReservationOptions(preempt=preempt))
+    result = simulate_cluster(jobs, [4], policy)
+    begun = starts(result)
+    assert begun["two"] == begun["one"] + 20
+    assert begun["one"] == (100 if preempt else 150)
+    assert result.outcomes["spot"].lost_s == (100 if preempt else 0)

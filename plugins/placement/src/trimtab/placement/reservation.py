@@ -57,20 +57,20 @@ class ReservationOptions(Document):
         ageing_s: a waiting job gains one step of priority in this time.
         patience_s: a job that waited so long is overtaken no more; infinity for never.
         alpha: weight of the large job's data-parallel spread.
-        replan_share: the quotas are solved anew when so many more of them are expected to be held.
         interval_s: the zone moves to surer nodes this often at most.
+        replan_s: while a node of the zone may be held, its quotas are solved this often at most.
         preempt: whether preemptable jobs in the zone are ended on arrival.
     """
 
     backfill: bool = True
     quantile: float = Field(0.9, gt=0, lt=1)
     margin_s: float = Field(300.0, ge=0)
-    risk: float = Field(0.05, ge=0, le=1)
+    risk: float = Field(0.02, ge=0, le=1)
     ageing_s: float = Field(86400.0, gt=0)
     patience_s: float = Field(21600.0, gt=0)
     alpha: float = Field(0.3, ge=0, le=1)
-    replan_share: float = Field(0.02, ge=0, le=1)
     interval_s: float = Field(60.0, ge=0)
+    replan_s: float = Field(300.0, ge=0)
     preempt: bool = False
 
 
@@ -97,15 +97,19 @@ class _Zone:
     quotas: Nodes
     nodes: Flags
     admitted: set[str] = field(default_factory=set)
-    expected_held: float = 0.0
+    planned_s: float = -math.inf
     unsure: bool = True
     settled_s: float = -math.inf
 
     def due_s(self, now_s: float, horizon_s: float) -> float:
         """When its nodes should be free: on arrival, or soon where that has passed."""
-        return max(
-            self.request.arrival_s, now_s + horizon_s if now_s >= self.request.arrival_s else 0
-        )
+        arrival_s = self.request.arrival_s
+        return arrival_s if now_s < arrival_s else now_s + horizon_s
+
+    @property
+    def turn(self) -> tuple[float, str]:
+        """The order in which announced jobs start; one that arrived waits for none behind it."""
+        return self.request.arrival_s, self.request.job_id
 
 
 Chances = NDArray[np.float64]
@@ -236,10 +240,12 @@ class ReservationQueue:
 
     def _renew_quotas(self, state: ClusterState, zone: _Zone, chances: Chances) -> None:
         expected = _expected_held(zone.quotas, chances, state.pod_of)
-        bearable = self.options.replan_share * zone.request.nodes
         planned = bool(zone.quotas.any())
-        if planned and expected <= zone.expected_held + bearable:
+        if planned and expected <= self.options.risk:
             return
+        if state.now_s - zone.planned_s < self.options.replan_s:
+            return
+        zone.planned_s = state.now_s
         for chance in _SURE:
             free = np.bincount(state.pod_of[chances <= chance], minlength=len(zone.quotas))
             found = best_grid(zone.request, free.tolist(), self.options.alpha)
@@ -248,8 +254,7 @@ class ReservationQueue:
             quotas = np.bincount(found.grid.ravel(), minlength=len(zone.quotas))
             then = _expected_held(quotas, chances, state.pod_of)
             if not planned or then < expected:
-                zone.quotas, expected = quotas, then
-            zone.expected_held = expected
+                zone.quotas = quotas
             return
 
     def _chances(self, state: ClusterState, zone: _Zone) -> Chances:
@@ -272,10 +277,9 @@ class ReservationQueue:
     def _start_announced(self, state: ClusterState, turn: _Turn) -> list[Start | Preempt]:
         """Starts the large jobs that arrived and whose nodes, or others as good, are free."""
         actions: list[Start | Preempt] = []
-        for request in [
-            z.request for z in self._zones.values() if z.request.job_id in state.waiting
-        ]:
-            zone = self._zones[request.job_id]
+        arrived = [zone for job_id, zone in self._zones.items() if job_id in state.waiting]
+        for zone in sorted(arrived, key=lambda zone: zone.turn):
+            request = zone.request
             if self.options.preempt:
                 actions += turn.clear(zone)
             nodes = turn.grid_nodes(zone)
@@ -332,6 +336,7 @@ class _Turn:
         self._count()
         self._too_long: set[tuple[object, ...]] = set()
         self._risked: dict[str, float] = {}
+        self._preempted: set[str] = set()
 
     def take(self, nodes: Nodes) -> None:
         """Nodes were given out."""
@@ -351,14 +356,22 @@ class _Turn:
         self.free_nodes, self._outside_nodes = int(self._free.sum()), int(self._outside.sum())
 
     def clear(self, zone: _Zone) -> list[Start | Preempt]:
-        """Ends preemptable jobs that hold nodes of a zone."""
-        ended: list[Start | Preempt] = []
-        for job_id, running in self._state.running.items():
-            if running.request.preemptable and zone.nodes[running.nodes].any():
-                self._free[running.nodes] = True
-                ended.append(Preempt(job_id))
+        """Ends the preemptable jobs that hold nodes of a zone, if that frees all of them."""
+        holders = {
+            job_id: running
+            for job_id, running in self._state.running.items()
+            if zone.nodes[running.nodes].any() and job_id not in self._preempted
+        }
+        cleared = self._free.copy()
+        for running in holders.values():
+            cleared[running.nodes] |= running.request.preemptable
+        if not cleared[zone.nodes].all():
+            return []
+        for job_id, running in holders.items():
+            self._free[running.nodes] = True
+            self._preempted.add(job_id)
         self._count()
-        return ended
+        return [Preempt(job_id) for job_id in holders]
 
     def place(self, request: JobRequest) -> Nodes | None:
         """Nodes for a job: outside all zones, else inside those that it will have left in time."""
@@ -436,7 +449,9 @@ class _Turn:
         """The large job's nodes in its grid's order: of its zone if that is free, else of all."""
         free = self._free.copy()
         for other in self._zones.values():
-            if other is not zone:
+            # Else two that arrived could keep each other's nodes for ever.
+            behind = zone.turn < other.turn and other.request.arrival_s <= self._state.now_s
+            if other is not zone and not behind:
                 free &= ~other.nodes
         pod_of, alpha = self._state.pod_of, self._options.alpha
         own = free & zone.nodes

@@ -35,7 +35,7 @@ def cluster(
     history: Path | None = typer.Option(None, help="A trace to learn the jobs' times from."),
     alpha: float = typer.Option(0.3, min=0, max=1, help="Weight of data parallel spread."),
     quantile: float = typer.Option(0.9, help="Of a job's time that must end before the arrival."),
-    risk: float = typer.Option(0.05, help="Chance that any job let into the zone is late."),
+    risk: float = typer.Option(0.02, help="Chance that any job let into the zone is late."),
     json_: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
     """Run a trace of jobs around large announced ones, and compare queueing policies."""

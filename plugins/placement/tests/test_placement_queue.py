@@ -452,8 +452,8 @@ def test_public_formats(tmp_path):
 @pytest.mark.parametrize("preempt", [False, True])
 def test_large_jobs_that_want_the_same_nodes_run_one_after_the_other(preempt):
     jobs = [
-        job("one", 100, 3, 20, announced_s=0),
-        job("two", 101, 3, 20, announced_s=0),
+        job("one", 100, 3, 20, announced_s=10),
+        job("two", 101, 3, 20, announced_s=10),
         job("spot", 0, 4, 150, preemptable=True),
     ]
     policy = ReservationQueue(ReservationOptions(preempt=preempt))

@@ -449,10 +449,10 @@ class _Turn:
         """The large job's nodes in its grid's order: of its zone if that is free, else of all."""
         free = self._free.copy()
         for other in self._zones.values():
-            # Else two that arrived could keep each other's nodes for ever.
-            behind = zone.turn < other.turn and other.request.arrival_s <= self._state.now_s
-            if other is not zone and not behind:
+            if other.turn < zone.turn:
                 free &= ~other.nodes
+            elif other.request.arrival_s > self._state.now_s:
+                free &= zone.nodes | ~other.nodes
         pod_of, alpha = self._state.pod_of, self._options.alpha
         own = free & zone.nodes
         usable = own if own.sum() == zone.request.nodes else free

@@ -609,6 +609,11 @@ def test_two_adapters_of_one_host_are_its_rails(tmp_path: Path) -> None:
     assert links(cluster)["node01", "leaf-1"] == 25e9
 
 
+def test_a_description_of_one_word_is_the_host(tmp_path: Path) -> None:
+    cluster = read(tmp_path, FABRIC.replace("MT4123 ConnectX6 Mellanox", "gpu-4"))
+    assert links(cluster)["gpu-4", "S-b8cef60300000002"] == 12.5e9
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

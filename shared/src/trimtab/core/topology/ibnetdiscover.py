@@ -20,7 +20,9 @@ _PORT = re.compile(
     r'\[(\d+)\](?:\[ext \d+\])?(?:\([0-9a-fA-F]+\))?\s+"([^"]+)"\[(\d+)\](?:\[ext \d+\])?'
 )
 _SPEED = re.compile(r"\b(\d{1,2})x([A-Z]+\d*)\s*$")
-_ADAPTER = re.compile(r"(\S+)\s+(?:HCA-\d+|mlx\d_\S+|hfi\d_\S+|qib\d+|ib\S*|ibp\S+)", re.I)
+_ADAPTER = re.compile(
+    r"(\S+)(?:\s+(?:HCA-\d+|mlx\d_\S+|hfi\d_\S+|qib\d+|ib\S*))?\s*", re.IGNORECASE
+)
 _SYSTEM = re.compile(r"MF\d+;([^:;]+)[:;]")
 _ENDS = ("vendid=", "devid=", "sysimgguid=", "switchguid=", "caguid=", "rtguid=")
 
@@ -156,7 +158,7 @@ def _names(points: Mapping[str, _Point]) -> dict[str, str]:
 
 
 def _called(point: _Point) -> str:
-    pattern = _ADAPTER.match if point.kind == "Ca" else _SYSTEM.match
+    pattern = _ADAPTER.fullmatch if point.kind == "Ca" else _SYSTEM.match
     match = pattern(point.description)
     # A maker's own description, as of a node without a driver, says nothing of the host.
     return match[1] if match else point.identity

@@ -1,8 +1,8 @@
 """How much data parallel spread weighs against pipeline spread, from jobs that were measured.
 
-Arnold (arXiv:2509.15940, section 5.2) keeps, for each job characterised, how much it gained with its
-data parallel groups aligned and how much with its pipelines aligned. A new job takes the weights
-of the nearest one, by the ratios of its weights' and groups' bytes.
+Arnold (arXiv:2509.15940, section 5.2) keeps, for each job characterised, how much it gained with
+its data parallel groups aligned and how much with its pipelines aligned. A new job takes the
+weights of the nearest one, by the ratios of its weights' and groups' bytes.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ PUBLISHED: tuple[Measured, ...] = (
     _published("L20 14B dense", Shape(layers=40, hidden=5120, vocab=50_257), 8, 0.0, 0.5),
 )
 """Gains in per cent as published (section 4 and appendix E); the models' shapes are assumed, since
-the paper gives their sizes only, and the data gain of the mixture is what its weight of 0.3 says."""
+the paper gives sizes only, and the data gain of the mixture is what its weight of 0.3 says."""
 
 
 def alpha_of(job: TrainingJob, measured: Sequence[Measured] = PUBLISHED) -> float:

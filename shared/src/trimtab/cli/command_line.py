@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 import typer
 
+from trimtab.core.command_groups import SHARED
 from trimtab.core.errors import TrimtabError
 
 DEBUG_VARIABLE = "TRIMTAB_DEBUG"
@@ -63,7 +64,7 @@ def command_line(arguments: list[str]) -> typer.Typer:
     app.callback()(_global_options)
     _add_core_commands(app)
     core = {command.name for command in app.registered_commands}
-    core |= {group.name for group in app.registered_groups}
+    core |= {group.name for group in app.registered_groups} - SHARED
     if not arguments or arguments[0] not in core | {"--version"}:
         _add_plugin_commands(app)
     return app

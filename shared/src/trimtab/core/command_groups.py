@@ -10,6 +10,9 @@ _HELP = {
     "simulate": "Simulate what a plan or a policy does.",
 }
 
+SHARED = frozenset({"plan", "simulate"})
+"""Groups that plugins add to, even where the core has commands in them."""
+
 
 def command_group(app: typer.Typer, name: str) -> typer.Typer:
     """The group of a name, made when the first plugin asks for it."""

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.core.errors import BadInput
-from trimtab.hosts.host_order import difference, new_ranks, own_host, place_of, read_order
+from trimtab.hosts.host_order import difference, lookup, new_ranks, own_host, read_order
 
 names = st.sampled_from(["a", "b", "c", "d", "e.x"])
 
@@ -39,7 +39,7 @@ def test_nodes_of_one_name_and_unplanned_ones_keep_their_order():
     ],
 )
 def test_a_name_matches_with_or_without_its_domain(host, order, place):
-    assert place_of(host, order) == place
+    assert lookup(order)(host) == place
 
 
 def test_what_differs():

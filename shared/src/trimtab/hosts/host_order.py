@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,15 +71,25 @@ def own_host(environment: Mapping[str, str] = os.environ) -> str:
     return environment.get(HOST_VARIABLE) or socket.gethostname()
 
 
-def place_of(host: str, order: Sequence[str]) -> int | None:
-    """The index of a host in an order; None where none, or more than one, is meant.
+def lookup(order: Sequence[str]) -> Callable[[str], int | None]:
+    """A function that finds the index of a host in an order.
 
-    A host name matches with or without its domain.
+    A host name matches with or without its domain. It gives None where no host of the order, or
+    more than one, is meant.
     """
-    for name, candidates in ((host, order), (short(host), [short(known) for known in order])):
-        if candidates.count(name) == 1:
-            return candidates.index(name)
-    return None
+    whole, shortened = _indices(order), _indices([short(host) for host in order])
+
+    def place_of(host: str) -> int | None:
+        found = whole.get(host)
+        return shortened.get(short(host)) if found is None else found
+
+    return place_of
+
+
+def _indices(names: Sequence[str]) -> dict[str, int]:
+    """The index of each name that comes once."""
+    times = Counter(names)
+    return {name: at for at, name in enumerate(names) if times[name] == 1}
 
 
 def new_ranks(order: Sequence[str], hosts: Sequence[str]) -> list[int]:
@@ -91,7 +101,7 @@ def new_ranks(order: Sequence[str], hosts: Sequence[str]) -> list[int]:
         order: hosts in the order in which they shall get their ranks; not all need be there.
         hosts: the hosts that are there, by their present rank.
     """
-    places = [place_of(host, order) for host in hosts]
+    places = [*map(lookup(order), hosts)]
     keys = [(len(order) if place is None else place, at) for at, place in enumerate(places)]
     rank_of = {key: rank for rank, key in enumerate(sorted(keys))}
     return [rank_of[key] for key in keys]
@@ -99,9 +109,10 @@ def new_ranks(order: Sequence[str], hosts: Sequence[str]) -> list[int]:
 
 def difference(order: Sequence[str], hosts: Sequence[str]) -> str:
     """What differs between planned hosts and those that are there; empty if nothing does."""
-    places = {place_of(host, order) for host in hosts}
-    missing = [host for at, host in enumerate(order) if at not in places]
-    unknown = [host for host in hosts if place_of(host, order) is None]
+    places = [*map(lookup(order), hosts)]
+    present = set(places)
+    missing = [host for at, host in enumerate(order) if at not in present]
+    unknown = [host for host, place in zip(hosts, places, strict=True) if place is None]
     parts = [f"{listed(missing)} missing"] if missing else []
     parts += [f"{listed(unknown)} not planned"] if unknown else []
     return " and ".join(parts)

@@ -14,7 +14,7 @@ from trimtab.core.documents import parse_json, read_text, validate
 from trimtab.core.errors import BadInput
 from trimtab.core.plan import Plan
 from trimtab.hosts.deepspeed.groups import topology_groups, topology_of
-from trimtab.hosts.host_order import PLAN_VARIABLE, STRICT_VARIABLE
+from trimtab.hosts.host_order import PLAN_VARIABLE, STRICT_VARIABLE, lookup
 from trimtab.hosts.torch.job_check import (
     LiveRank,
     from_first_rank,
@@ -254,11 +254,13 @@ def _is_one(ranks: set[int], planned: Sequence[set[int]], whole: bool) -> bool:
 def _planned_names(plan: Plan, live: Sequence[LiveRank]) -> list[str]:
     """The host of each rank by the name that the plan has for it, else its own."""
     hosts = list(dict.fromkeys(slot.node for slot in plan.ranks))
+    place_of = lookup(hosts)
     known: dict[tuple[str, ...], str] = {}
     for rank in live:
         if rank.names not in known:
-            matching = (host for host in hosts if rank.runs_on(host))
-            known[rank.names] = next(matching, rank.names[0])
+            places = (place for name in rank.names if (place := place_of(name)) is not None)
+            place = next(places, None)
+            known[rank.names] = rank.names[0] if place is None else hosts[place]
     return [known[rank.names] for rank in live]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trimtab.core.errors import BadInput
-from trimtab.hosts.host_order import place_of
+from trimtab.hosts.host_order import lookup
 
 NODELIST_VARIABLE = "SLURM_JOB_NODELIST"
 
@@ -31,7 +31,8 @@ def check_allocation(ranks: Mapping[str, int], environment: Mapping[str, str]) -
         BadInput: one is not.
     """
     own = allocated(environment)
-    lost = [host for host in ranks if place_of(host, own) is None] if own else []
+    place_of = lookup(own)
+    lost = [host for host in ranks if place_of(host) is None] if own else []
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise BadInput(

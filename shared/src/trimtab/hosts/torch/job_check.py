@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.core.errors import BadInput
-from trimtab.hosts.host_order import own_host, place_of
+from trimtab.hosts.host_order import own_host, short
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class LiveRank:
 
     def runs_on(self, host: str) -> bool:
         """Whether a host of a plan is this rank's machine."""
-        return any(place_of(name, [host]) is not None for name in self.names)
+        return host in self.names or short(host) in map(short, self.names)
 
 
 def gather() -> list[LiveRank]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from trimtab.core.cache import keep
 from trimtab.core.errors import BadInput, Unsupported
-from trimtab.hosts.host_order import HOST_VARIABLE, own_host, place_of
+from trimtab.hosts.host_order import HOST_VARIABLE, lookup, own_host
 from trimtab.hosts.launcher_command import LauncherCommand
 
 BACKEND = "trimtab"
@@ -73,7 +73,7 @@ def _numbered(
     hosts = list(ranks)
     _check_number("nnodes", str(len(hosts)), command, environment)
     own = own_host(environment)
-    place = place_of(own, hosts)
+    place = lookup(hosts)(own)
     if place is None:
         raise BadInput(
             f"this machine, {own!r}, is not one host of the plan",

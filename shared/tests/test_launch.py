@@ -280,6 +280,20 @@ def test_deepspeed_gets_a_hostfile_in_the_plans_order(launchers, prepare, hostfi
     assert exported.read_text() == f"TRIMTAB_PLAN={prepared.environment['TRIMTAB_PLAN']}"
 
 
+def test_hosts_that_the_order_leaves_out_are_told(launchers, prepare, hostfile, tmp_path):
+    command = ["deepspeed", "-H", str(hostfile), "t.py"]
+    assert prepare(command, {}, {"c": 2}).idle == ("a", "b")
+    assert prepare(command, {}, {"c": 2, "a": 2, "b": 2}).idle == ()
+    allocation = {"SLURM_JOB_NODELIST": "n[1-3]"}
+    assert prepare(["srun", "t.py"], allocation, {"n3": 1, "n1": 1}).idle == ("n2",)
+    assert launch.prepare(["deepspeed", "t.py"], allocation).idle == ()
+    ended = launchers.trimtab("launch", "--plan", str(tmp_path / "order"), "--", *command)
+    assert ended.returncode == 2  # n1 and n3 are in no line of the hostfile
+    (tmp_path / "order").write_text("c slots=2\n")
+    ended = launchers.trimtab("launch", "--plan", str(tmp_path / "order"), "--", *command)
+    assert ended.stderr.endswith("\ntrimtab: a, b are left without a rank.\n")
+
+
 def test_a_plan_is_hostfile_enough(launchers, prepare):
     prepared = prepare(["deepspeed", "t.py"], {}, {"x": 8, "w": 8})
     written = launcher_command.parse(prepared.command).option("--hostfile")

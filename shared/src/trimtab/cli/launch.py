@@ -101,8 +101,12 @@ def _restore_signals() -> None:
 
 
 def _tell(prepared: Launch, command: Sequence[str]) -> None:
-    """Says on stderr what is run where it is not what was typed."""
+    """Says on stderr what is run where it is not what was typed, and which hosts are left out."""
     if prepared.command != tuple(command):
         import shlex
 
         print(f"trimtab: launching {shlex.join(prepared.command)}", file=sys.stderr)
+    if prepared.idle:
+        from trimtab.hosts.host_order import listed
+
+        print(f"trimtab: {listed(prepared.idle)} left without a rank.", file=sys.stderr)

@@ -19,10 +19,17 @@ FRAMEWORKS: Mapping[Launcher, str] = {"deepspeed": "deepspeed", "torchrun": "tor
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A command as it is to be run, and its environment."""
+    """A command as it is to be run, and its environment.
+
+    Attributes:
+        command: the launcher and its arguments.
+        environment: all of it.
+        idle: hosts of the hostfile or the allocation that get no rank.
+    """
 
     command: tuple[str, ...]
     environment: Mapping[str, str]
+    idle: tuple[str, ...] = ()
 
 
 def prepare(
@@ -102,7 +109,16 @@ def _applied(
         parsed = _with_hosts(parsed, request)
     if parsed.launcher == "deepspeed" and added and len(request.hosts) > 1:
         final = deepspeed.exporting(final, added)
-    return Launch(parsed.words, final)
+    return Launch(parsed.words, final, _idle(request, given))
+
+
+def _idle(request: LaunchRequest, given: Mapping[str, int]) -> tuple[str, ...]:
+    """The hosts at hand that the order leaves out."""
+    if not request.hosts:
+        return ()
+    place_of = host_order.lookup(list(request.hosts))
+    at_hand = given or slurm.allocated(request.environment)
+    return tuple(host for host in at_hand if place_of(host) is None)
 
 
 def _with_hosts(parsed: LauncherCommand, request: LaunchRequest) -> LauncherCommand:

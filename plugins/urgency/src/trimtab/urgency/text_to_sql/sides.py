@@ -12,6 +12,7 @@ from pathlib import Path
 from trimtab.core.benchmark import Progress
 from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, Server
 from trimtab.urgency.config import Order
+from trimtab.urgency.text_to_sql.crowd import Hints
 
 SEATS = 4
 """Calls that a server runs at once: few, so that calls wait in its queue and not in its batch."""
@@ -25,13 +26,13 @@ class Side:
         name: as in reports.
         title: as people read it.
         arguments: what it adds to ``vllm serve``.
-        static_priority: whether clients send a priority by class.
+        hints: what clients tell it of their calls.
     """
 
     name: str
     title: str
     arguments: tuple[str, ...] = ()
-    static_priority: bool = False
+    hints: Hints = "fields"
 
 
 def host_side(order: Order) -> Side:
@@ -53,7 +54,7 @@ PRIORITY = Side(
     "vllm-priority",
     "vLLM's priority by class",
     ("--scheduling-policy", "priority"),
-    static_priority=True,
+    hints="priority",
 )
 URGENCY = host_side("edd")
 PAPER = host_side("urgency")

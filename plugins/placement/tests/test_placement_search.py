@@ -88,7 +88,7 @@ def test_no_bound_is_above_what_was_found(demand: Demand) -> None:
 @given(demands(8).filter(lambda d: len(d.capacities) <= 3))
 def test_the_tighter_bound_never_passes_the_truth(demand: Demand) -> None:
     for spread in brute_force(demand):
-        least = least_data(demand, spread.pipeline, nodes=50)
+        least = least_data(demand, spread.pipeline, nodes=50, shapes=100)
         assert least is not None
         assert least <= spread.data
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from trimtab.placement.grid import Demand, Spread
 from trimtab.placement.programme import Programme
@@ -20,11 +21,8 @@ from trimtab.placement.programme import Programme
 _SLACK = 1e-6
 """Solvers' rounding; a bound is lowered by it before it is rounded up."""
 
-_MOST_SHAPES = 400
-"""Ways to cut a row that the tighter bound is tried with."""
-
 _MOST_WIDTHS = 5_000
-"""Its variables."""
+"""Pairs of columns touched and used in a row, up to which the tighter bound is tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,25 +82,28 @@ def fewest_pods(demand: Demand) -> int | None:
     return None
 
 
-def least_data(demand: Demand, pipeline: int, *, nodes: int) -> int | None:
+def least_data(demand: Demand, pipeline: int, *, nodes: int, shapes: int) -> int | None:
     """The tighter bound on the data spread for a pipeline spread; None where none has it.
 
     Args:
         demand: the job's grid and the pods' free nodes.
         pipeline: the pipeline spread.
         nodes: of the search tree at most.
+        shapes: ways to cut a row at most; where there are more, nothing is said.
     """
-    sizes = sum(number_of_widths(demand, capacity) for capacity, _ in demand.classes)
-    shapes = _shapes(demand.columns, pipeline) if sizes <= _MOST_WIDTHS else []
-    if not 0 < len(shapes) <= _MOST_SHAPES:
+    widths = sum(_number_of_widths(demand, capacity) for capacity, _ in demand.classes)
+    if widths > _MOST_WIDTHS:
         return 1
-    answer = _shaped_programme(demand, shapes).solve(nodes=nodes)
+    cuts = list(islice(_shapes(demand.columns, pipeline), shapes + 1))
+    if len(cuts) > shapes:
+        return 1
+    answer = _shaped_programme(demand, cuts).solve(nodes=nodes)
     if not answer.feasible:
         return None
     return max(1, math.ceil(answer.bound / demand.columns - _SLACK))
 
 
-def number_of_widths(demand: Demand, capacity: int) -> int:
+def _number_of_widths(demand: Demand, capacity: int) -> int:
     """How many pairs of columns touched and columns used in a row a pod can have."""
     most = min(demand.columns, capacity)
     return most * (most + 1) // 2
@@ -141,18 +142,14 @@ def _programme(demand: Demand, pipeline: int) -> Programme:
     return programme
 
 
-def _shapes(columns: int, parts: int) -> list[tuple[int, ...]]:
+def _shapes(columns: int, parts: int, widest: int | None = None) -> Iterator[tuple[int, ...]]:
     """The ways to cut a row into at most so many parts, whatever their order."""
-
-    def cut(left: int, parts: int, widest: int) -> Iterator[tuple[int, ...]]:
-        if left == 0:
-            yield ()
-        elif parts:
-            for width in range(min(left, widest), 0, -1):
-                for rest in cut(left - width, parts - 1, width):
-                    yield (width, *rest)
-
-    return list(cut(columns, parts, columns))
+    if columns == 0:
+        yield ()
+    elif parts:
+        for width in range(min(columns, widest or columns), 0, -1):
+            for rest in _shapes(columns - width, parts - 1, width):
+                yield (width, *rest)
 
 
 def _shaped_programme(demand: Demand, shapes: list[tuple[int, ...]]) -> Programme:

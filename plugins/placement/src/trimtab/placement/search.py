@@ -15,10 +15,15 @@ _SAME = 1e-9
 _NODES = 300
 """Of each search tree; a count and not a time, so that every machine finds the same."""
 
+_MOST_SHAPES = 400
+_FEW_SHAPES = 30
+"""Ways to cut a line of the grid up to which the tighter bound is asked for; fewer for columns,
+whose programmes are large and seldom decide."""
+
 _COARSE = 8
 """Ranges of columns that are tried first where there are more columns."""
 
-_MOST_RANGES = 2500
+_MOST_RANGES = 1800
 """Capacities times ranges of columns that a programme may have."""
 
 
@@ -101,13 +106,15 @@ def _open(front: Front, alpha: float, tried: set[Spread]) -> Iterator[Spread]:
 def _tightened(demand: Demand, front: Front, pipeline: int) -> Front:
     return Front(
         front.candidates,
-        front.bound.raised(pipeline, least_data(demand, pipeline, nodes=_NODES)),
+        front.bound.raised(
+            pipeline, least_data(demand, pipeline, nodes=_NODES, shapes=_MOST_SHAPES)
+        ),
     )
 
 
 def _tightened_across(demand: Demand, front: Front, data: int) -> Front:
     """The same bound on the transposed grid: the least pipeline spread for a data spread."""
-    pipeline = least_data(demand.transposed, data, nodes=_NODES)
+    pipeline = least_data(demand.transposed, data, nodes=_NODES, shapes=_FEW_SHAPES)
     most = len(front.bound.least_data) if pipeline is None else pipeline - 1
     return Front(front.candidates, front.bound.raised(most, data + 1))
 

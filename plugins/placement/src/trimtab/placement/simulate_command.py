@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from trimtab.core.simulate.cluster_jobs import ClusterJob
-    from trimtab.placement.queue_figures import QueueRun
+    from trimtab.placement.queue_figures import QueueFigures, QueueRun
 
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)")
@@ -141,30 +141,30 @@ def _print(runs: Sequence[QueueRun]) -> None:
 
 
 def _table(runs: Sequence[QueueRun]) -> Table:
+    """Figures down, policies across: it fits a narrow terminal."""
     from rich.table import Table
 
-    table = Table("policy", "announced job", box=None)
-    for heading in (
-        "nodes held on arrival",
-        "its wait (s)",
-        "spread (pipeline, data)",
-        "allocation before",
-        "small jobs' wait (s)",
-        "p95 (s)",
-    ):
-        table.add_column(heading, justify="right")
+    table = Table("", box=None)
     for run in runs:
-        for figures in run.figures:
-            table.add_row(
-                run.policy,
-                figures.job_id,
-                f"{figures.retained_nodes:,}",
-                f"{figures.wait_s:,.0f}",
-                f"{figures.pipeline_spread}, {figures.data_spread}",
-                f"{figures.allocation:.3f}",
-                f"{figures.small_wait_s:,.0f}",
-                f"{figures.small_wait_p95_s:,.0f}",
-            )
-        if not run.figures:
-            table.add_row(run.policy, "none", *[""] * 6)
+        table.add_column(run.policy, justify="right")
+    for each in zip(*(run.figures for run in runs), strict=True):
+        table.add_row(f"{each[0].job_id} ({each[0].nodes:,} nodes)", style="bold")
+        for name, text in _rows(each):
+            table.add_row(name, *text)
+    waits_s = [[outcome.wait_s for outcome in run.result.outcomes.values()] for run in runs]
+    table.add_row("all jobs", style="bold")
+    table.add_row("mean wait (s)", *(f"{sum(waits) / len(waits):,.0f}" for waits in waits_s))
     return table
+
+
+def _rows(each: Sequence[QueueFigures]) -> list[tuple[str, list[str]]]:
+    """One job's figures under each policy."""
+    return [
+        ("its nodes still held on arrival", [f"{f.retained_nodes:,}" for f in each]),
+        ("its wait (s)", [f"{f.wait_s:,.0f}" for f in each]),
+        ("its pipeline spread (pods)", [str(f.pipeline_spread) for f in each]),
+        ("its data spread (pods)", [str(f.data_spread) for f in each]),
+        ("allocation before arrival", [f"{f.allocation:.3f}" for f in each]),
+        ("small jobs' mean wait (s)", [f"{f.small_wait_s:,.0f}" for f in each]),
+        ("small jobs' 95 % wait (s)", [f"{f.small_wait_p95_s:,.0f}" for f in each]),
+    ]

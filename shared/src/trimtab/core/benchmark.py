@@ -48,7 +48,7 @@ class Case(BaseModel):
         lower_bound: float | None = None,
         notes: str | None = None,
     ) -> Case:
-        """The case of paired repeats ``(baseline, ours)``: medians, and the extremes of the ratio."""
+        """The case of paired repeats ``(baseline, ours)``: medians, and the ratio's extremes."""
         ratios = [a / b if better == "lower" else b / a for a, b in pairs]
         return cls(
             case=case,

@@ -1,9 +1,9 @@
 """The errors a user can meet, each with the exit status of the command that raised it.
 
-    TrimtabError            1  a fault of ours
-    ├── BadInput            2  a file, key or value that the user can mend
-    │   └── Unsupported     2  a framework version or feature outside the verified range
-    └── Infeasible          3  no plan satisfies the constraints
+TrimtabError            1  a fault of ours
+├── BadInput            2  a file, key or value that the user can mend
+│   └── Unsupported     2  a framework version or feature outside the verified range
+└── Infeasible          3  no plan satisfies the constraints
 """
 
 

@@ -170,10 +170,10 @@ def test_age_counts_as_priority():
         assert sorted(("old", "new"), key=begun.__getitem__) == order
 
 
-def test_preemptable_jobs_give_way_on_arrival_where_asked():
+def test_preemptible_jobs_give_way_on_arrival_where_asked():
     jobs = [
         job("large", 100, 2, 20, announced_s=50),
-        job("spot", 0, 2, 300, preemptable=True),
+        job("spot", 0, 2, 300, preemptible=True),
     ]
     policy = ReservationQueue(ReservationOptions(preempt=True))
     result = simulate_cluster(jobs, [2], policy)
@@ -206,7 +206,7 @@ jobs_of_a_small_cluster = st.lists(
 
 def trace_of(drawn):
     return [
-        job(f"j{i}", arrival, nodes, took, limit_s=limit, priority=i % 3, preemptable=spot)
+        job(f"j{i}", arrival, nodes, took, limit_s=limit, priority=i % 3, preemptible=spot)
         if i % 7 != 3
         else job(f"j{i}", arrival + 20, nodes, took, announced_s=arrival, limit_s=limit)
         for i, (arrival, nodes, took, limit, spot, _) in enumerate(drawn)
@@ -454,7 +454,7 @@ def test_large_jobs_that_want_the_same_nodes_run_one_after_the_other(preempt):
     jobs = [
         job("one", 100, 3, 20, announced_s=10),
         job("two", 101, 3, 20, announced_s=10),
-        job("spot", 0, 4, 150, preemptable=True),
+        job("spot", 0, 4, 150, preemptible=True),
     ]
     policy = ReservationQueue(ReservationOptions(preempt=preempt))
     result = simulate_cluster(jobs, [4], policy)

@@ -59,7 +59,7 @@ class ReservationOptions(Document):
         alpha: weight of the large job's data-parallel spread.
         interval_s: the zone moves to surer nodes this often at most.
         replan_s: while a node of the zone may be held, its quotas are solved this often at most.
-        preempt: whether preemptable jobs in the zone are ended on arrival.
+        preempt: whether preemptible jobs in the zone are ended on arrival.
     """
 
     backfill: bool = True
@@ -356,7 +356,7 @@ class _Turn:
         self.free_nodes, self._outside_nodes = int(self._free.sum()), int(self._outside.sum())
 
     def clear(self, zone: _Zone) -> list[Start | Preempt]:
-        """Ends the preemptable jobs that hold nodes of a zone, if that frees all of them."""
+        """Ends the preemptible jobs that hold nodes of a zone, if that frees all of them."""
         holders = {
             job_id: running
             for job_id, running in self._state.running.items()
@@ -364,7 +364,7 @@ class _Turn:
         }
         cleared = self._free.copy()
         for running in holders.values():
-            cleared[running.nodes] |= running.request.preemptable
+            cleared[running.nodes] |= running.request.preemptible
         if not cleared[zone.nodes].all():
             return []
         for job_id, running in holders.items():
@@ -379,7 +379,7 @@ class _Turn:
             return best_fit(self._outside, self._state.pod_of, request.nodes)
         if request.nodes > self.free_nodes or not self._zones:
             return None
-        if request.preemptable and self._options.preempt:
+        if request.preemptible and self._options.preempt:
             return best_fit(self._free, self._state.pod_of, request.nodes)
         if not self._options.backfill:
             return None

@@ -35,7 +35,7 @@ class JobRequest:
         nodes: how many whole nodes it wants.
         limit_s: it is ended after this long; None for no limit.
         priority: the larger goes first.
-        preemptable: whether it may be ended and begun again.
+        preemptible: whether it may be ended and begun again.
         department: who sent it, for what predicts durations.
         announced_s: when it was announced, before it arrives; None if it was not.
         pipeline_stages: columns of its grid of nodes, where it is a training job.
@@ -48,7 +48,7 @@ class JobRequest:
     nodes: int
     limit_s: float | None = None
     priority: int = 0
-    preemptable: bool = False
+    preemptible: bool = False
     department: str = ""
     announced_s: float | None = None
     pipeline_stages: int = 1
@@ -107,7 +107,7 @@ class Start(NamedTuple):
 
 
 class Preempt(NamedTuple):
-    """End a preemptable job; it waits again and loses what it did."""
+    """End a preemptible job; it waits again and loses what it did."""
 
     job_id: str
 
@@ -357,7 +357,7 @@ class _Run:
 
     def _preempt(self, action: Preempt, now_s: float) -> None:
         running = self._running.pop(action.job_id, None)
-        if running is None or not running.request.preemptable:
+        if running is None or not running.request.preemptible:
             raise TrimtabError(
                 f"the policy preempts job {action.job_id!r}, which does not run or may not be."
             )

@@ -24,7 +24,7 @@ class Department:
         median_s: median duration.
         sigma: standard deviation of the duration's logarithm.
         sizes: nodes that a job may want; small ones are likelier, by the inverse square root.
-        preemptable: the share of its jobs that may be ended and begun again.
+        preemptible: the share of its jobs that may be ended and begun again.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Department:
     median_s: float
     sigma: float
     sizes: tuple[int, ...]
-    preemptable: float = 0.0
+    preemptible: float = 0.0
 
 
 DEPARTMENTS: tuple[Department, ...] = (
@@ -106,7 +106,7 @@ def _job(
         arrival_s=_arrival_s(days, rng),
         nodes=int(rng.choice(sizes, p=weights / weights.sum())),
         limit_s=limit_s if rng.random() < limited else None,
-        preemptable=bool(rng.random() < department.preemptable),
+        preemptible=bool(rng.random() < department.preemptible),
         department=department.name,
     )
     return ClusterJob(request, round(duration_s, 1))

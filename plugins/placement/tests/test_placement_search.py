@@ -159,6 +159,21 @@ def test_row_paths_beat_strips() -> None:
     assert frontier(demand).least_data[1] == 8
 
 
+def test_ragged_ranges_use_what_whole_widths_leave_over() -> None:
+    """Two pods of five columns' worth and a row of three: whole widths lose a cell each."""
+    demand = Demand(5, 4, (7, 7, 6))
+    for spread in (Spread(2, 2), Spread(2, 3), Spread(3, 2)):
+        found = row_paths(demand, spread, cuts=even_cuts(4, 4), nodes=200, ragged=True)
+        if found is not None:
+            assert fits(demand, found.grid)
+            assert found.spread.pipeline <= spread.pipeline
+            assert found.spread.data <= spread.data
+    exact = row_paths(demand, Spread(2, 3), cuts=even_cuts(4, 4), nodes=200, ragged=True)
+    whole = row_paths(demand, Spread(2, 3), cuts=even_cuts(4, 4), nodes=200)
+    assert exact is not None
+    assert whole is None
+
+
 @pytest.mark.parametrize("seed", [3, 4])
 def test_never_behind_any_baseline(seed: int) -> None:
     for demand in fragmented(seed, 4):

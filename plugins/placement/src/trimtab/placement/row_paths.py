@@ -27,11 +27,13 @@ class _Model:
 
     Attributes:
         taken: how many pods of a capacity take a range.
+        used: how many rows these pods have in a range within their own.
         flow: how many rows walk a range as their step of a number.
     """
 
     programme: Programme
     taken: dict[tuple[int, Range], int]
+    used: dict[tuple[int, Range, Range], int]
     flow: dict[tuple[Range, int], int]
 
 
@@ -52,7 +54,7 @@ def useful_ranges(end: int, steps: int) -> list[Range]:
 
 
 def row_paths(
-    demand: Demand, spread: Spread, *, cuts: Sequence[int], nodes: int
+    demand: Demand, spread: Spread, *, cuts: Sequence[int], nodes: int, ragged: bool = False
 ) -> Candidate | None:
     """A placement of at most the given spreads.
 
@@ -61,16 +63,18 @@ def row_paths(
         spread: what is asked for.
         cuts: where ranges of columns may begin and end; from 0 to the number of columns.
         nodes: of the search tree at most.
+        ragged: whether pods may have only a part of their range in some rows, which uses up what
+            whole widths leave over; a larger programme.
 
     Returns:
         None where there is none of this kind, or none was found.
     """
-    model = _model(demand, spread, cuts)
+    model = _model(demand, spread, cuts, ragged)
     found = model.programme.solve(nodes=nodes)
     if found.values is None:
         return None
     # The flow was left continuous; with the ranges fixed, whole rows are quickly found.
-    for variable in model.flow.values():
+    for variable in (*model.flow.values(), *model.used.values()):
         model.programme.whole[variable] = True
     ranges = np.full(len(found.values), np.nan)
     for variable in model.taken.values():
@@ -81,31 +85,67 @@ def row_paths(
     values = [round(value) for value in whole.values]
     paths = _paths({key: values[v] for key, v in model.flow.items()}, demand.rows, len(cuts) - 1)
     taken = {key: values[v] for key, v in model.taken.items() if values[v]}
-    return _build(demand, cuts, paths, taken)
+    used = {key: values[v] for key, v in model.used.items() if values[v]}
+    return _build(demand, cuts, paths, taken, used)
 
 
-def _model(demand: Demand, spread: Spread, cuts: Sequence[int]) -> _Model:
+def _model(demand: Demand, spread: Spread, cuts: Sequence[int], ragged: bool) -> _Model:
     programme, end = Programme(), len(cuts) - 1
     ranges = useful_ranges(end, spread.pipeline)
     carried: dict[Range, list[tuple[int, float]]] = {each: [] for each in ranges}
     crossed: list[list[tuple[int, float]]] = [[] for _ in range(end)]
     taken: dict[tuple[int, Range], int] = {}
+    used: dict[tuple[int, Range, Range], int] = {}
     for capacity, number in demand.classes:
         own: list[tuple[int, float]] = []
-        for start, stop in ranges:
-            rows = min(capacity // (cuts[stop] - cuts[start]), demand.rows)
+        for each in ranges:
+            rows = min(capacity // (cuts[each[1]] - cuts[each[0]]), demand.rows)
             if rows:
                 variable = programme.variable(upper=number, whole=True)
-                taken[capacity, (start, stop)] = variable
+                taken[capacity, each] = variable
                 own.append((variable, 1))
-                carried[start, stop].append((variable, -rows))
-                for column in range(start, stop):
+                for column in range(*each):
                     crossed[column].append((variable, 1))
+                within = _within(each, ranges) if ragged else [each]
+                parts = {part: programme.variable() for part in within}
+                used |= {(capacity, each, part): held for part, held in parts.items()}
+                _hold(programme, cuts, parts, variable, (rows, capacity, demand.rows))
+                for part, held in parts.items():
+                    carried[part].append((held, -1))
         programme.constrain(own, high=number)
     for pods in crossed:
         programme.constrain(pods, high=spread.data)
     flow = _flow(programme, demand.rows, spread.pipeline, end, carried)
-    return _Model(programme, taken, flow)
+    return _Model(programme, taken, used, flow)
+
+
+def _within(each: Range, ranges: Sequence[Range]) -> list[Range]:
+    return [part for part in ranges if each[0] <= part[0] and part[1] <= each[1]]
+
+
+def _hold(
+    programme: Programme,
+    cuts: Sequence[int],
+    parts: dict[Range, int],
+    pods: int,
+    room: tuple[int, int, int],
+) -> None:
+    """Keeps what pods hold of a range and its parts within their rows and cells.
+
+    Args:
+        programme: where the constraints go.
+        cuts: where ranges may begin and end.
+        parts: the variables of the rows in each part.
+        pods: the variable of the number of pods.
+        room: rows of the whole width that a pod holds, its cells, and the rows of the grid.
+    """
+    rows, cells, most = room
+    if len(parts) == 1:
+        programme.constrain([*((held, 1) for held in parts.values()), (pods, -rows)], high=0)
+        return
+    widths = [(held, cuts[stop] - cuts[start]) for (start, stop), held in parts.items()]
+    programme.constrain([*widths, (pods, -cells)], high=0)
+    programme.constrain([*((held, 1) for held in parts.values()), (pods, -most)], high=0)
 
 
 def _flow(
@@ -157,18 +197,26 @@ def _build(
     cuts: Sequence[int],
     paths: Sequence[Sequence[Range]],
     taken: dict[tuple[int, Range], int],
+    used: dict[tuple[int, Range, Range], int],
 ) -> Candidate | None:
     waiting: dict[int, list[int]] = defaultdict(list)
     for pod, capacity in enumerate(demand.capacities):
         waiting[min(capacity, demand.cells)].append(pod)
-    pods: dict[Range, list[tuple[int, int]]] = defaultdict(list)
-    for (capacity, each), number in sorted(taken.items()):
-        rows = capacity // (cuts[each[1]] - cuts[each[0]])
-        pods[each] += [(waiting[capacity].pop(0), rows) for _ in range(number)]
+    users: dict[Range, list[int]] = defaultdict(list)
+    for row, path in enumerate(paths):
+        for part in path:
+            users[part].append(row)
     grid = np.full((demand.rows, demand.columns), -1, dtype=np.int64)
-    for each, offered in pods.items():
-        users = [row for row, path in enumerate(paths) if each in path]
-        for pod, rows in offered:
-            grid[users[:rows], cuts[each[0]] : cuts[each[1]]] = pod
-            users = users[rows:]
+    for (capacity, each), number in sorted(taken.items()):
+        left = {part: n for (c, e, part), n in used.items() if (c, e) == (capacity, each)}
+        for _ in range(number):
+            pod, room = waiting[capacity].pop(0), capacity
+            # The widest parts go first, so that narrow ones fill what they leave.
+            for part in sorted(left, key=lambda p: (p[0] - p[1], p)):
+                width = cuts[part[1]] - cuts[part[0]]
+                rows = users[part][: min(left[part], room // width)]
+                grid[rows, cuts[part[0]] : cuts[part[1]]] = pod
+                del users[part][: len(rows)]
+                left[part] -= len(rows)
+                room -= len(rows) * width
     return Candidate.built(demand, grid, "row paths")

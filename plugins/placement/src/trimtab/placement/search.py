@@ -24,7 +24,8 @@ _COARSE = 8
 """Ranges of columns that are tried first where there are more columns."""
 
 _MOST_RANGES = 1800
-"""Capacities times ranges of columns that a programme may have."""
+_MOST_RAGGED = 300
+"""Capacities times ranges of columns that a programme may have; fewer with ragged ranges."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +136,21 @@ def _find(demand: Demand, spread: Spread) -> Candidate | None:
         if demand.columns <= parts:
             break
     turned = _walk(demand.transposed, spread.swapped, demand.rows)
-    return None if turned is None else turned.transposed
+    if turned is not None:
+        return turned.transposed
+    ranges = len(useful_ranges(demand.columns, spread.pipeline))
+    if len(demand.classes) * ranges > _MOST_RAGGED:
+        return None
+    return _walk(demand, spread, demand.columns, ragged=True)
 
 
-def _walk(demand: Demand, spread: Spread, parts: int) -> Candidate | None:
+def _walk(demand: Demand, spread: Spread, parts: int, *, ragged: bool = False) -> Candidate | None:
     """Row paths with at most so many cuts, and with fewer where the programme would be large."""
     kinds = len(demand.classes)
     parts = min(parts, demand.columns)
     while kinds * len(useful_ranges(parts, spread.pipeline)) > _MOST_RANGES:
         parts -= 1
     cuts = even_cuts(demand.columns, parts)
-    return row_paths(demand, spread, cuts=cuts, nodes=_NODES) if parts > 1 else None
+    if parts <= 1:
+        return None
+    return row_paths(demand, spread, cuts=cuts, nodes=_NODES, ragged=ragged)

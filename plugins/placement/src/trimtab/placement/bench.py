@@ -239,11 +239,11 @@ def _time_case(name: str, baseline: str, theirs_s: float, ours_s: float, notes: 
 
 
 def run(options: Options, progress: Progress) -> list[Case]:
-    """All cases; with ``quick`` 6 fragmented clusters in place of 150."""
+    """All cases; with ``quick`` 5 fragmented clusters in place of 150."""
     cases: list[Case] = []
     for name, demand in SETTINGS.items():
         cases += _spread_cases(name, [_solved(demand, options.seed)])
-    count = 6 if options.quick else 150
+    count = 5 if options.quick else 150
     solved: list[_Instance] = []
     for number, demand in enumerate(fragmented(options.seed, count)):
         progress("fragmented clusters", number / count)

@@ -43,17 +43,18 @@ def fold(names: Iterable[str]) -> str:
     terms: list[str] = []
     for prefix, group in itertools.groupby(names, key=_stem):
         members = list(group)
-        numbers = [name[len(prefix) :] for name in members]
-        if len(members) == 1 or not numbers[0]:
+        if len(members) == 1 or prefix is None:
             terms += members
         else:
+            numbers = [name[len(prefix) :] for name in members]
             terms.append(f"{prefix}[{','.join(_runs(numbers))}]")
     return ",".join(terms)
 
 
-def _stem(name: str) -> str:
+def _stem(name: str) -> str | None:
+    """What stands before a name's last number; None for a name that ends in none."""
     match = _NUMBERED.fullmatch(name)
-    return match[1] if match else name
+    return match[1] if match else None
 
 
 def _runs(numbers: Sequence[str]) -> list[str]:

@@ -104,8 +104,7 @@ def servers(
     def say() -> None:
         for server in started:
             server.check()
-        names = " and ".join(side.title for side in sides) if len(sides) < 3 else "all sides"
-        progress(f"starting {len(sides)} servers ({names})")
+        progress(f"starting a server each for {', '.join(side.title for side in sides)}")
 
     with ExitStack() as stack:
         started: list[Server] = []

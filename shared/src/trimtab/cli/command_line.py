@@ -72,7 +72,17 @@ def command_line(arguments: list[str]) -> typer.Typer:
 
 def _add_core_commands(app: typer.Typer) -> None:
     """Adds the core's own commands; their modules import what they need when they run."""
-    from trimtab.cli import bench, doctor, emit, import_topology, launch, plugins, profile_network
+    from trimtab.cli import (
+        bench,
+        doctor,
+        emit,
+        import_topology,
+        launch,
+        plugins,
+        profile_network,
+        profile_vllm,
+        simulate_serving,
+    )
     from trimtab.core.command_groups import command_group
 
     app.command("bench")(bench.bench)
@@ -82,6 +92,8 @@ def _add_core_commands(app: typer.Typer) -> None:
     app.command("launch", cls=launch.LaunchCommand)(launch.launch)
     app.command("plugins")(plugins.plugins)
     command_group(app, "profile").command("network")(profile_network.network)
+    command_group(app, "profile").command("vllm")(profile_vllm.vllm)
+    command_group(app, "simulate").command("serving")(simulate_serving.serving)
 
 
 def _global_options(

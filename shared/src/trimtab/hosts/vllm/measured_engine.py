@@ -224,7 +224,9 @@ def main() -> None:
     try:
         _serve(say)
     except Exception as error:
-        say({"error": f"{type(error).__name__}: {error}".splitlines()[0]})
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        users = isinstance(error, ValueError | TypeError | OSError)
+        say({"error": reason[:400], "users": users})
         raise
 
 

@@ -92,7 +92,8 @@ class EngineProcess:
         """Waits until the engine takes commands; returns the limits of its scheduler.
 
         Raises:
-            EngineFailed: it did not start.
+            BadInput: vLLM refuses the model or the arguments.
+            EngineFailed: it did not start for another reason.
         """
         if self._limits is None:
             answer = self._receive()
@@ -138,6 +139,8 @@ class EngineProcess:
         if not line:
             raise EngineFailed(f"the measured engine ended with status {self._process.wait()}")
         answer: dict[str, Any] = json.loads(line)
+        if answer.get("users") and self._limits is None:
+            raise BadInput(f"vLLM does not start with these arguments ({answer['error']})")
         if "error" in answer:
             raise EngineFailed(f"the measured engine failed: {answer['error']}")
         return answer

@@ -1,4 +1,4 @@
-"""``trimtab simulate``: runs a workload on simulated machines."""
+"""``trimtab simulate serving``: a workload on simulated engines."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def _policies(chosen: Sequence[str]) -> Callable[[], list[ServingPolicy]]:
     enabled = []
     for choice in chosen:
         name, _, options = choice.partition("=")
-        enabled.append((plugin(name), parse_json(options or "{}", where=f"--policy {name}")))
+        parsed = parse_json(options or "{}", where=f"--policy {name}")
+        enabled.append((plugin(name), parsed))
 
     def make() -> list[ServingPolicy]:
         policies = []

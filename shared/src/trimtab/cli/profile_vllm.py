@@ -1,4 +1,4 @@
-"""``trimtab profile``: measures what the simulator and the planners calculate with."""
+"""``trimtab profile vllm``: measures the engine that the simulator calculates with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def vllm(
     rounds: int = typer.Option(3, min=1, help="How often each batch is measured."),
     json_: bool = typer.Option(False, "--json", help="Print the profile on stdout."),
 ) -> None:
-    """Measure the steps of a real vLLM engine and write its profile for ``trimtab simulate``."""
+    """Measure the steps of a real vLLM engine and write its profile for `trimtab simulate`."""
     from trimtab.cli.console import chatter_on_stderr, print_out, progress_bar
     from trimtab.core.documents import parse_json
     from trimtab.core.errors import BadInput

@@ -252,7 +252,8 @@ def _plan(
     proven = value <= bound + _SAME
     order = node_order(hosts_at, solved.grid)
     tiers = group_spreads(fabric, job, order)
-    moved = sorted({p.name for p in fabric.places if p.state == "movable"} & set(order))
+    taken = set(order)
+    moved = sorted({p.name for p in fabric.places if p.state == "movable"} & taken)
     if moved:
         warnings.append(f"{len(moved)} nodes must be cleared of jobs that may move.")
     return Plan(
@@ -298,7 +299,7 @@ def _plan(
                 "tiers": tiers,
                 "spares": _spares(solved, chosen.grid, order),
                 "moves": moved,
-                "paths": {p.name: list(p.path) for p in fabric.places if p.name in set(order)},
+                "paths": {p.name: list(p.path) for p in fabric.places if p.name in taken},
             },
         ),
         warnings=tuple(warnings),

@@ -164,5 +164,5 @@ def test_the_hook_is_found_and_is_about_training() -> None:
     change = found.launch({"cluster": "cluster.yaml", "job": "job.yaml"}, request("dcba"))
     assert change is not None
     assert len(change.hosts) == 4
-    with pytest.raises(BadInput, match="clutser"):
-        found.launch({"clutser": "x"}, request("dcba"))
+    with pytest.raises(BadInput, match="clusterr"):
+        found.launch({"clusterr": "x"}, request("dcba"))

@@ -27,7 +27,8 @@ CLUSTER = two_tiers([2, 2], host_bytes_per_s=125e6, uplink_bytes_per_s=125e6)
 TIMEOUT_S = 300
 
 # Runs the command on each host of -w, %n standing for the host's number, as pdsh does.
-PDSH = """#!{python}
+PDSH = """#!/bin/sh
+"exec" "{python}" "$0" "$@"
 import json, subprocess, sys
 at = sys.argv.index("-w")
 hosts, words = sys.argv[at + 1].split(","), sys.argv[at + 2:]

@@ -18,8 +18,10 @@ from trimtab.core.plan import Objective, Plan, Slot
 from trimtab.hosts import host_order, launch, launcher_command
 from trimtab.hosts.deepspeed import launching as deepspeed
 
-# A launcher that shows what it was started with, or ends as its last word says.
-SHOWING = f"""#!{sys.executable}
+# A launcher that shows what it was started with, or ends as its last word says. Its second line is
+# a command to sh and a string to Python, for `#!` cannot name a Python whose path has a space.
+SHOWING = f"""#!/bin/sh
+"exec" "{sys.executable}" "$0" "$@"
 import json, os, signal, sys
 print(json.dumps({{"argv": sys.argv[1:], "env": dict(os.environ), "pid": os.getpid()}}), flush=True)
 word = sys.argv[-1]

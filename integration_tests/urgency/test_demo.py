@@ -61,6 +61,17 @@ def taken_port() -> Iterator[int]:
         yield listening.getsockname()[1]
 
 
+def start(folder: Path) -> subprocess.Popen[str]:
+    """A demo that works in a folder and keeps its logs there."""
+    return subprocess.Popen(
+        command(),
+        cwd=folder,
+        env={**os.environ, "TMPDIR": str(folder)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def wait_for_server(folder: Path, demo: subprocess.Popen[str]) -> None:
     """Returns once an engine of the demo has started."""
     until_s = time.monotonic() + PATIENCE_S
@@ -97,7 +108,7 @@ def test_the_demo_compares_both_orders_and_leaves_no_process(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_leaves_no_server_behind(tmp_path, number):
-    demo = subprocess.Popen(command(), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    demo = start(tmp_path)
     try:
         wait_for_server(tmp_path, demo)
         demo.send_signal(number)
@@ -111,7 +122,7 @@ def test_a_signal_leaves_no_server_behind(tmp_path, number):
 
 
 def test_a_server_that_is_killed_ends_the_demo_with_its_log(tmp_path):
-    demo = subprocess.Popen(command(), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    demo = start(tmp_path)
     try:
         wait_for_server(tmp_path, demo)
         server = next(

@@ -95,7 +95,7 @@ def test_deepspeed_numbers_ranks_in_the_plans_order(environment, hostfile, plan)
     ]
 
 
-def test_a_plugin_orders_hosts_and_its_variables_reach_them(
+def test_a_plugin_orders_deepspeeds_hosts_and_its_variables_reach_them(
     environment, hostfile, tmp_path
 ) -> None:
     config = tmp_path / "ds.json"

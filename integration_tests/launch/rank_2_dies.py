@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import torch
 from torch import distributed
@@ -14,4 +15,5 @@ for step in range(3):
     if rank == 0:
         print(f"step {step} sum {total.item():g}", flush=True)
     if rank == 2 and step == 1:
+        time.sleep(1)  # or the others may not have got this step's sum
         os.kill(os.getpid(), signal.SIGKILL)

@@ -87,11 +87,15 @@ def test_deepspeed_trains_as_alone_and_keeps_the_block(free_port) -> None:
     assert len(steps(launched.stdout)) == 5
 
 
-@pytest.mark.parametrize(("launcher", "status"), [(torchrun, 1), (deepspeed, 256 - signal.SIGKILL)])
-def test_a_killed_rank_ends_the_job_as_alone(launcher, status, free_port) -> None:
+# DeepSpeed looks once a second, and gives the status of the first rank that it finds dead: the killed
+# one, or one before it that has lost its peer.
+@pytest.mark.parametrize(
+    ("launcher", "statuses"), [(torchrun, {1}), (deepspeed, {1, 256 - signal.SIGKILL})]
+)
+def test_a_killed_rank_ends_the_job_as_alone(launcher, statuses, free_port) -> None:
     job = launcher(free_port, str(HERE / "rank_2_dies.py"))
     alone, launched = run(job), run([*LAUNCH, *job])
-    assert launched.returncode == alone.returncode == status
+    assert {launched.returncode, alone.returncode} <= statuses
     assert steps(launched.stdout) == steps(alone.stdout)
     assert steps(launched.stdout)[0] == "step 0 sum 6"
 

@@ -87,8 +87,8 @@ def test_deepspeed_trains_as_alone_and_keeps_the_block(free_port) -> None:
     assert len(steps(launched.stdout)) == 5
 
 
-# DeepSpeed looks once a second, and gives the status of the first rank that it finds dead: the killed
-# one, or one before it that has lost its peer.
+# DeepSpeed looks once a second, and gives the status of the first rank that it finds dead: the
+# killed one, or one before it that has lost its peer.
 @pytest.mark.parametrize(
     ("launcher", "statuses"), [(torchrun, {1}), (deepspeed, {1, 256 - signal.SIGKILL})]
 )

@@ -36,8 +36,8 @@ def test_the_limits_are_those_asked_for(engine: EngineProcess) -> None:
 
 
 def test_steps_are_told_apart(engine: EngineProcess) -> None:
-    steps, add_s = engine.measure([(1, 300, 3), (8, 40, 2)])
-    batches = [step.batch for step in steps]
+    measured = engine.measure([(1, 300, 3), (8, 40, 2)])
+    batches = [step.batch for step in measured.steps]
     first, second, *decodes = batches[:4]
     assert (first.prefills, first.prefill_tokens, first.decodes) == (1, 256, 0)
     assert (second.prefill_tokens, second.prefill_pairs) == (44, 44 * (256 + 22))
@@ -49,8 +49,9 @@ def test_steps_are_told_apart(engine: EngineProcess) -> None:
     assert sum(b.prefill_tokens for b in crowd) == 8 * 40
     assert sum(b.decodes for b in crowd) == 8
     assert any(b.decodes and b.prefills for b in crowd)
-    assert all(step.seconds > 0 for step in steps)
-    assert add_s > 0
+    assert all(step.seconds > 0 for step in measured.steps)
+    assert measured.add_s > 0
+    assert 0 < measured.cpu_share < 1.5
 
 
 def test_a_profile_is_measured_and_kept(engine: EngineProcess, tmp_path: Path) -> None:
@@ -62,15 +63,15 @@ def test_a_profile_is_measured_and_kept(engine: EngineProcess, tmp_path: Path) -
     assert EngineProfile.read(tmp_path / "profile.json") == measured
 
 
-def test_a_replayed_workload_takes_the_engine_as_many_steps_as_simulated(
+def test_a_replayed_workload_ends_in_the_simulated_order(
     engine: EngineProcess,
 ) -> None:
     requests = [Request(str(n), 0.0, 60, 20 + n) for n in range(4)]
-    steps, add_s = engine.measure([(4, 60, 4)])
-    ends = engine.replay(requests, seed=1)
+    measured = engine.measure([(1, 40, 6), (4, 60, 6), (8, 40, 8), (1, 300, 4)])
+    ends = engine.replay(requests, seed=1).ends
     assert ends == sorted(ends)
     assert min(ends) > 0
-    result = simulate(requests, [ReplicaSpec(profile_of(engine, steps, add_s))])
+    result = simulate(requests, [ReplicaSpec(profile_of(engine, measured.steps, measured.add_s))])
     assert [call.request_id for call in result.calls] == ["0", "1", "2", "3"]
 
 

@@ -83,7 +83,7 @@ def workloads(draw: st.DrawFn) -> list[Request]:
 
 
 class LongestFirst(ServingPolicy):
-    """Orders by prompt length; every admission changes its mind about the calls that wait."""
+    """Orders by prompt length and time; an admission changes its mind about those that wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class LongestFirst(ServingPolicy):
         self.waiting[call] = None
 
     def key(self, call: Call, now_s: float) -> float:
-        return self.sign * call.prompt_tokens
+        return self.sign * call.prompt_tokens * (1 + int(now_s / TICK_S) % 3)
 
     def on_admission(self, call: Call, now_s: float) -> None:
         self.waiting.pop(call, None)
@@ -137,10 +137,11 @@ class Timed(ServingPolicy):
 
 
 class Gate(ServingPolicy):
-    """Lets long prompts in only when few run."""
+    """Lets long prompts in only at times, and when few run."""
 
     def admits(self, call: Call, load: Load, now_s: float) -> bool:
-        return call.prompt_tokens < 20 or load.running < 2
+        often = int(now_s / TICK_S) % 32 < 16
+        return call.prompt_tokens < 20 or (often and load.running < 3)
 
 
 class Ender(ServingPolicy):

@@ -74,6 +74,12 @@ def test_too_few_steps_are_refused() -> None:
         fit_step_cost([MeasuredStep(StepBatch(1, 1), 1.0)] * 9)
 
 
+def test_steps_that_are_all_alike_are_refused() -> None:
+    alike = [StepBatch(prefills=n, prefill_tokens=100 * n) for n in range(1, 6)]
+    with pytest.raises(BadInput, match="too alike"):
+        fit_step_cost([MeasuredStep(batch, float(batch.prefills)) for batch in alike])
+
+
 LIMITS = {
     "max_num_seqs": 16,
     "max_num_batched_tokens": 512,

@@ -158,6 +158,7 @@ class EngineProfile(BaseModel):
         write_atomic(path, self.model_dump_json(indent=2) + "\n")
 
 
+_SHORTEST_STEP_S = 1e-9
 _HUBER_WIDTH = 0.1
 """Relative errors above this count linearly, not squared: a stalled step does not bend the fit."""
 
@@ -169,7 +170,8 @@ def fit_step_cost(steps: Iterable[MeasuredStep]) -> tuple[StepCost, FitResiduals
     least squares with Huber's weights.
 
     Raises:
-        BadInput: fewer than three different batches, or a step that took no time.
+        BadInput: fewer than three different batches, batches too much alike, or a step that took
+            no time.
     """
     from scipy.optimize import nnls
 
@@ -184,9 +186,14 @@ def fit_step_cost(steps: Iterable[MeasuredStep]) -> tuple[StepCost, FitResiduals
         coefficients = nnls((relative / scale) * root[:, None], root)[0] / scale
         errors = np.abs(relative @ coefficients - 1.0)
         weights = _HUBER_WIDTH / np.maximum(errors, _HUBER_WIDTH)
-    return StepCost(**dict(zip(StepCost.model_fields, coefficients, strict=True))), _residuals(
-        errors
-    )
+    found = dict(zip(StepCost.model_fields, map(float, coefficients), strict=True))
+    least_s = found["base_s"] + min(found["decode_s"], found["prefill_token_s"])
+    if least_s < _SHORTEST_STEP_S:
+        raise BadInput(
+            "the measured steps are too alike to tell what each part of a step costs",
+            fix="measure batches of one sequence and of many, and prompts of different lengths",
+        )
+    return StepCost(**found), _residuals(errors)
 
 
 def _medians(steps: Iterable[MeasuredStep]) -> Sequence[MeasuredStep]:

@@ -57,6 +57,10 @@ class MeasuredEngine:
 
     Args:
         engine_args: vLLM's engine arguments by name.
+
+    Attributes:
+        steps_s: seconds that the steps since the last command took.
+        cpu_s: CPU seconds that this process got during them.
     """
 
     def __init__(self, engine_args: dict[str, Any]) -> None:
@@ -65,6 +69,7 @@ class MeasuredEngine:
         )
         core: Any = self._engine.engine_core  # in this process, since multiprocessing is off
         self._scheduler: RecordingScheduler = core.engine_core.scheduler
+        self.steps_s = self.cpu_s = 0.0
         self._random = random.Random(0)
         self._ids = 0
         self._prefixes: dict[str, list[int]] = {}
@@ -99,9 +104,11 @@ class MeasuredEngine:
 
     def step(self) -> tuple[MeasuredStep, list[str]]:
         """One step: what it worked on and took, and the requests it ended."""
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         outputs = self._engine.step()
         seconds = time.perf_counter() - begin
+        self.cpu_s += time.process_time() - cpu_begin
+        self.steps_s += seconds
         step = MeasuredStep(self._scheduler.last_batch, seconds)
         return step, [output.request_id for output in outputs if output.finished]
 
@@ -173,12 +180,15 @@ def replay(engine: MeasuredEngine, requests: Sequence[Request], seed: int) -> li
 
 
 def _answer(engine: MeasuredEngine, command: dict[str, Any]) -> dict[str, Any]:
+    engine.steps_s = engine.cpu_s = 0.0
     if command["do"] == "measure":
         steps, add_s = measure(engine, command["scenes"])
         rows = [[*_row(step.batch), step.seconds] for step in steps]
-        return {"steps": rows, "add_s": add_s}
-    requests = [Request(**fields) for fields in command["requests"]]
-    return {"ends": replay(engine, requests, command["seed"])}
+        answer = {"steps": rows, "add_s": add_s}
+    else:
+        requests = [Request(**fields) for fields in command["requests"]]
+        answer = {"ends": replay(engine, requests, command["seed"])}
+    return {**answer, "cpu_share": engine.cpu_s / engine.steps_s}
 
 
 def _row(batch: StepBatch) -> list[float]:

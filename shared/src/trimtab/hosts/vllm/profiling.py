@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +28,35 @@ from trimtab.hosts.vllm.server import check_model
 
 Scene = tuple[int, int, int]
 """A batch of like requests: how many, their prompt tokens, their output tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A round of measuring.
+
+    Attributes:
+        steps: the engine's steps.
+        add_s: median seconds that adding a request took.
+        cpu_share: CPU seconds per second of its steps that the engine's process got; with one
+            thread, what is missing to 1 other processes took.
+    """
+
+    steps: list[MeasuredStep]
+    add_s: float
+    cpu_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A workload that the engine ran in real time.
+
+    Attributes:
+        ends: when each request ended, in seconds after the workload's start.
+        cpu_share: as in `Round`.
+    """
+
+    ends: list[float]
+    cpu_share: float
 
 
 class EngineFailed(TrimtabError):
@@ -108,17 +137,16 @@ class EngineProcess:
         threads = f", {self._threads} threads" if self._threads else ""
         return f"{self._device}{threads}"
 
-    def measure(self, scenes: Sequence[Scene]) -> tuple[list[MeasuredStep], float]:
-        """Runs batches of like requests: the steps, and the seconds that adding a request takes."""
+    def measure(self, scenes: Sequence[Scene]) -> Round:
+        """Runs batches of like requests, each to its end."""
         answer = self._ask({"do": "measure", "scenes": scenes})
         steps = [MeasuredStep(StepBatch(*batch), seconds) for *batch, seconds in answer["steps"]]
-        return steps, answer["add_s"]
+        return Round(steps, answer["add_s"], answer["cpu_share"])
 
-    def replay(self, requests: Sequence[Request], seed: int) -> list[float]:
-        """Runs a workload in real time; when each request ended, after the workload's start."""
+    def replay(self, requests: Sequence[Request], seed: int) -> Replay:
+        """Runs a workload without dependencies in real time."""
         fields = [asdict(request) for request in requests]
-        ends: list[float] = self._ask({"do": "replay", "requests": fields, "seed": seed})["ends"]
-        return ends
+        return Replay(**self._ask({"do": "replay", "requests": fields, "seed": seed}))
 
     def _ask(self, command: dict[str, object]) -> dict[str, Any]:
         self.wait_ready()
@@ -188,9 +216,9 @@ def profile(engine: EngineProcess, *, rounds: int, seed: int, progress: Progress
     adding: list[float] = []
     for number in range(rounds):
         progress("measuring steps", number / rounds)
-        measured, add_s = engine.measure(scenes(limits, seed + number + 1))
-        steps += measured
-        adding.append(add_s)
+        measured = engine.measure(scenes(limits, seed + number + 1))
+        steps += measured.steps
+        adding.append(measured.add_s)
     return profile_of(engine, steps, min(adding))
 
 

@@ -19,7 +19,7 @@ from trimtab.core.cost.step import (
 from trimtab.core.simulate import ReplicaSpec, naive, simulate
 from trimtab.core.simulate.dispatch import LeastRequests
 from trimtab.core.workload import Request
-from trimtab.hosts.vllm.profiling import EngineProcess, Scene, profile_of
+from trimtab.hosts.vllm.profiling import EngineProcess, Replay, Round, Scene, profile_of
 from trimtab.hosts.vllm.small_model import small_model
 
 ENGINE = {
@@ -45,14 +45,15 @@ SCENES: Sequence[Scene] = (
     (4, 200, 5),
     (1, 600, 3),
 )
-QUICK_SCENES: Sequence[Scene] = ((1, 40, 3), (4, 40, 4), (8, 40, 5), (2, 200, 4), (1, 500, 3))
+QUICK_SCENES: Sequence[Scene] = ((1, 40, 6), (4, 40, 6), (8, 40, 8), (5, 150, 8), (1, 500, 6))
 """What is measured before and after each workload: requests, prompt and output tokens."""
 
 CALM = 1.12
-"""A trial counts if the same work took at most this much longer after it than before, or less."""
+"""A run counts if the same work took at most this much more CPU time after it than before, or less,
+and if it took at most this much longer than its CPU time."""
 
 RETRIES = 4
-"""How many trials that were not calm are taken again, in all; none with ``--quick``."""
+"""How many runs that were not calm are taken again, in all; none with ``--quick``."""
 
 AGREEMENT = 0.2
 """The relative error that predictions have to stay within."""
@@ -67,6 +68,16 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """A workload that the real engine has run, between two rounds of measuring."""
+
+    requests: Sequence[Request]
+    replay: Replay
+    before: int
+    """The number of the round before it; the next one is the round after it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Trial:
     """A workload measured on the engine, and predicted in two ways."""
 
@@ -74,7 +85,7 @@ class Trial:
     predicted: Figures
     constant_rate: Figures
     preemptions: int
-    calm: bool
+    cpu_share: float
 
 
 def chat(size: int, second: float, rng: random.Random) -> list[Request]:
@@ -137,64 +148,83 @@ def _real(engine: EngineProcess, options: Options, progress: Progress) -> list[C
     engine.wait_ready()
     repeats, share, retries = (1, 0.5, 0) if options.quick else (3, 1.0, RETRIES)
     lab = _Lab(engine, QUICK_SCENES if options.quick else SCENES)
-    trials: dict[str, list[Trial]] = {name: [] for name, _, _ in WORKLOADS}
+    runs: dict[str, list[Run]] = {name: [] for name, _, _ in WORKLOADS}
     for repeat in range(repeats):
         for index, (name, generate, size) in enumerate(WORKLOADS):
             done = (repeat * len(WORKLOADS) + index + 1) / (repeats * len(WORKLOADS) + 1)
             progress(f"{name} on the engine in real time", done)
             rng = random.Random(options.seed * 1000 + repeat)
             requests = generate(max(3, int(size * share)), lab.second, rng)
-            trial = lab.trial(requests)
-            while retries and not trial.calm:
+            run = lab.run(requests)
+            while retries and not lab.calm(run):
                 retries -= 1
                 progress(f"{name} again, since the machine was disturbed", done)
-                trial = lab.trial(requests)
-            trials[name].append(trial)
-    return [case for name, found in trials.items() for case in _cases(name, found)]
+                run = lab.run(requests)
+            runs[name].append(run)
+    return [
+        case for name, found in runs.items() for case in _cases(name, [lab.trial(r) for r in found])
+    ]
 
 
 class _Lab:
-    """An engine that is measured before and after each workload it runs."""
+    """An engine whose steps are measured before and after each workload it runs.
+
+    Every round of measuring does the same work. A workload is predicted from the steps of all
+    rounds, brought to the pace of the two around it and to the share of the CPU that the engine got
+    in the workload: other processes slow the machine in spells.
+    """
 
     def __init__(self, engine: EngineProcess, scenes: Sequence[Scene]) -> None:
         self._engine = engine
         self._scenes = scenes
-        self._runs = 0
+        self._rounds: list[Round] = []
         engine.measure([(2, 40, 2), (1, 300, 2)])  # warms up
-        self._before = engine.measure(scenes)
-        step = profile_of(engine, *self._before).step
+        self._measure()
+        first = self._rounds[0]
+        step = profile_of(engine, first.steps, first.add_s).step
         self.second = step.seconds(StepBatch(decodes=8, kv_tokens=800)) / 0.05
         """What the engine needs for the work of one second on the machine of reference."""
 
-    def trial(self, requests: Sequence[Request]) -> Trial:
-        """Runs a workload, and predicts it from the steps measured around it."""
-        self._runs += 1
-        before = self._before
-        ends = self._engine.replay(requests, seed=self._runs)
-        after = self._before = self._engine.measure(self._scenes)
-        steps = before[0] + after[0]
-        profile = profile_of(self._engine, steps, min(before[1], after[1]))
-        took = [sum(step.seconds for step in measured[0]) for measured in (before, after)]
-        return _trial(requests, ends, profile, steps, calm=max(took) <= CALM * min(took))
+    def run(self, requests: Sequence[Request]) -> Run:
+        """Runs a workload in real time, then measures again."""
+        before = len(self._rounds) - 1
+        replay = self._engine.replay(requests, seed=before)
+        self._measure()
+        return Run(requests, replay, before)
 
+    def calm(self, run: Run) -> bool:
+        """Whether the engine had its CPU for itself, as fast after the run as before it."""
+        took = [self._cpu_s(run.before), self._cpu_s(run.before + 1)]
+        return max(took) <= CALM * min(took) and run.replay.cpu_share * CALM >= 1
 
-def _trial(
-    requests: Sequence[Request],
-    ends: Sequence[float],
-    profile: EngineProfile,
-    steps: Sequence[MeasuredStep],
-    *,
-    calm: bool,
-) -> Trial:
-    result = simulate(requests, [ReplicaSpec(profile)])
-    end_of = {call.request_id: call.finished_s for call in result.calls}
-    return Trial(
-        measured=_figures(requests, ends),
-        predicted=_figures(requests, [end_of[r.request_id] for r in requests]),
-        constant_rate=_figures(requests, _constant_rate(requests, steps)),
-        preemptions=result.replicas[0].preemptions,
-        calm=calm,
-    )
+    def trial(self, run: Run) -> Trial:
+        """Predicts a run from the measured steps."""
+        cpu_s = mean((self._cpu_s(run.before), self._cpu_s(run.before + 1)))
+        pace = cpu_s / run.replay.cpu_share
+        steps = [
+            MeasuredStep(step.batch, step.seconds * pace / self._took(number))
+            for number, measured in enumerate(self._rounds)
+            for step in measured.steps
+        ]
+        profile = profile_of(self._engine, steps, min(r.add_s for r in self._rounds))
+        result = simulate(run.requests, [ReplicaSpec(profile)])
+        end_of = {call.request_id: call.finished_s for call in result.calls}
+        return Trial(
+            measured=_figures(run.requests, run.replay.ends),
+            predicted=_figures(run.requests, [end_of[r.request_id] for r in run.requests]),
+            constant_rate=_figures(run.requests, _constant_rate(run.requests, steps)),
+            preemptions=result.replicas[0].preemptions,
+            cpu_share=run.replay.cpu_share,
+        )
+
+    def _measure(self) -> None:
+        self._rounds.append(self._engine.measure(self._scenes))
+
+    def _took(self, number: int) -> float:
+        return sum(step.seconds for step in self._rounds[number].steps)
+
+    def _cpu_s(self, number: int) -> float:
+        return self._took(number) * self._rounds[number].cpu_share
 
 
 def _constant_rate(requests: Sequence[Request], steps: Sequence[MeasuredStep]) -> list[float]:
@@ -236,7 +266,7 @@ def _case(
     error = abs(predicted - measured) / measured
     verdict = "within" if error <= AGREEMENT else "NOT within"
     preemptions = sum(t.preemptions for t in trials)
-    calm = sum(t.calm for t in trials)
+    shares = sorted(t.cpu_share for t in trials)
     return Case.compare(
         f"real/{name}",
         f"{metric}_prediction_error",
@@ -250,7 +280,8 @@ def _case(
         notes=(
             f"{metric} measured {measured:.3f} {unit}, predicted {predicted:.3f} {unit} (medians of"
             f" {len(trials)} runs): {error:.1%} off, {verdict} {AGREEMENT:.0%};"
-            f" {preemptions} preemptions predicted; {calm} of the runs on a calm machine"
+            f" {preemptions} preemptions predicted; the"
+            f" engine had {shares[0]:.0%} to {shares[-1]:.0%} of its core, which is allowed for"
         ),
     )
 

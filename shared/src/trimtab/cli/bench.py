@@ -59,8 +59,8 @@ def bench(
 
 
 def _run(name: str, quick: bool, seed: int) -> Report:
-    from trimtab.cli.console import progress_bar
     from trimtab.core.benchmark import Options, report
+    from trimtab.core.progress import progress_bar
 
     try:
         benchmark = _named(name)

@@ -36,7 +36,8 @@ def doctor(
 
     The exit status is 2 when something will fail, 0 otherwise.
     """
-    from trimtab.cli.console import chatter_on_stderr, progress_bar
+    from trimtab.cli.console import chatter_on_stderr
+    from trimtab.core.progress import progress_bar
 
     with chatter_on_stderr(), progress_bar() as progress:
         progress("looking at what is installed")

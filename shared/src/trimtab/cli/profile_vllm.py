@@ -27,9 +27,10 @@ def vllm(
     json_: bool = typer.Option(False, "--json", help="Print the profile on stdout."),
 ) -> None:
     """Measure the steps of a real vLLM engine and write its profile for `trimtab simulate`."""
-    from trimtab.cli.console import chatter_on_stderr, print_out, progress_bar
+    from trimtab.cli.console import chatter_on_stderr, print_out
     from trimtab.core.documents import parse_json
     from trimtab.core.errors import BadInput
+    from trimtab.core.progress import progress_bar
     from trimtab.hosts.vllm.profiling import measure_to_file
 
     further = parse_json(engine_args, where="--engine-args")

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
 from trimtab.core.errors import BadInput
-
-if TYPE_CHECKING:
-    from trimtab.core.benchmark import Progress
 
 _NEEDED = {
     "vllm": "vLLM",
@@ -46,9 +39,10 @@ def demo(
         raise BadInput("this is a folder", where=str(out), fix="give a file")
 
     from trimtab.core.documents import write_atomic
+    from trimtab.core.progress import progress_bar
     from trimtab.urgency import demo as demonstration
 
-    with demonstration.ended_by_signals(), _progress() as progress:
+    with demonstration.ended_by_signals(), progress_bar() as progress:
         report = demonstration.run(
             workflows=workflows, seed=seed, port=port, model=model, progress=progress
         )
@@ -62,37 +56,3 @@ def demo(
 
     Console().print(demonstration.table(report))
     typer.echo(demonstration.next_steps(report, out))
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar on stderr; where stderr is no terminal, a line for each step."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _say_once()
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(message: str, done: float | None = None) -> None:
-            bar.update(task, description=message, total=None if done is None else 1.0)
-            if done is not None:
-                bar.update(task, completed=done)
-
-        yield show
-
-
-def _say_once() -> Progress:
-    said = ""
-
-    def show(message: str, done: float | None = None) -> None:
-        nonlocal said
-        if message != said:
-            print(message, file=sys.stderr, flush=True)
-            said = message
-
-    return show

@@ -11,6 +11,7 @@ import argparse
 import deepspeed
 import torch
 from text import batch, model
+from torch.distributed import get_backend
 from torch.nn.functional import cross_entropy
 
 
@@ -34,6 +35,10 @@ def main() -> None:
         deepspeed.comm.all_reduce(loss.detach_(), deepspeed.comm.ReduceOp.AVG)
         if rank == 0:
             print(f"step {step} loss {loss.item():.5f}", flush=True)
+    # Gloo's threads free the last tensors meanwhile: one that does so while Python ends aborts the
+    # process, and DeepSpeed keeps the groups, so that destroying them would not join the threads.
+    if get_backend() == "gloo":
+        deepspeed.comm.monitored_barrier()
     deepspeed.comm.destroy_process_group()
 
 

@@ -81,7 +81,7 @@ def test_a_made_database_is_made_once(made, tmp_path, monkeypatch):
     monkeypatch.setattr(databases, "dump", fail)
     (again,) = databases.load(tmp_path)
     assert again == made
-    assert [path.name for path in tmp_path.iterdir()] == ["shops.sqlite"]
+    assert [path.name for path in tmp_path.glob("*.sqlite")] == ["shops.sqlite"]
 
 
 def test_a_failed_dump_leaves_no_database(tmp_path, monkeypatch):
@@ -89,7 +89,7 @@ def test_a_failed_dump_leaves_no_database(tmp_path, monkeypatch):
     monkeypatch.setattr(databases, "dump", lambda name: DUMP.replace("2.5\t\\N", "2.5"))
     with pytest.raises(sqlite3.Error):
         databases.load(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("*.sqlite")) == []
 
 
 def test_queries_see_the_tables_and_get_at_most_the_cap(made):
@@ -114,7 +114,7 @@ def test_bad_and_writing_queries_are_refused(made, tmp_path, sql, reason):
     with pytest.raises(QueryError, match=reason):
         made.query(sql)
     assert made.query("SELECT count(*) FROM shop") == [(3,)]
-    assert [path.name for path in tmp_path.iterdir()] == ["shops.sqlite"]
+    assert [path.name for path in tmp_path.glob("*.sqlite")] == ["shops.sqlite"]
 
 
 def test_an_endless_query_is_stopped(made):

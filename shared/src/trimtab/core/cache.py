@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from trimtab.core.documents import write_atomic
@@ -37,10 +40,47 @@ def keep(content: str, name: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(
-            f"the cache cannot be written ({error.strerror or error})",
-            where=str(folder),
-            fix="name another folder in TRIMTAB_CACHE",
-        ) from None
+        raise _unwritable("the cache", folder, error) from None
     write_atomic(path, content)
     return path
+
+
+def made_once(path: Path, what: str, make: Callable[[Path], None]) -> Path:
+    """A file or folder that takes long to make: whole as soon as it is there, made on first use.
+
+    Several processes may ask at once: one makes it, the others wait for it.
+
+    Args:
+        path: where it is kept.
+        what: it is, in the words of an error.
+        make: makes it at the path that it is given.
+
+    Raises:
+        BadInput: the cache cannot be written.
+    """
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (path.parent / f"{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                _make_aside(path, make)
+    except OSError as error:
+        raise _unwritable(what, path.parent, error) from error
+    return path
+
+
+def _make_aside(path: Path, make: Callable[[Path], None]) -> None:
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as folder:
+        making = Path(folder) / path.name
+        make(making)
+        making.rename(path)
+
+
+def _unwritable(what: str, folder: Path, error: OSError) -> BadInput:
+    return BadInput(
+        f"{what} cannot be written ({error.strerror or error})",
+        where=str(folder),
+        fix="make room there, or name another folder in TRIMTAB_CACHE",
+    )

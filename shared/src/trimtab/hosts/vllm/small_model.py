@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from trimtab.core.cache import cache_directory
+from trimtab.core.cache import cache_directory, made_once
 from trimtab.core.errors import BadInput
 
 _NAME = "smollm2-135m-instruct"
@@ -27,23 +22,7 @@ def small_model() -> Path:
     Raises:
         BadInput: the package is not installed, or the cache cannot be written.
     """
-    cache = cache_directory()
-    folder = cache / _NAME
-    if folder.is_dir():
-        return folder
-    gguf = _packaged_gguf()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f"{_NAME}.lock"):
-            if not folder.is_dir():
-                _build(gguf, folder)
-    except OSError as error:
-        raise BadInput(
-            f"the small model cannot be written ({error.strerror or error})",
-            where=str(cache),
-            fix="make room there, or name another folder in TRIMTAB_CACHE",
-        ) from error
-    return folder
+    return made_once(cache_directory() / _NAME, "the small model", _build)
 
 
 def _packaged_gguf() -> Path:
@@ -58,28 +37,16 @@ def _packaged_gguf() -> Path:
     return gguf
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _build(gguf: Path, folder: Path) -> None:
+def _build(folder: Path) -> None:
+    gguf = _packaged_gguf()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-        )
-        model.save_pretrained(building)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(building)
-        building.chmod(0o755)
-        building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

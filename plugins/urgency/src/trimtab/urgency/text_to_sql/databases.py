@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import sqlite3
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from trimtab.core.cache import made_once
 from trimtab.core.errors import BadInput
 
 NAMES = ("academic", "advising", "atis", "geography", "restaurants", "scholar", "yelp")
@@ -132,32 +133,18 @@ def dump(name: str) -> str:
 
 
 def _load(name: str, cache: Path) -> Database:
-    path = cache / f"{name}.sqlite"
-    if not path.is_file():
-        text = dump(name)
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            _make(text, path)
-        except OSError as error:
-            raise BadInput(
-                f"the databases cannot be written ({error.strerror or error})",
-                where=str(cache),
-                fix="make room there, or name another folder in TRIMTAB_CACHE",
-            ) from error
+    path = made_once(cache / f"{name}.sqlite", "the databases", partial(_make, name))
     return Database(name, path.resolve(), tuple(_tables(path)))
 
 
-def _make(text: str, path: Path) -> None:
-    """Writes the dump as a SQLite file that is whole as soon as it is there."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.stem}.") as building:
-        file = Path(building) / path.name
-        connection = sqlite3.connect(file)
-        try:
-            with connection:
-                fill(connection, text)
-        finally:
-            connection.close()
-        file.replace(path)
+def _make(name: str, path: Path) -> None:
+    text = dump(name)
+    connection = sqlite3.connect(path)
+    try:
+        with connection:
+            fill(connection, text)
+    finally:
+        connection.close()
 
 
 def fill(connection: sqlite3.Connection, text: str) -> None:

@@ -153,6 +153,8 @@ def test_a_model_that_is_not_there_is_said_in_one_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     done = refused(tmp_path, "--model", "./empty")
     assert "the folder holds no config.json" in done.stderr
+    done = refused(tmp_path, "--model", "nobody/no-such-model")
+    assert "'nobody/no-such-model': the model is not on this machine" in done.stderr
 
 
 def test_an_output_that_cannot_be_written_is_said_before_the_run(tmp_path):

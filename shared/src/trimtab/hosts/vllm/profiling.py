@@ -24,7 +24,7 @@ from trimtab.core.cost.step import (
 from trimtab.core.errors import BadInput, TrimtabError
 from trimtab.core.workload import Request
 from trimtab.hosts import versions
-from trimtab.hosts.vllm.server import check_model
+from trimtab.hosts.vllm.model_check import check_model
 
 Scene = tuple[int, int, int]
 """A batch of like requests: how many, their prompt tokens, their output tokens."""
@@ -88,7 +88,7 @@ class EngineProcess:
         """Starts the engine; what is asked of it waits until it is ready.
 
         Raises:
-            BadInput: the model's folder holds no model, or vLLM is missing or not verified.
+            BadInput: there is no such model, or vLLM is missing or not verified.
         """
         versions.require("vllm")
         check_model(self.model)

@@ -19,6 +19,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from trimtab.core.errors import BadInput, TrimtabError
+from trimtab.hosts.vllm.model_check import check_model
 
 HOST = "127.0.0.1"
 
@@ -64,9 +65,9 @@ class Server:
         """Starts the server; returns at once, see `wait_ready`.
 
         Raises:
-            BadInput: the port is taken, or the model's folder holds no model.
+            BadInput: the port is taken, or there is no such model.
         """
-        check_model(self.model)
+        check_model(self.model, self.environment)
         self.port = free_port(self.port)
         with ExitStack() as starting:
             group = _start_watchdog(starting)
@@ -169,24 +170,6 @@ class Server:
             self._process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(STOPS_WITHIN_S)
-
-
-def check_model(model: Path | str) -> None:
-    """Refuses a path that leads to no model; a name with no folder is left to vLLM.
-
-    Raises:
-        BadInput: there is no such folder, or it holds no ``config.json``.
-    """
-    path = Path(model)
-    looks_like_path = isinstance(model, Path) or str(model).startswith((".", "/", "~"))
-    if looks_like_path and not path.is_dir():
-        raise BadInput("there is no such folder", where=str(path), fix="give a model's folder")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise BadInput(
-            "the folder holds no config.json",
-            where=str(path),
-            fix="give a Hugging Face model's folder",
-        )
 
 
 _given: set[int] = set()

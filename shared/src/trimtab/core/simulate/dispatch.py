@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from trimtab.core.cost.step import EngineProfile
@@ -44,6 +44,27 @@ class Dispatcher(Protocol):
 
     def choose(self, request: Request, replicas: Sequence[ReplicaView], now_s: float) -> int:
         """The index in ``replicas`` (those that may serve the request) that gets it."""
+
+
+Sends = Iterable[tuple[Request, int]]
+"""Requests that leave the router now, each with the number of the replica that gets it."""
+
+
+class Router(Protocol):
+    """A dispatcher that may hold requests back, and is told what has become of those it sent.
+
+    Each request that has arrived is sent once, at once or as the answer to a later event. An
+    instance serves one simulation.
+    """
+
+    def on_arrival(self, request: Request, now_s: float) -> Sends:
+        """A request has come."""
+
+    def on_first_token(self, request: Request, now_s: float) -> Sends:
+        """A request has given its first token, and gives more."""
+
+    def on_end(self, request: Request, now_s: float) -> Sends:
+        """A request has ended."""
 
 
 class RoundRobin:

@@ -25,6 +25,8 @@ class StepResult:
     finished: list[Job] = field(default_factory=list)
     prefilled: list[Job] = field(default_factory=list)
     """Jobs that a prefill replica hands over; their KV stays here until `Replica.handed_over`."""
+    started: list[Job] = field(default_factory=list)
+    """Jobs that have given their first token and give more."""
 
 
 @dataclass(slots=True)
@@ -416,8 +418,11 @@ class Replica:
     def _end_prefills(self, result: StepResult, now_s: float) -> None:
         for job in self._completing:
             job.generated += 1
-            if job.first_token_s < 0:
+            first = job.first_token_s < 0
+            if first:
                 job.first_token_s = now_s
+            if first and job.generated < job.request.output_tokens:
+                result.started.append(job)
             if job.generated == job.request.output_tokens:
                 self._leave(job, job.computed, now_s)
                 result.finished.append(job)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from trimtab.core.cost.step import EngineProfile
 from trimtab.core.errors import BadInput
 from trimtab.core.policy import ServingPolicy
-from trimtab.core.simulate.dispatch import Dispatcher, LeastRequests, RoundRobin
+from trimtab.core.simulate.dispatch import Dispatcher, LeastRequests, RoundRobin, Router, Sends
 from trimtab.core.simulate.job import Job
 from trimtab.core.simulate.replica import Replica, Role
 from trimtab.core.simulate.result import ServingResult, result_of
@@ -43,6 +43,7 @@ def simulate(
     replicas: Sequence[ReplicaSpec],
     *,
     dispatcher: Dispatcher | None = None,
+    router: Router | None = None,
     decode_dispatcher: Dispatcher | None = None,
     policies: PolicyFactory = tuple,
     kv_link: KvLink | None = None,
@@ -56,6 +57,7 @@ def simulate(
         requests: the workload, a `Workload` or any requests.
         replicas: the engines. Where they serve several models, a request goes to those of its own.
         dispatcher: chooses the replica of each request; round robin by default.
+        router: takes the dispatcher's place, and may hold requests back.
         decode_dispatcher: chooses the decode replica of each prefilled request; the least busy one
             by default.
         policies: makes the serving policies of one replica; called once for each.
@@ -63,7 +65,8 @@ def simulate(
         max_output_tokens: the most tokens a call may generate as far as policies know.
 
     Raises:
-        BadInput: the workload or the cluster is inconsistent, or a request fits no replica.
+        BadInput: the workload or the cluster is inconsistent, a request fits no replica, or the
+            router sends one to a replica that does not serve it, or never.
     """
     cluster = _Cluster(list(requests), replicas, kv_link)
     return _Simulation(
@@ -74,6 +77,7 @@ def simulate(
         ],
         dispatcher or RoundRobin(),
         decode_dispatcher or LeastRequests(),
+        router,
     ).run()
 
 
@@ -178,12 +182,15 @@ class _Simulation:
         replicas: list[Replica],
         dispatcher: Dispatcher,
         decode_dispatcher: Dispatcher,
+        router: Router | None,
     ) -> None:
         self._cluster = cluster
         self._replicas = replicas
         self._dispatcher = dispatcher
         self._decode_dispatcher = decode_dispatcher
+        self._router = router
         self._jobs = [Job(request, number) for number, request in enumerate(cluster.requests)]
+        self._held: dict[str, Job] = {}
         self._dependents: defaultdict[str, list[Job]] = defaultdict(list)
         self._order = len(self._jobs)
         self._done: list[Job] = []
@@ -199,6 +206,8 @@ class _Simulation:
         while events:
             event = heapq.heappop(events)
             handlers[event[1]](event)
+        if self._held:
+            raise BadInput(f"the router never sent {len(self._held)} of the requests")
         return result_of(self._done, self._replicas)
 
     def _first_events(self) -> list[_Event]:
@@ -227,9 +236,27 @@ class _Simulation:
         job, now_s = event.job, event.time_s
         assert job is not None
         job.issued_s = now_s
+        if self._router is not None:
+            self._held[job.request.request_id] = job
+            self._send_all(self._router.on_arrival(job.request, now_s), now_s)
+            return
         candidates = self._candidates(job.request, decode=False)
         index = self._dispatcher.choose(job.request, candidates, now_s)
-        replica = candidates[index]
+        self._send(job, candidates[index], now_s)
+
+    def _send_all(self, sends: Sends, now_s: float) -> None:
+        for request, number in sends:
+            job = self._held.pop(request.request_id, None)
+            replica = self._replicas[number]
+            if job is None or replica not in self._candidates(request, decode=False):
+                raise BadInput(
+                    f"the router sends it to replica {number}",
+                    where=f"request {request.request_id!r}",
+                    fix="send each request once, to a replica that serves it",
+                )
+            self._send(job, replica, now_s)
+
+    def _send(self, job: Job, replica: Replica, now_s: float) -> None:
         job.replica = replica.replica
         overhead_s = replica.profile.request_overhead_s
         if overhead_s:
@@ -281,6 +308,11 @@ class _Simulation:
         for job in ended.finished:
             self._done.append(job)
             self._release_dependents(job, now_s)
+        if self._router is not None:
+            for job in ended.started:
+                self._send_all(self._router.on_first_token(job.request, now_s), now_s)
+            for job in ended.finished:
+                self._send_all(self._router.on_end(job.request, now_s), now_s)
         self._wake(replica, now_s)
 
     def _release_dependents(self, job: Job, now_s: float) -> None:

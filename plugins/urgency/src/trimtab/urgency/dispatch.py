@@ -93,9 +93,11 @@ class Rule(Protocol):
         """From here on the held calls are offered again, the first in the queue's order first.
 
         A round is due when a call has ended or has given its first token, and when a call arrives
-        while others are held. It may stop at the first call that is held once no instance has a
-        free seat.
+        while others are held. It may end as soon as the rule is `closed`.
         """
+
+    def closed(self, instances: Sequence[Instance], now_s: float) -> bool:
+        """Whether any call would be held now."""
 
     def choose(self, call: RoutedCall, instances: Sequence[Instance], now_s: float) -> int | None:
         """The place in ``instances`` (healthy ones, at least one) that gets the call.
@@ -182,6 +184,10 @@ def _first_least(costs: Sequence[tuple[float, ...]]) -> int:
 class _Stateless:
     def begin_round(self) -> None:
         """Nothing is kept from round to round."""
+
+    def closed(self, instances: Sequence[Instance], now_s: float) -> bool:
+        """Never: nothing is held."""
+        return False
 
 
 class RoundRobin(_Stateless):
@@ -370,6 +376,10 @@ class PredictedFinish:
     def begin_round(self) -> None:
         """Forgets what was booked in the last round."""
         self._booked.clear()
+
+    def closed(self, instances: Sequence[Instance], now_s: float) -> bool:
+        """Whether every instance is full."""
+        return self._holds and all(self._full(instance, now_s) for instance in instances)
 
     def choose(self, call: RoutedCall, instances: Sequence[Instance], now_s: float) -> int | None:
         """The instance of the earliest finish, or None while that one is full."""

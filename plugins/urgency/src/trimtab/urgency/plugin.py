@@ -52,7 +52,10 @@ def trimtab_benchmarks() -> Sequence[Benchmark]:
 
 @hookimpl
 def trimtab_commands(app: Typer) -> None:
-    """Adds ``trimtab demo``."""
+    """Adds ``trimtab demo``, ``trimtab route`` and ``trimtab up``."""
     from trimtab.urgency.command import demo
+    from trimtab.urgency.route_command import route, up
 
     app.command("demo")(demo)
+    app.command("route")(route)
+    app.command("up")(up)

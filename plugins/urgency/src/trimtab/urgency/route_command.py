@@ -1,0 +1,222 @@
+"""The commands ``trimtab route`` and ``trimtab up``: their options, and the servers' lives."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import typer
+
+from trimtab.core.documents import read_yaml, validate
+from trimtab.core.errors import BadInput
+
+if TYPE_CHECKING:
+    from trimtab.core.benchmark import Progress
+    from trimtab.hosts.vllm.server import Server
+    from trimtab.urgency.router.config import BackendOptions, RouterConfig, ServerOptions
+
+_NEEDED = ("aiohttp", "prometheus_client", "starlette", "uvicorn")
+_CHECK_EVERY_S = 1.0
+
+
+def route(
+    backend: list[str] = typer.Option(
+        [], metavar="URL", help="A server that runs already; give the option once for each."
+    ),
+    config: Path | None = typer.Option(None, help="A file with the router's options."),
+    host: str | None = typer.Option(None, help="The address to listen on; 127.0.0.1 by default."),
+    port: int | None = typer.Option(
+        None, min=0, max=65_535, help="The port to listen on; 8080 by default, 0 for a free one."
+    ),
+) -> None:
+    """Route calls to OpenAI-compatible servers that run already, by the workflows' deadlines."""
+    _check_packages()
+    options = _options(config, host=host, port=port, backends=backend)
+    if options.servers and config is not None:
+        raise BadInput(
+            "the file names servers to start",
+            where=f"{config}, servers",
+            fix="run `trimtab up` with it, or leave them out",
+        )
+    if not options.backends:
+        raise BadInput("no server is given", fix="add --backend http://HOST:PORT for each")
+    _run(options, lambda: None)
+
+
+def up(
+    config: Path = typer.Argument(help="A file with the servers and the router's options."),
+    host: str | None = typer.Option(None, help="The address to listen on, over the file's."),
+    port: int | None = typer.Option(
+        None, min=0, max=65_535, help="The port to listen on, over the file's; 0 for a free one."
+    ),
+    logs: Path | None = typer.Option(None, help="A folder for the servers' logs."),
+) -> None:
+    """Start the vLLM servers that a file names, and route calls to them; all end together."""
+    _check_packages()
+    options = _options(config, host=host, port=port)
+    if not options.servers:
+        raise BadInput(
+            "the file names no servers to start",
+            where=str(config),
+            fix="add `servers`, or run `trimtab route` for those that run already",
+        )
+    if logs is not None and not logs.is_dir():
+        raise BadInput("there is no such folder", where=str(logs), fix="make it first")
+    folder = logs if logs is not None else Path(tempfile.mkdtemp(prefix="trimtab-up-"))
+
+    from trimtab.core.progress import progress_bar
+
+    with _ended_by_signals(), ExitStack() as stack:
+        with progress_bar() as progress:
+            started = _start(stack, options.servers, folder, progress)
+        backends = [_backend(s, o) for s, o in zip(started, options.servers, strict=True)]
+        routed = options.model_copy(update={"backends": (*options.backends, *backends)})
+        _run(routed, _Supervisor(started, options.servers).check)
+
+
+def _check_packages() -> None:
+    missing = [package for package in _NEEDED if find_spec(package) is None]
+    if missing:
+        raise BadInput(
+            f"the router needs the package {missing[0]!r}, which is not installed",
+            fix="install trimtab-urgency[router] beside trimtab",
+        )
+
+
+def _options(
+    config: Path | None, *, host: str | None, port: int | None, backends: list[str] | None = None
+) -> RouterConfig:
+    """The file's options, with those of the command line over them."""
+    from trimtab.urgency.router.config import BackendOptions, RouterConfig
+
+    found = read_yaml(config, RouterConfig) if config is not None else RouterConfig()
+    data = found.model_dump(exclude_unset=True)
+    data |= {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    for url in backends or []:
+        validate(BackendOptions, {"url": url}, where="--backend")
+        data["backends"] = [*data.get("backends", []), {"url": url}]
+    return validate(RouterConfig, data, where=str(config) if config else "--backend")
+
+
+def _start(
+    stack: ExitStack, servers: tuple[ServerOptions, ...], logs: Path, progress: Progress
+) -> list[Server]:
+    """Starts all servers at once, and waits for them."""
+    from trimtab.hosts.vllm.server import Server
+
+    started = [
+        stack.enter_context(
+            Server(
+                options.model,
+                logs / f"{options.name}.log",
+                options.arguments,
+                options.environment,
+                port=options.port,
+                served_name=options.served_name,
+            )
+        )
+        for options in servers
+    ]
+
+    def say() -> None:
+        for server in started:
+            server.check()
+        names = ", ".join(options.name for options in servers)
+        progress(f"starting {names}; their logs are in {logs}")
+
+    for server in started:
+        server.wait_ready(waiting=say)
+    return started
+
+
+def _backend(server: Server, options: ServerOptions) -> BackendOptions:
+    from trimtab.urgency.router.config import BackendOptions
+
+    seats = options.seats if options.seats is not None else _seats_in(options.arguments)
+    return BackendOptions(url=server.url, name=options.name, seats=seats)
+
+
+def _seats_in(arguments: tuple[str, ...]) -> int | None:
+    """The batch's size as vLLM's own flag gives it."""
+    for flag, value in zip(arguments, (*arguments[1:], ""), strict=True):
+        name, _, joined = flag.partition("=")
+        given = joined or value
+        if name == "--max-num-seqs" and given.isdigit() and int(given):
+            return int(given)
+    return None
+
+
+class _Supervisor:
+    """Says which server has ended, and ends all when none is left."""
+
+    def __init__(self, servers: list[Server], options: tuple[ServerOptions, ...]) -> None:
+        self._living = dict(zip((o.name for o in options), servers, strict=True))
+
+    def check(self) -> None:
+        """Looks at all servers.
+
+        Raises:
+            ServerFailed: the last one has ended.
+        """
+        from trimtab.hosts.vllm.server import ServerFailed
+
+        for name, server in list(self._living.items()):
+            try:
+                server.check()
+            except ServerFailed as failure:
+                del self._living[name]
+                if not self._living:
+                    raise
+                print(f"{name}: {failure}; the others go on", file=sys.stderr, flush=True)
+
+
+def _run(options: RouterConfig, check: Callable[[], None]) -> None:
+    """Routes until a signal ends it, or a check fails."""
+    from trimtab.hosts.vllm.server import free_port
+    from trimtab.urgency.router.application import Router, server
+
+    port = free_port(options.port)
+    http = server(Router(options), options, port)
+
+    async def serve() -> None:
+        serving = asyncio.create_task(http.serve())
+        said = False
+        try:
+            while not serving.done():
+                await asyncio.wait({serving}, timeout=_CHECK_EVERY_S if said else 0.05)
+                if http.started and not said:
+                    said = True
+                    where = f"http://{options.host}:{port}"
+                    count = len(options.backends)
+                    text = f"routing to {count} servers at {where}; its page is {where}/trimtab"
+                    print(text, file=sys.stderr, flush=True)
+                check()
+        finally:
+            http.should_exit = True
+            await serving
+
+    asyncio.run(serve())
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Turns SIGTERM and SIGHUP into an orderly end, so that the servers are stopped."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, end) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

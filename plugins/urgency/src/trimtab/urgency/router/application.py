@@ -1,0 +1,165 @@
+"""The router put together: its own routes, the proxy behind them, and what runs beside."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Mount, Route
+
+from trimtab.urgency.policy import UrgencyPolicy
+from trimtab.urgency.router import page
+from trimtab.urgency.router.admission import AdmissionQueue
+from trimtab.urgency.router.backends import Backend, Queue, State, keep_looking, look_once
+from trimtab.urgency.router.config import RouterConfig
+from trimtab.urgency.router.forwarding import Proxy
+from trimtab.urgency.router.journeys import Journeys
+from trimtab.urgency.router.metrics import Metrics
+from trimtab.urgency.router.refusals import Refusal
+from trimtab.urgency.router.speeds import Speeds
+from trimtab.urgency.router.tenants import Tenant, Tenants
+from trimtab.urgency.router.upstream import Upstream
+
+_QUIET_S = 30.0
+"""A workflow without calls for so long counts as over, in the metrics."""
+_TICK_S = 0.1
+_STOPS_WITHIN_S = 10
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+)
+
+
+class Router:
+    """All parts of a running router.
+
+    Args:
+        config: its options.
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, config: RouterConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config, self._clock = config, clock
+        self._speeds = Speeds()
+        self._metrics = Metrics()
+        self._tenants = Tenants(config.tenants)
+        self._journeys = Journeys(_QUIET_S, self._metrics.workflow_ended)
+        self._upstream = Upstream()
+        self.backends = [
+            Backend(options, number, config.health, self._speeds)
+            for number, options in enumerate(config.backends)
+        ]
+        self.queue = AdmissionQueue(
+            UrgencyPolicy(config.urgency),
+            config.dispatch.make(),
+            self.backends,
+            self._tenants.all,
+            config.limits,
+            clock,
+        )
+        self._proxy = Proxy(
+            self.queue,
+            self.backends,
+            self._upstream,
+            self._tenants,
+            self._journeys,
+            self._speeds,
+            self._metrics,
+            config.limits,
+            clock,
+        )
+
+    def application(self) -> Starlette:
+        """The ASGI application."""
+        return Starlette(
+            routes=[
+                Route("/health", self._health),
+                Route("/metrics", self._show_metrics),
+                Route("/trimtab", self._page),
+                Route("/trimtab/state", self._state),
+                Mount("/", self._proxy),
+            ],
+            lifespan=self._lifespan,
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._upstream)
+            await asyncio.gather(*(look_once(backend, self._look) for backend in self.backends))
+            watchers = [
+                asyncio.create_task(keep_looking(backend, self._look, self.queue.pump))
+                for backend in self.backends
+            ]
+            for task in (*watchers, asyncio.create_task(self._tick())):
+                stack.push_async_callback(_cancelled, task)
+            yield
+
+    async def _look(self, backend: Backend) -> Queue | None:
+        return await self._upstream.look(backend, self._config.health.timeout_s)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self.queue.tick()
+            self._journeys.close_quiet(self._clock())
+
+    async def _health(self, request: Request) -> Response:
+        """200 while a server is up."""
+        up = any(backend.state is not State.DOWN for backend in self.backends)
+        return PlainTextResponse("" if up else "no server is up\n", 200 if up else 503)
+
+    async def _show_metrics(self, request: Request) -> Response:
+        text = self._metrics.text(self._tenants.all, self.backends)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _page(self, request: Request) -> Response:
+        return HTMLResponse(page.html(), headers={"content-security-policy": _PAGE_POLICY})
+
+    async def _state(self, request: Request) -> Response:
+        """What the page shows; a tenant sees its own calls."""
+        try:
+            tenant: Tenant | None = self._tenants.of(dict(request.headers))
+        except Refusal as refusal:
+            headers = {k.decode(): v.decode() for k, v in refusal.headers()}
+            return Response(refusal.detail(), refusal.status, headers)
+        if not self._tenants.have_keys:
+            tenant = None
+        shown = page.state(self.queue, self.backends, self._speeds, self._clock(), tenant)
+        return JSONResponse(shown)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+def server(router: Router, config: RouterConfig, port: int) -> uvicorn.Server:
+    """The HTTP server of a router; ``run`` it.
+
+    Args:
+        router: what it serves.
+        config: the options.
+        port: where it listens.
+    """
+    return uvicorn.Server(
+        uvicorn.Config(
+            router.application(),
+            host=config.host,
+            port=port,
+            access_log=False,
+            log_level=config.log_level,
+            server_header=False,
+            date_header=False,
+            lifespan="on",
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=_STOPS_WITHIN_S,
+            backlog=4096,
+        )
+    )

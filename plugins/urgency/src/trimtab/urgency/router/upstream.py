@@ -1,0 +1,193 @@
+"""Talking to the servers: requests as they came, answers byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Set
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+from multidict import CIMultiDict
+from yarl import URL
+
+from trimtab.urgency.router.backends import Backend, LookFailed, Queue, read_queue
+
+_HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+_NOT_SENT = _HOP_BY_HOP | {b"host", b"content-length", b"expect"}
+_KEPT_OPEN_S = 4.0
+"""Less than the five seconds after which uvicorn closes a connection: none is used as it closes."""
+_CONNECT_WITHIN_S = 5.0
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class BackendFailed(Exception):
+    """A server could not be reached, broke off, or kept silent.
+
+    Args:
+        reason: why.
+        surely: nobody listens there at all.
+    """
+
+    def __init__(self, reason: str, *, surely: bool = False) -> None:
+        super().__init__(reason)
+        self.surely = surely
+
+
+class Answer:
+    """An answer whose headers are here and whose body comes as the server sends it."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self.status = response.status
+
+    def headers(self) -> Headers:
+        """The headers that are the client's business, in their order."""
+        return [
+            (name.lower(), value)
+            for name, value in self._response.raw_headers
+            if name.lower() not in _HOP_BY_HOP
+        ]
+
+    @property
+    def is_event_stream(self) -> bool:
+        """Whether the body is server-sent events."""
+        return self._response.content_type == "text/event-stream"
+
+    @property
+    def has_length(self) -> bool:
+        """Whether the headers say how long the body is."""
+        return self._response.content_length is not None
+
+    async def read(self) -> bytes:
+        """What has come of the body, at least a byte; nothing at its end.
+
+        Raises:
+            BackendFailed: the server has broken off.
+        """
+        try:
+            return await self._response.content.readany()
+        except (aiohttp.ClientError, OSError) as error:
+            raise _failure(error) from None
+
+
+class Upstream:
+    """The connections to all servers."""
+
+    def __init__(self) -> None:
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        """Opens a pool of connections, as many as there are calls."""
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT_OPEN_S)
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("user-agent", "accept", "accept-encoding", "content-type"),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_WITHIN_S),
+            read_bufsize=2**18,
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    @asynccontextmanager
+    async def open(
+        self,
+        backend: Backend,
+        method: str,
+        target: str,
+        headers: Iterable[tuple[str, str]],
+        body: bytes,
+    ) -> AsyncIterator[Answer]:
+        """Sends a request; leaving the block before the answer's end cancels it at the server.
+
+        Raises:
+            BackendFailed: the server cannot be reached, or breaks off before it answers.
+        """
+        assert self._session is not None
+        try:
+            response = await self._session.request(
+                method,
+                URL(backend.url + target, encoded=True),
+                headers=CIMultiDict(headers),
+                data=body or None,
+                allow_redirects=False,
+            )
+        except (aiohttp.ClientError, OSError) as error:
+            raise _failure(error) from None
+        try:
+            yield Answer(response)
+        finally:
+            # Closes the connection where the answer has not ended, which is what cancels it.
+            if response.content.at_eof():
+                response.release()
+            else:
+                response.close()
+
+    async def look(self, backend: Backend, within_s: float) -> Queue | None:
+        """Asks a server for its health and its queue.
+
+        Raises:
+            LookFailed: it is not well.
+        """
+        assert self._session is not None
+        limit = aiohttp.ClientTimeout(total=within_s)
+        headers = {"authorization": f"Bearer {backend.api_key}"} if backend.api_key else None
+        try:
+            async with self._session.get(
+                f"{backend.url}/health", timeout=limit, headers=headers, allow_redirects=False
+            ) as answer:
+                if answer.status >= 500:
+                    raise LookFailed(f"/health answers {answer.status}")
+            async with self._session.get(
+                f"{backend.url}/metrics", timeout=limit, headers=headers, allow_redirects=False
+            ) as answer:
+                return read_queue(await answer.read()) if answer.status == 200 else None
+        except TimeoutError:
+            raise LookFailed(f"it did not answer within {within_s:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            surely = isinstance(error, aiohttp.ClientConnectorError)
+            raise LookFailed(_words(error), surely=surely) from None
+
+
+def sent_headers(raw: Headers, backend: Backend, drop: Set[bytes]) -> list[tuple[str, str]]:
+    """The headers for a server: the client's, less those of its connection and ``drop``."""
+    sent = [
+        (name.decode("latin-1"), value.decode("latin-1"))
+        for name, value in raw
+        if name not in _NOT_SENT and name not in drop
+    ]
+    if backend.api_key:
+        sent.append(("authorization", f"Bearer {backend.api_key}"))
+    return sent
+
+
+def _failure(error: Exception) -> BackendFailed:
+    surely = isinstance(error, aiohttp.ClientConnectorError)
+    return BackendFailed(_words(error), surely=surely)
+
+
+def _words(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -115,7 +115,7 @@ def test_invented_labels_take_bounded_memory():
 def test_workflows_are_forgotten_when_idle_for_long_or_too_many_but_never_while_at_work():
     table = WorkflowTable(limit=3, ttl_s=10.0)
     busy = table.of("busy", "c", 0.0)
-    busy.calls.add(Call("1", 0.0, 1, 1))
+    busy.calls[Call("1", 0.0, 1, 1)] = None
     for number in range(50):
         table.of(f"w{number}", "c", 1.0 + number / 100)
         assert len(table) <= 4

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from trimtab.urgency.config import UrgencyConfig
 from trimtab.urgency.estimate import Estimator
 from trimtab.urgency.policy import UrgencyPolicy
-from trimtab.urgency.triage import Triage, savable
+from trimtab.urgency.triage import ByDeadline, Triage, savable
 
 CANDIDATES = st.lists(
     st.tuples(st.integers(1, 40), st.integers(1, 15)).filter(lambda c: c[1] <= c[0]), max_size=8
@@ -44,18 +44,36 @@ def test_who_is_saved_does_not_depend_on_when_the_clock_started(pairs, start_s):
     assert savable(candidates, start_s, 1.0) == savable(since_zero, 0.0, 1.0)
 
 
-CROWD = [(10.0, 4.0, f"w{number}") for number in range(10)]
+CROWD = {f"w{number}": (10.0, 4.0) for number in range(10)}
+
+
+def entered(crowd) -> Triage[str]:
+    triage: Triage[str] = Triage()
+    for name, (deadline_s, _) in crowd.items():
+        triage.workflows.put(name, deadline_s)
+    return triage
+
+
+def review(triage: Triage[str], crowd, now_s: float, part: int = 1000, queued: bool = True):
+    """A whole review, in parts; returns the saved, and how many parts there were."""
+    saved: set[str] = set()
+    parts = 0
+    while not parts or triage.due_s < now_s + 0.1:
+        verdicts = triage.review(now_s, part, queued=queued, rest_s=lambda name: crowd[name][1])
+        saved |= {name for name, good in verdicts if good}
+        parts += 1
+    return saved, parts
 
 
 def reviewed(*, stages: int, spare: bool = False, queued: bool = True) -> set[str]:
     """The saved of `CROWD` after a period of 4 s in which stages of 1 s each ended."""
-    triage = Triage()
-    triage.review(CROWD, -4.0, calls=10, queued=True)
+    triage = entered(CROWD)
+    review(triage, CROWD, -4.0)
     for _ in range(stages):
         triage.note_stage(1.0)
     if spare:
         triage.note_spare()
-    return triage.review(CROWD, 0.0, calls=10, queued=queued)
+    return review(triage, CROWD, 0.0, queued=queued)[0]
 
 
 def test_as_many_are_saved_as_the_measured_pace_allows():
@@ -70,13 +88,53 @@ def test_nobody_is_given_up_before_a_pace_is_known():
 
 
 def test_reviews_stop_when_there_is_nothing_to_review_and_are_seldom_when_there_is_much():
-    triage = Triage()
+    crowd = {f"w{number}": (100.0, 1.0) for number in range(10_000)}
+    triage = entered(crowd)
     triage.expect(1.0)
     assert triage.due_s == 1.25
-    triage.review(CROWD, 1.25, calls=10_000, queued=True)
+    review(triage, crowd, 1.25, part=100_000)
     assert triage.due_s == pytest.approx(6.5)
-    triage.review([], 6.5, calls=0, queued=False)
+    for name in crowd:
+        triage.workflows.discard(name)
+    review(triage, crowd, 6.5)
     assert triage.due_s == float("inf")
+
+
+@given(pairs=CANDIDATES, part=st.integers(1, 5))
+def test_a_review_in_parts_decides_as_one_at_once(pairs, part):
+    crowd = {f"w{i}": (float(due), float(length)) for i, (due, length) in enumerate(pairs)}
+    outcomes = []
+    for size in (part, 1000):
+        triage = entered(crowd)
+        review(triage, crowd, -4.0)
+        for _ in range(8):
+            triage.note_stage(0.5)
+        saved, parts = review(triage, crowd, 0.0, size)
+        outcomes.append(saved)
+        assert parts <= 2 + 2 * len(crowd) // size
+    candidates = [(due_s, rest_s, name) for name, (due_s, rest_s) in crowd.items()]
+    assert outcomes[0] == outcomes[1] == savable(candidates, 0.0, 1.0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(-1, 5)), max_size=60))
+def test_workflows_are_kept_by_deadline(changes):
+    kept: ByDeadline[int] = ByDeadline()
+    expected: dict[int, float] = {}
+    for name, deadline_s in changes:
+        if deadline_s < 0:
+            kept.discard(name)
+            expected.pop(name, None)
+        else:
+            kept.put(name, float(deadline_s))
+            expected[name] = float(deadline_s)
+    seen, place = [], (float("-inf"), 0.0)
+    while entries := kept.after(place, 2):
+        seen += [(deadline_s, name) for deadline_s, _, name in entries]
+        place = entries[-1][:2]
+    assert [deadline_s for deadline_s, _ in seen] == sorted(expected.values())
+    assert {name: deadline_s for deadline_s, name in seen} == expected
+    assert len(kept) == len(expected)
+    assert all(name in kept for name in expected)
 
 
 def test_in_a_burst_some_workflows_are_in_time_where_by_due_date_hardly_any_is(

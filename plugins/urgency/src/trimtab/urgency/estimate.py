@@ -9,9 +9,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from typing import TypeVar
+from statistics import NormalDist
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 END = ""
 """The absorbing state: the workflow is over. No stage has an empty name."""
@@ -19,14 +21,53 @@ END = ""
 _WINDOW = 64
 _CLIP = 4.0
 _ROW_LIMIT = 512.0
+_P80 = NormalDist().inv_cdf(0.8)
 _END_PRIOR = 0.1
 _MAX_UNSOLVED = 64
+_MAX_STATES = 128
+"""States of a chain: the stages, and as many of their visits as there is room for."""
+_POOLED_WEIGHT = 1.0
+"""Sightings that a stage's pooled successors count as beside those of one of its visits."""
 _MAX_SHARED_STAGES = 1024
 _MAX_QUIET_S = 60.0
 OTHER = "(other)"
 """The stage of all labels beyond a class's limit."""
+MOST_VISITS = 8
+"""A workflow's later visits of a stage count as this one."""
+
+_VISIT = "\0"
 
 V = TypeVar("V")
+
+
+class Work(NamedTuple):
+    """What is expected to follow a stage of a workflow.
+
+    Attributes:
+        mean_s: service time, expected.
+        deviation_s: its standard deviation.
+        stages: how many stages, expected.
+    """
+
+    mean_s: float
+    deviation_s: float
+    stages: float
+
+    def quantile_s(self, deviations: float) -> float:
+        """The service time that is so many standard deviations above the mean; 0 at least."""
+        return max(0.0, self.mean_s + deviations * self.deviation_s)
+
+
+NO_WORK = Work(0.0, 0.0, 0.0)
+
+
+def visit_of(stage: str, visit: int) -> str:
+    """The state of a chain that a workflow is in at its first, second, ... visit of a stage."""
+    return f"{stage}{_VISIT}{min(visit, MOST_VISITS)}"
+
+
+def _stage(state: str) -> str:
+    return state.partition(_VISIT)[0]
 
 
 class Window:
@@ -61,23 +102,37 @@ class Window:
             self._mean = sum(min(value, most) for value in self._sorted) / len(self._sorted)
         return self._mean
 
+    def variance(self) -> float:
+        """Robustly, from the distance between the 80 % quantile and the median."""
+        return ((self.quantile(0.8) - self.quantile(0.5)) / _P80) ** 2
+
 
 class Chain:
-    """One class of workflows as an absorbing Markov chain over its stages.
+    """One class of workflows as an absorbing Markov chain over its stages and their visits.
 
     The expected work after a stage solves ``R = P (t + R)``, where ``P`` holds the observed shares
     of the next stages and ``t`` the stages' service times; loops such as a repeated repair stage
-    need no template. The system is solved again when a twentieth of the evidence is new.
+    need no template. The variance ``V`` of that work solves
+    ``V = P (v + V) + P (t + R)^2 - R^2`` with the variances ``v`` of the service times. Both are
+    solved again when a twentieth of the evidence is new.
+
+    A second repair is often the last, which a loop cannot say: so each visit of a stage (see
+    `visit_of`) is a state of its own. What follows it is counted together with a little of what
+    follows the stage in general, and a visit that is new goes by the stage alone.
     """
 
     def __init__(self) -> None:
         self._counts: dict[str, dict[str, float]] = {}
         self._seen = 0
         self._unsolved = 0
-        self._after_s: dict[str, float] = {}
+        self._work: dict[str, Work] = {}
+        self.solutions = 0
+        """How often the chain was solved; what it says of stages changes only then."""
 
     def observe(self, stage: str, successor: str, weight: float = 1.0) -> None:
         """Counts that ``successor`` (or `END`) followed ``stage``; a weight of -1 takes it back."""
+        if stage not in self._counts and _VISIT in stage and len(self._counts) >= _MAX_STATES:
+            return
         row = self._counts.setdefault(stage, {})
         row[successor] = max(0.0, row.get(successor, 0.0) + weight)
         if sum(row.values()) > _ROW_LIMIT:  # forget slowly, so that a changed agent is learnt anew
@@ -90,26 +145,60 @@ class Chain:
         self._seen += 1
         self._unsolved += 1
 
+    def refresh(self, service: Callable[[str], tuple[float, float]]) -> None:
+        """Solves the chain again if enough evidence is new.
+
+        Args:
+            service: mean and variance of a stage's service time.
+        """
+        if self._unsolved > min(_MAX_UNSOLVED, self._seen // 20):
+            self._solve(service)
+
+    def after(self, state: str) -> Work:
+        """The work after a stage or a visit, as last solved; none after one never left."""
+        return self._work.get(state) or self._work.get(_stage(state)) or NO_WORK
+
     def after_s(self, stage: str, service_s: Callable[[str], float]) -> float:
         """Expected service time of all stages after ``stage``; 0 for one never seen to end."""
-        if self._unsolved > min(_MAX_UNSOLVED, self._seen // 20):
-            self._solve(service_s)
-        return self._after_s.get(stage, 0.0)
+        self.refresh(lambda name: (service_s(name), 0.0))
+        return self.after(stage).mean_s
 
-    def _solve(self, service_s: Callable[[str], float]) -> None:
+    def _solve(self, service: Callable[[str], tuple[float, float]]) -> None:
         self._unsolved = 0
-        stages = sorted(self._counts.keys() | {s for row in self._counts.values() for s in row})
-        stages = [stage for stage in stages if stage != END]
-        index = {stage: i for i, stage in enumerate(stages)}
-        shares = np.zeros((len(stages), len(stages)))
-        for stage, row in self._counts.items():
-            total = sum(row.values()) + _END_PRIOR  # the prior keeps loops without an end solvable
+        self.solutions += 1
+        stages = sorted({_stage(s) for s in self._counts} | self._successors())
+        states = stages + sorted(state for state in self._counts if _VISIT in state)
+        shares = self._shares({state: i for i, state in enumerate(states)}, len(stages))
+        times = np.array([service(_stage(state)) for state in states]).reshape(-1, 2)
+        rest = np.eye(len(states)) - shares
+        ahead = np.linalg.solve(rest, np.column_stack([shares @ times[:, 0], shares.sum(axis=1)]))
+        mean_s = ahead[:, 0]
+        spread = shares @ (times[:, 1] + (times[:, 0] + mean_s) ** 2) - mean_s**2
+        variance = np.maximum(0.0, np.linalg.solve(rest, spread))
+        columns = (mean_s.tolist(), np.sqrt(variance).tolist(), ahead[:, 1].tolist())
+        self._work = {state: Work(*row) for state, *row in zip(states, *columns, strict=True)}
+
+    def _successors(self) -> set[str]:
+        return {_stage(name) for row in self._counts.values() for name in row if name != END}
+
+    def _shares(self, index: dict[str, int], stages: int) -> NDArray[np.float64]:
+        """The matrix ``P``; the first rows are those of the stages, which the visits' build on."""
+        shares = np.zeros((len(index), len(index)))
+        for state, place in index.items():
+            row = self._counts.get(state, {})
+            total = sum(row.values())
+            if place < stages:
+                total += _END_PRIOR  # keeps loops without an end solvable
+            else:
+                total += _POOLED_WEIGHT
+                shares[place] = shares[index[_stage(state)]] * (_POOLED_WEIGHT / total)
             for successor, count in row.items():
                 if successor != END:
-                    shares[index[stage], index[successor]] = count / total
-        times_s = np.array([service_s(stage) for stage in stages])
-        after_s = np.linalg.solve(np.eye(len(stages)) - shares, shares @ times_s)
-        self._after_s = dict(zip(stages, after_s.tolist(), strict=True))
+                    column = index.get(successor, -1)
+                    shares[place, index[_stage(successor)] if column < 0 else column] += (
+                        count / total
+                    )
+        return shares
 
 
 class _ClassStats:
@@ -162,11 +251,12 @@ class Estimator:
     def stage_of(self, class_: str, label: str) -> str:
         """The stage under which a label is kept: itself, or `OTHER` beyond the limit."""
         stages = self._class(class_).stages
-        if label in stages or len(stages) < self._max_stages:
+        label = _stage(label) or OTHER
+        if label not in stages:
+            if len(stages) >= self._max_stages:
+                label = OTHER
             stages.setdefault(label, StageStats())
-            return label
-        stages.setdefault(OTHER, StageStats())
-        return OTHER
+        return label
 
     def learn_service(self, class_: str, stage: str, service_s: float, output_tokens: int) -> None:
         """Learns from a finished call how long its stage takes."""
@@ -178,9 +268,12 @@ class Estimator:
         shared.add(service_s, output_tokens)
         self._overall.add(service_s, output_tokens)
 
-    def learn_step(self, class_: str, stage: str, successor: str, weight: float = 1.0) -> None:
-        """Learns what followed a stage; see `Chain.observe`."""
-        self._class(class_).chain.observe(stage, successor, weight)
+    def learn_step(self, class_: str, state: str, successor: str, weight: float = 1.0) -> None:
+        """Learns what followed a stage, or a visit of one; see `Chain.observe`."""
+        chain = self._class(class_).chain
+        if _VISIT in state:
+            chain.observe(state, successor, weight)
+        chain.observe(_stage(state), _stage(successor), weight)
 
     def learn_gap(self, class_: str, gap_s: float) -> None:
         """Learns for how long a workflow was quiet between two stages (its tools, its user)."""
@@ -217,12 +310,36 @@ class Estimator:
             return min(usual, longest or usual) * self._overall.s_per_token.mean()
         return 0.0
 
-    def work_after_s(self, class_: str, stage: str) -> float:
-        """Expected service time of the stages that will follow ``stage``."""
+    def work_after_s(self, class_: str, state: str) -> float:
+        """Expected service time of the stages that will follow a stage, or a visit of one."""
+        return self.work_after(class_, state).mean_s
+
+    def work_after(self, class_: str, state: str) -> Work:
+        """What will follow a stage, or a visit of one (see `visit_of`)."""
         stats = self._classes.get(class_)
         if stats is None:
-            return 0.0
-        return stats.chain.after_s(stage, lambda s: self.service_s(class_, s))
+            return NO_WORK
+        self.solutions(class_)
+        return stats.chain.after(state)
+
+    def solutions(self, class_: str) -> int:
+        """A number that changes when `work_after` says something new of a class."""
+        stats = self._classes.get(class_)
+        if stats is None:
+            return 0
+        stats.chain.refresh(lambda stage: self._service(class_, stage))
+        return stats.chain.solutions
+
+    def output_tokens(self, class_: str, stage: str, quantile: float = 0.5) -> float | None:
+        """A quantile of a stage's output lengths; None for a stage of which nothing is known."""
+        known = self._known(class_, stage)
+        return None if known is None else known.output_tokens.quantile(quantile)
+
+    def _service(self, class_: str, stage: str) -> tuple[float, float]:
+        known = self._known(class_, stage)
+        if known is None:
+            return self.service_s(class_, stage), 0.0
+        return known.service_s.mean(), known.service_s.variance()
 
     def _known(self, class_: str, stage: str) -> StageStats | None:
         stats = self._classes.get(class_)

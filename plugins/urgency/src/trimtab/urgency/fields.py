@@ -42,6 +42,13 @@ FIELDS: Mapping[str, CallField] = {
         header="X-Workflow-Deadline-Ms",
         header_scale=0.001,
     ),
+    "tenant": CallField(
+        str,
+        "who sends the call; workflow ids are kept apart by it, and max_share is each tenant's",
+        minimum=1,
+        maximum=_LABEL_LIMIT,
+        header="X-Workflow-Tenant",
+    ),
     "expected_output": CallField(
         int,
         "output tokens that the client expects of the call",
@@ -62,6 +69,7 @@ class CallFields:
     class_: str = "default"
     deadline_s: float | None = None
     expected_output: int | None = None
+    tenant: str = ""
 
 
 def parse(fields: Mapping[str, FieldValue]) -> CallFields:

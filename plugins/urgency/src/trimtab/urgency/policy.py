@@ -21,14 +21,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import count
+from itertools import count, islice
+from statistics import NormalDist
 
 from trimtab.core.policy import Call, Outcome, ServingPolicy
 from trimtab.urgency.config import UrgencyConfig
-from trimtab.urgency.estimate import END, Estimator
+from trimtab.urgency.estimate import END, Estimator, Work, visit_of
 from trimtab.urgency.fields import CallFields, parse
 from trimtab.urgency.share import Share
+from trimtab.urgency.tenants import Tenants
 from trimtab.urgency.triage import Triage
+from trimtab.urgency.tuned import TunedFile
 from trimtab.urgency.workflows import Workflow, WorkflowTable
 
 Key = tuple[float, float]
@@ -37,11 +40,20 @@ _SHIFT = 0.2
 """Keys are made anew when the expected work after a stage has moved by more than this share."""
 
 
-_BEST_CASE = 0.9
-"""Share of the expected remaining work within which a workflow may still end if all goes well."""
-
-
 _PATIENCE_S = 60.0
+
+_FEWEST_MOVES, _MOVES_PER_CALL = 16, 0.004
+_FEWEST_LOOKS, _LOOKS_PER_CALL = 24, 0.015
+"""What is done in one step at most, and how that grows with the calls: places found anew, and
+workflows reviewed. The rest is left to the next steps."""
+
+_SIBLINGS = 32
+"""Calls of a workflow that are looked at to know how much of its stage is left."""
+
+_ENDS_AT_ONCE = 64
+
+_LONGEST_LOOK_S = 2.0
+"""A file that was to be looked at later than this from now: the clock was set back."""
 
 
 class Lane(IntEnum):
@@ -53,12 +65,15 @@ class Lane(IntEnum):
     """Calls whose lane has a share of the admissions that is due."""
     TIMELY = 2
     """Calls of workflows that can be in time."""
-    PATIENT = 3
-    """Calls without a deadline, by arrival."""
-    AGED = 4
+    AGED = 3
     """Calls of late workflows that have waited for ``age_cap`` deadlines, oldest first."""
-    LATE = 5
-    """Calls of workflows that cannot be in time any more, least remaining work first."""
+    LATE = 4
+    """Calls of workflows that cannot be in time any more, least remaining work first.
+
+    Somebody waits for them who said so; only those who can wait, and have their share, do longer.
+    """
+    PATIENT = 5
+    """Calls without a deadline, by arrival."""
 
 
 @dataclass(slots=True, eq=False)
@@ -67,7 +82,9 @@ class Waiting:
 
     Attributes:
         service_s: expected time from admission to end.
+        state: the stage and which visit of it this is; see `estimate.visit_of`.
         after_s: expected service time of the workflow's stages after this one.
+        reserve_s: what a due date leaves room for beyond that.
         lane: what kind of call it is.
         order_s: its place among the calls of its lane.
         key: its place in the queue; that of a promoted call is ahead of its lane.
@@ -79,6 +96,8 @@ class Waiting:
     stage: str
     service_s: float
     after_s: float = 0.0
+    state: str = ""
+    reserve_s: float = 0.0
     lane: Lane = Lane.PATIENT
     order_s: float = 0.0
     key: Key = (Lane.PATIENT, 0.0)
@@ -92,13 +111,13 @@ class Waiting:
     def left_s(self, now_s: float) -> float:
         """What is left of `remaining_s`, some of which a running call has behind it."""
         admitted_s = self.call.admitted_s
-        done_s = 0.0 if admitted_s is None else min(now_s - admitted_s, self.service_s)
+        done_s = 0.0 if admitted_s is None else min(max(0.0, now_s - admitted_s), self.service_s)
         return self.remaining_s - done_s
 
 
 def due_s(waiting: Waiting, deadline_s: float) -> float:
     """Modified due date: when this call must end for the stages after it to end in time."""
-    return deadline_s - waiting.after_s
+    return deadline_s - waiting.after_s - waiting.reserve_s
 
 
 def latest_start_s(waiting: Waiting, deadline_s: float) -> float:
@@ -125,13 +144,23 @@ _IGNORING_DEADLINES = frozenset({"srpt", "fcfs"})
 
 
 class Group:
-    """The waiting calls of one stage of one class, and the work after it that their keys assume."""
+    """The waiting calls of one visit of one stage of one class, and the work that follows it."""
 
-    __slots__ = ("after_s", "members")
+    __slots__ = ("members", "work")
 
-    def __init__(self) -> None:
-        self.after_s = 0.0
+    def __init__(self, work: Work) -> None:
+        self.work = work
         self.members: dict[Waiting, None] = {}
+
+
+class ClassGroups:
+    """The groups of one class by state, and which solution of its chain they know."""
+
+    __slots__ = ("by_state", "solution")
+
+    def __init__(self, solution: int) -> None:
+        self.solution = solution
+        self.by_state: dict[str, Group] = {}
 
 
 class UrgencyPolicy(ServingPolicy):
@@ -139,8 +168,9 @@ class UrgencyPolicy(ServingPolicy):
 
     Keys are made when a call arrives, and made anew on events alone: the estimate of its stage has
     shifted, its workflow's deadline was changed, the time has come after which it cannot be in
-    time, a review gave its workflow up or took it back, or its lane's share is due. A step in which
-    nothing of this happens costs nothing.
+    time, a review gave its workflow up or took it back, or its lane's or tenant's share is due. A
+    step in which nothing of this happens costs nothing; where many keys must be made anew, or many
+    workflows reviewed, each step does a part.
 
     Args:
         config: the plugin's options.
@@ -149,17 +179,29 @@ class UrgencyPolicy(ServingPolicy):
 
     def __init__(self, config: UrgencyConfig, estimator: Estimator | None = None) -> None:
         super().__init__()
-        self._config = config
+        self._given = config
         self._estimator = estimator if estimator is not None else Estimator()
         self._workflows = WorkflowTable(config.max_workflows, config.workflow_ttl_s)
-        self._order = _ORDERS[config.order]
         self._calls: dict[Call, Waiting] = {}
-        self._groups: dict[str, dict[str, Group]] = {}
-        self._shares = {Lane.PATIENT: Share(config.min_share), Lane.AGED: Share(config.aged_share)}
+        self._groups: dict[str, ClassGroups] = {}
         self._quiet: list[tuple[float, int, float, Workflow]] = []
         self._timers: list[tuple[float, int, Waiting]] = []
         self._numbers = count()
-        self._triage = Triage()
+        self._triage: Triage[Workflow] = Triage()
+        self._timely = 0
+        self._moving: dict[object, list[Waiting]] = {}
+        self._resume_s = math.inf
+        self._tenants: Tenants[Waiting] = Tenants(config.max_share)
+        self._courtesy: Waiting | None = None
+        self._shares = {Lane.PATIENT: Share(config.min_share), Lane.AGED: Share(config.aged_share)}
+        self._configure(config)
+        self._tuned = None if config.tuned is None else TunedFile(config.tuned)
+
+    def _configure(self, config: UrgencyConfig) -> None:
+        self._config = config
+        self._order = _ORDERS[config.order]
+        self._deviations = NormalDist().inv_cdf(config.work_quantile)
+        self._shares[Lane.AGED].share = config.aged_share
 
     def key(self, call: Call, now_s: float) -> Key:
         """``(lane, order within the lane)``."""
@@ -178,20 +220,23 @@ class UrgencyPolicy(ServingPolicy):
 
     def on_arrival(self, call: Call, now_s: float) -> None:
         """Finds the call's workflow and stage, and its place in the queue."""
-        self._count_ends(now_s)
+        if self._tuned is not None:
+            self._take_tuned(self._tuned, now_s)
         said = parse(call.fields)
-        workflow = self._workflows.of(said.workflow, said.class_, now_s)
+        self._count_ends(now_s)
+        workflow = self._workflows.of(said.workflow, said.class_, now_s, said.tenant)
         self._set_deadline(workflow, said.deadline_s, now_s)
-        stage = self._enter_stage(workflow, said, now_s)
+        stage, state = self._enter_stage(workflow, said, now_s)
         service_s = self._estimator.service_s(
             workflow.class_,
             stage,
             output_tokens=said.expected_output,
             longest=call.max_output_tokens,
         )
-        waiting = Waiting(call, workflow, stage, service_s)
-        workflow.calls.add(call)
+        waiting = Waiting(call, workflow, stage, service_s, state=state)
+        workflow.calls[call] = None
         self._calls[call] = waiting
+        self._tenants.join(workflow.tenant, waiting)
         self._join_group(waiting)
         self._place(waiting, now_s)
 
@@ -203,63 +248,87 @@ class UrgencyPolicy(ServingPolicy):
         lane = waiting.lane
         if waiting.key[0] > Lane.TIMELY:
             self._triage.note_spare()
-        self._withdraw(waiting)
-        waiting.key = (Lane.RESUMED, now_s)
+        self._withdraw(waiting, now_s)
         for other, share in self._shares.items():
             if other is not lane:
                 share.note_other()
         self._promote_due()
+        self._promote_deprived(waiting.workflow.tenant)
 
     def on_finish(self, call: Call, outcome: Outcome, now_s: float) -> None:
         """Learns from the call, and asks for new keys where the estimates have shifted."""
         waiting = self._calls.pop(call)
         workflow = waiting.workflow
-        self._withdraw(waiting)
-        workflow.calls.discard(call)
+        self._withdraw(waiting, now_s)
+        del workflow.calls[call]
+        if not workflow.calls:
+            self._triage.workflows.discard(workflow)
         self._workflows.touch(workflow, now_s)
         if call.admitted_s is not None and outcome in (Outcome.COMPLETED, Outcome.ENDED_BY_POLICY):
-            service_s = now_s - call.admitted_s
+            service_s = max(0.0, now_s - call.admitted_s)
             self._estimator.learn_service(
                 workflow.class_, waiting.stage, service_s, call.output_tokens
             )
             if waiting.lane is Lane.TIMELY and not workflow.calls:
                 self._triage.note_stage(waiting.service_s)
-            self._leave_stage(workflow, waiting.stage, now_s)
+            self._leave_stage(workflow, waiting.state, now_s)
             self._follow_estimates(workflow.class_, now_s)
 
     def next_timer_s(self) -> float:
-        """When the next waiting call is late or has aged, or a triage is due; in constant time."""
-        due_s = self._triage.due_s
+        """When a call is late or has aged, or something that was begun goes on; cheap."""
+        due_s = min(self._triage.due_s, self._resume_s)
+        if self._tuned is not None:
+            due_s = min(due_s, self._tuned.due_s)
         return min(self._timers[0][0], due_s) if self._timers else due_s
 
     def on_timer(self, now_s: float) -> None:
-        """Finds new places for the calls whose time has come."""
-        while self._timers and self._timers[0][0] <= now_s:
+        """Finds new places for the calls whose time has come, as many as fit a step."""
+        if self._tuned is not None:
+            self._take_tuned(self._tuned, now_s)
+        moves = _FEWEST_MOVES + int(_MOVES_PER_CALL * len(self._calls))
+        while moves and self._timers and self._timers[0][0] <= now_s:
             timer_s, _, waiting = heapq.heappop(self._timers)
             if waiting.timer_s == timer_s:
                 self._replace(waiting, now_s)
+                moves -= 1
+        self._go_on_moving(moves, now_s)
         if self._triage.due_s <= now_s:
             self._review(now_s)
 
     def _review(self, now_s: float) -> None:
         """Gives up the workflows that would make others late, and takes back those that fit."""
-        left_s: dict[Workflow, float] = {}
-        queued = False
-        for waiting in self._calls.values():
-            if waiting.lane is not Lane.AGED and waiting.workflow.allowed_s is not None:
-                workflow = waiting.workflow
-                left_s[workflow] = max(left_s.get(workflow, 0.0), waiting.left_s(now_s))
-                queued |= waiting.key[0] == Lane.TIMELY
-        candidates = [
-            (workflow.deadline_s, rest_s, workflow)
-            for workflow, rest_s in left_s.items()
-            if now_s < workflow.deadline_s - _BEST_CASE * rest_s
-        ]
-        saved = self._triage.review(candidates, now_s, calls=len(self._calls), queued=queued)
-        for _, _, workflow in candidates:
-            if workflow.given_up is (workflow in saved):
-                workflow.given_up = workflow not in saved
+        verdicts = self._triage.review(
+            now_s,
+            _FEWEST_LOOKS + int(_LOOKS_PER_CALL * len(self._calls)),
+            queued=self._timely > 0,
+            rest_s=lambda workflow: self._rest_s(workflow, now_s),
+        )
+        for workflow, saved in verdicts:
+            if workflow.given_up is saved:
+                workflow.given_up = not saved
                 self._replace_all(workflow, now_s)
+
+    def _rest_s(self, workflow: Workflow, now_s: float) -> float | None:
+        """Expected rest of a workflow that can be in time if it is alone."""
+        rest_s = -1.0
+        for call in islice(workflow.calls, _SIBLINGS):
+            waiting = self._calls[call]
+            if waiting.lane is not Lane.AGED:
+                rest_s = max(rest_s, waiting.left_s(now_s))
+        hopeful = rest_s >= 0 and now_s < workflow.deadline_s - self._config.best_case * rest_s
+        return rest_s if hopeful else None
+
+    def _take_tuned(self, tuned: TunedFile, now_s: float) -> None:
+        """Takes over what a tuned file says since it changed."""
+        if now_s < tuned.due_s < now_s + _LONGEST_LOOK_S:
+            return
+        options = tuned.changed(now_s)
+        if options is None:
+            return
+        before = self._config
+        self._configure(options.over(self._given))
+        if self._config != before:
+            self._move(self, list(self._calls.values()), now_s)
 
     def _set_deadline(self, workflow: Workflow, said_s: float | None, now_s: float) -> None:
         allowed_s = said_s if said_s is not None else workflow.allowed_s
@@ -270,40 +339,53 @@ class UrgencyPolicy(ServingPolicy):
         allowed_s = max(allowed_s, self._config.min_deadline_s)
         if allowed_s != workflow.allowed_s:
             workflow.allowed_s = allowed_s
+            if workflow in self._triage.workflows:
+                self._triage.workflows.put(workflow, workflow.deadline_s)
             self._replace_all(workflow, now_s)
 
-    def _enter_stage(self, workflow: Workflow, said: CallFields, now_s: float) -> str:
-        """The stage a call belongs to; a call that follows one that ended begins a new stage."""
+    def _enter_stage(self, workflow: Workflow, said: CallFields, now_s: float) -> tuple[str, str]:
+        """The stage a call belongs to, and the visit of it.
+
+        A call that follows one that ended begins a new stage.
+        """
         follows = workflow.ended_stage
-        if follows is not None or workflow.depth == 0:
+        begins = follows is not None or workflow.depth == 0
+        if begins:
             workflow.depth += 1
         label = said.stage if said.stage is not None else f"#{workflow.depth}"
         stage = self._estimator.stage_of(workflow.class_, label)
+        visit = workflow.visits.get(stage, 0)
+        if begins or not visit:
+            visit += 1
+            workflow.visits[stage] = visit
+        state = visit_of(stage, visit)
         if follows is not None:
             if workflow.seems_over:
                 self._estimator.learn_step(workflow.class_, follows, END, -1.0)
-            self._estimator.learn_step(workflow.class_, follows, stage)
-            self._estimator.learn_gap(workflow.class_, now_s - workflow.ended_s)
+            self._estimator.learn_step(workflow.class_, follows, state)
+            self._estimator.learn_gap(workflow.class_, max(0.0, now_s - workflow.ended_s))
         workflow.ended_stage, workflow.seems_over = None, False
-        return stage
+        return stage, state
 
-    def _leave_stage(self, workflow: Workflow, stage: str, now_s: float) -> None:
+    def _leave_stage(self, workflow: Workflow, state: str, now_s: float) -> None:
         """Notes the stage that a next call may follow; one call alone is no workflow."""
         if workflow.name is None:
             return
-        workflow.ended_stage, workflow.ended_s = stage, now_s
+        workflow.ended_stage, workflow.ended_s = state, now_s
         if not workflow.calls:
             due_s = now_s + self._estimator.quiet_s(workflow.class_)
             heapq.heappush(self._quiet, (due_s, next(self._numbers), now_s, workflow))
 
     def _count_ends(self, now_s: float) -> None:
         """Counts workflows that have been quiet for long as over, until another call comes."""
-        while self._quiet and self._quiet[0][0] <= now_s:
+        for _ in range(_ENDS_AT_ONCE):
+            if not self._quiet or self._quiet[0][0] > now_s:
+                return
             _, _, ended_s, workflow = heapq.heappop(self._quiet)
-            stage = workflow.ended_stage
-            if stage is not None and workflow.ended_s == ended_s and not workflow.seems_over:
+            state = workflow.ended_stage
+            if state is not None and workflow.ended_s == ended_s and not workflow.seems_over:
                 workflow.seems_over = True
-                self._estimator.learn_step(workflow.class_, stage, END)
+                self._estimator.learn_step(workflow.class_, state, END)
 
     def _place(self, waiting: Waiting, now_s: float) -> None:
         """Decides a call's lane and key, and when they must be looked at again."""
@@ -321,8 +403,9 @@ class UrgencyPolicy(ServingPolicy):
     def _place_by_hope(self, waiting: Waiting, allowed_s: float, now_s: float) -> None:
         """By due date while the workflow can be in time and is not given up; else aside."""
         workflow = waiting.workflow
-        late_s = workflow.deadline_s - _BEST_CASE * waiting.remaining_s
+        late_s = workflow.deadline_s - self._config.best_case * waiting.remaining_s
         aged_s = workflow.arrival_s + self._config.age_cap * allowed_s
+        self._triage.workflows.put(workflow, workflow.deadline_s)
         self._triage.expect(now_s)
         if now_s < late_s and not workflow.given_up:
             due = self._order(waiting, workflow.deadline_s)
@@ -336,7 +419,7 @@ class UrgencyPolicy(ServingPolicy):
         self, waiting: Waiting, lane: Lane, order_s: float, timer_s: float = math.inf
     ) -> None:
         waiting.lane, waiting.order_s, waiting.timer_s = lane, order_s, timer_s
-        waiting.key = (lane, order_s)
+        self._set_key(waiting, (lane, order_s))
         if timer_s < math.inf:
             self._arm(waiting)
         if lane in self._shares:
@@ -349,32 +432,74 @@ class UrgencyPolicy(ServingPolicy):
             return
         if waiting.lane in self._shares:
             self._shares[waiting.lane].leave(waiting.call)
+        self._foresee(waiting, self._groups[waiting.workflow.class_].by_state[waiting.state].work)
         self._place(waiting, now_s)
         self.stale.add(waiting.call)
 
     def _replace_all(self, workflow: Workflow, now_s: float) -> None:
-        for call in workflow.calls:
-            self._replace(self._calls[call], now_s)
+        self._move(workflow, [self._calls[call] for call in workflow.calls], now_s)
 
-    def _withdraw(self, waiting: Waiting) -> None:
+    def _move(self, whose: object, waiting: list[Waiting], now_s: float) -> None:
+        """Finds new places for calls: for a few at once, for the others in the next steps."""
+        self._moving.pop(whose, None)
+        for one in waiting[:_FEWEST_MOVES]:
+            self._replace(one, now_s)
+        if len(waiting) > _FEWEST_MOVES:
+            self._moving[whose] = waiting[: _FEWEST_MOVES - 1 : -1]
+            self._resume_s = math.nextafter(now_s, math.inf)
+
+    def _go_on_moving(self, moves: int, now_s: float) -> None:
+        while moves > 0 and self._moving:
+            whose, waiting = next(iter(self._moving.items()))
+            self._replace(waiting.pop(), now_s)
+            moves -= 1
+            if not waiting:
+                del self._moving[whose]
+        self._resume_s = math.nextafter(now_s, math.inf) if self._moving else math.inf
+
+    def _set_key(self, waiting: Waiting, key: Key) -> None:
+        self._timely += (key[0] == Lane.TIMELY) - (waiting.key[0] == Lane.TIMELY)
+        waiting.key = key
+
+    def _withdraw(self, waiting: Waiting, now_s: float) -> None:
         """Takes a call that was admitted or has left out of everything that waits."""
         waiting.timer_s = math.inf
+        self._set_key(waiting, (Lane.RESUMED, now_s))
+        if waiting is self._courtesy:
+            self._courtesy = None
         if waiting.lane in self._shares:
             self._shares[waiting.lane].leave(waiting.call)
-        stages = self._groups.get(waiting.workflow.class_, {})
-        group = stages.get(waiting.stage)
-        if group is not None and group.members.pop(waiting, waiting) is None and not group.members:
-            del stages[waiting.stage]
-            if not stages:
+        self._tenants.leave(waiting.workflow.tenant, waiting)
+        groups = self._groups.get(waiting.workflow.class_)
+        group = groups.by_state.get(waiting.state) if groups is not None else None
+        if groups is None or group is None:
+            return
+        if group.members.pop(waiting, waiting) is None and not group.members:
+            del groups.by_state[waiting.state]
+            if not groups.by_state:
                 del self._groups[waiting.workflow.class_]
 
     def _promote_due(self) -> None:
         for share in self._shares.values():
             call = share.take_due()
             if call is not None:
-                waiting = self._calls[call]
-                waiting.key, waiting.timer_s = (Lane.PROMOTED, next(self._numbers)), math.inf
-                self.stale.add(call)
+                self._promote(self._calls[call])
+
+    def _promote_deprived(self, tenant: str) -> None:
+        """Lets one call of another tenant pass, if the one that was admitted has had its share."""
+        others = self._tenants.admitted(tenant)
+        if others and self._courtesy is None:
+            first = min(others, key=lambda waiting: waiting.key)
+            self._courtesy = first
+            if first.key[0] > Lane.PROMOTED:
+                if first.lane in self._shares:
+                    self._shares[first.lane].leave(first.call)
+                self._promote(first)
+
+    def _promote(self, waiting: Waiting) -> None:
+        self._set_key(waiting, (Lane.PROMOTED, next(self._numbers)))
+        waiting.timer_s = math.inf
+        self.stale.add(waiting.call)
 
     def _arm(self, waiting: Waiting) -> None:
         heapq.heappush(self._timers, (waiting.timer_s, next(self._numbers), waiting))
@@ -383,20 +508,31 @@ class UrgencyPolicy(ServingPolicy):
             heapq.heapify(self._timers)
 
     def _join_group(self, waiting: Waiting) -> None:
-        class_, stage = waiting.workflow.class_, waiting.stage
-        group = self._groups.setdefault(class_, {}).setdefault(stage, Group())
-        waiting.after_s = self._estimator.work_after_s(class_, stage)
-        if not group.members:
-            group.after_s = waiting.after_s
+        class_, state = waiting.workflow.class_, waiting.state
+        work = self._estimator.work_after(class_, state)
+        groups = self._groups.get(class_)
+        if groups is None:
+            groups = self._groups[class_] = ClassGroups(self._estimator.solutions(class_))
+        group = groups.by_state.get(state)
+        if group is None:
+            group = groups.by_state[state] = Group(work)
         group.members[waiting] = None
+        self._foresee(waiting, group.work)
+
+    def _foresee(self, waiting: Waiting, work: Work) -> None:
+        waiting.after_s = work.mean_s
+        waiting.reserve_s = work.quantile_s(self._deviations) - work.mean_s
 
     def _follow_estimates(self, class_: str, now_s: float) -> None:
         """Makes the keys anew of a class's calls whose work to come has shifted."""
-        for stage, group in self._groups.get(class_, {}).items():
-            after_s = self._estimator.work_after_s(class_, stage)
-            if abs(after_s - group.after_s) <= _SHIFT * group.after_s:
+        groups = self._groups.get(class_)
+        solution = self._estimator.solutions(class_)
+        if groups is None or groups.solution == solution:
+            return
+        groups.solution = solution
+        for state, group in groups.by_state.items():
+            work = self._estimator.work_after(class_, state)
+            if abs(work.mean_s - group.work.mean_s) <= _SHIFT * group.work.mean_s:
                 continue
-            group.after_s = after_s
-            for waiting in group.members:
-                waiting.after_s = after_s
-                self._replace(waiting, now_s)
+            group.work = work
+            self._move(group, list(group.members), now_s)

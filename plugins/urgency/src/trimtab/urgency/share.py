@@ -18,7 +18,7 @@ class Share:
     """
 
     def __init__(self, share: float) -> None:
-        self._gain = share / (1 - share)
+        self.share = share
         self._credit = 1.0 if share else 0.0
         self._joined = 0
         self._queue: list[tuple[float, int, Call]] = []
@@ -39,7 +39,8 @@ class Share:
 
     def note_other(self) -> None:
         """A call of another lane was admitted."""
-        self._credit = min(1.0 + self._gain, self._credit + self._gain)
+        gain = self.share / (1 - self.share)
+        self._credit = min(1.0 + gain, self._credit + gain)
 
     def take_due(self) -> Call | None:
         """Takes the lane's first call out, if the lane has had less than its share."""

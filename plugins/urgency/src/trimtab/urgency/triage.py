@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Hashable, Iterable
-from typing import TypeVar
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Hashable, Iterable
+from typing import Generic, TypeVar
 
 W = TypeVar("W", bound=Hashable)
 
@@ -13,45 +14,114 @@ Candidate = tuple[float, float, W]
 """A workflow's deadline, its expected remaining work in seconds, and the workflow itself."""
 
 _PERIOD_S = 0.25
-_PERIOD_S_PER_CALL = 0.0005
-"""A review looks at every call, so many calls are reviewed seldom: 0.75 s apart at 1,000."""
+_PERIOD_S_PER_WORKFLOW = 0.0005
+"""A review looks at every workflow, so many are reviewed seldom: 0.75 s apart at 1,000."""
 
 _FEWEST_STAGES = 8
 _MOST_STAGES = 64
+_VERDICTS_PER_LOOK = 4
+"""To hand on what was decided of a workflow costs less than to look at it."""
 
 
 def savable(candidates: Iterable[Candidate[W]], now_s: float, rate: float) -> set[W]:
-    """The most workflows that can all be in time: the algorithm of Moore and Hodgson (1968).
-
-    Taken by deadline; whenever one would be late, the longest of those taken so far is given up.
+    """The most workflows that can all be in time; see `Selection`.
 
     Args:
         candidates: the workflows that could be in time if they were alone.
         now_s: the present.
         rate: seconds of work done per second, over all workflows together.
     """
-    taken: list[tuple[float, int, W]] = []
-    work_s = 0.0
-    by_deadline = sorted(candidates, key=lambda candidate: candidate[0])
-    for number, (deadline_s, remaining_s, workflow) in enumerate(by_deadline):
-        heapq.heappush(taken, (-remaining_s, number, workflow))
-        work_s += remaining_s
-        if now_s + work_s / rate > deadline_s:
-            work_s += heapq.heappop(taken)[0]
-    return {workflow for _, _, workflow in taken}
+    selection: Selection[W] = Selection(now_s, rate)
+    for deadline_s, remaining_s, workflow in sorted(candidates, key=lambda c: c[0]):
+        selection.consider(deadline_s, remaining_s, workflow)
+    return {workflow for workflow in selection.considered if workflow not in selection.given_up}
 
 
-class Triage:
+class Selection(Generic[W]):
+    """The most workflows that can all be in time: the algorithm of Moore and Hodgson (1968).
+
+    Taken by deadline; whenever one would be late, the longest of those taken so far is given up.
+
+    Args:
+        now_s: the present.
+        rate: seconds of work done per second, over all workflows together; infinite gives up none.
+    """
+
+    def __init__(self, now_s: float, rate: float) -> None:
+        self.considered: list[W] = []
+        self.given_up: set[W] = set()
+        self._now_s, self._rate = now_s, rate
+        self._taken: list[tuple[float, int, W]] = []
+        self._work_s = 0.0
+
+    def consider(self, deadline_s: float, remaining_s: float, workflow: W) -> None:
+        """Takes a workflow in whose deadline is no earlier than those of all before it."""
+        heapq.heappush(self._taken, (-remaining_s, len(self.considered), workflow))
+        self.considered.append(workflow)
+        self._work_s += remaining_s
+        if self._now_s + self._work_s / self._rate > deadline_s:
+            least_s, _, longest = heapq.heappop(self._taken)
+            self._work_s += least_s
+            self.given_up.add(longest)
+
+
+class ByDeadline(Generic[W]):
+    """Workflows in the order of their deadlines, kept so with every change."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[float, int, W]] = []
+        self._places: dict[W, tuple[float, int, W]] = {}
+        self._numbers = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, workflow: object) -> bool:
+        return workflow in self._places
+
+    def put(self, workflow: W, deadline_s: float) -> None:
+        """Puts a workflow in, or moves it to its new deadline."""
+        place = self._places.get(workflow)
+        if place is not None and place[0] == deadline_s:
+            return
+        self.discard(workflow)
+        self._numbers += 1
+        self._places[workflow] = entry = (deadline_s, self._numbers, workflow)
+        insort(self._entries, entry)
+
+    def discard(self, workflow: W) -> None:
+        """Takes a workflow out, if it is in."""
+        place = self._places.pop(workflow, None)
+        if place is not None:
+            del self._entries[bisect_left(self._entries, place)]
+
+    def after(self, place: tuple[float, float], limit: int) -> list[tuple[float, int, W]]:
+        """The first workflows, as ``(deadline, number, workflow)``, behind a deadline and number.
+
+        The number tells workflows of one deadline apart.
+        """
+        start = bisect_right(self._entries, place, key=lambda entry: entry[:2])
+        return self._entries[start : start + limit]
+
+
+class Triage(Generic[W]):
     """Reviews from time to time which workflows to save, at the pace the queue is seen to have.
 
     The pace is measured, not modelled: what slows the stages of timely workflows down (a full
     batch, siblings, what other calls take) is in it. Only periods count in which such calls queued
     throughout; until a few stages have ended in them, nothing is given up.
+
+    A review is made in parts, so that no step of the engine waits for a long one: the workflows are
+    looked at in the order of their deadlines, then what was decided is handed on.
     """
 
     def __init__(self) -> None:
         self.due_s = math.inf
-        """When the next review is due."""
+        """When the next review, or its next part, is due."""
+        self.workflows: ByDeadline[W] = ByDeadline()
+        self._selection: Selection[W] | None = None
+        self._looked: tuple[float, float] | None = None
+        self._told = 0
         self._work_s = self._elapsed_s = self._stages = 0.0
         self._began_s: float | None = None
         self._new_work_s = 0.0
@@ -72,28 +142,71 @@ class Triage:
         self._spare = True
 
     def review(
-        self, candidates: Collection[Candidate[W]], now_s: float, *, calls: int, queued: bool
-    ) -> set[W]:
-        """The workflows to save.
+        self, now_s: float, part: int, *, queued: bool, rest_s: Callable[[W], float | None]
+    ) -> list[tuple[W, bool]]:
+        """Goes on with a review, or begins one.
 
         Args:
-            candidates: see `savable`.
             now_s: the present.
-            calls: how many calls were looked at for this review.
+            part: how many workflows to look at.
             queued: whether calls of timely workflows wait.
+            rest_s: the expected remaining work of a workflow; None for one that is no candidate.
+
+        Returns:
+            Workflows, and whether each is to be saved.
         """
-        self._close_period(now_s, queued)
+        if self._selection is None:
+            self._close_period(now_s, queued)
+            self._selection = Selection(now_s, self._rate())
+            self._looked, self._told = (now_s, math.inf), 0
+        selection = self._selection
+        if self._looked is not None:
+            part -= self._look(selection, self._looked, part, rest_s)
+        verdicts: list[tuple[W, bool]] = []
+        if self._looked is None:
+            told = self._told + part * _VERDICTS_PER_LOOK
+            some = selection.considered[self._told : told]
+            verdicts = [(workflow, workflow not in selection.given_up) for workflow in some]
+            self._told = told
+        self._arm(now_s, selection)
+        return verdicts
+
+    def _look(
+        self,
+        selection: Selection[W],
+        place: tuple[float, float],
+        part: int,
+        rest_s: Callable[[W], float | None],
+    ) -> int:
+        """Looks at a part of the workflows; returns how many there were."""
+        entries = self.workflows.after(place, part)
+        for deadline_s, _, workflow in entries:
+            left_s = rest_s(workflow)
+            if left_s is not None:
+                selection.consider(deadline_s, left_s, workflow)
+        self._looked = entries[-1][:2] if len(entries) == part else None
+        return len(entries)
+
+    def _arm(self, now_s: float, selection: Selection[W]) -> None:
+        """Says when to go on."""
+        workflows = len(selection.considered)
+        if self._looked is not None or self._told < workflows:
+            self.due_s = math.nextafter(now_s, math.inf)
+            return
+        self._selection = None
         self.due_s = math.inf
-        if candidates:
-            self.due_s = now_s + _PERIOD_S + _PERIOD_S_PER_CALL * calls
-        if self._stages < _FEWEST_STAGES or self._work_s <= 0:
-            return {workflow for _, _, workflow in candidates}
-        return savable(candidates, now_s, self._work_s / self._elapsed_s)
+        if workflows:
+            self.due_s = now_s + _PERIOD_S + _PERIOD_S_PER_WORKFLOW * workflows
+
+    def _rate(self) -> float:
+        if self._stages < _FEWEST_STAGES or self._work_s <= 0 or self._elapsed_s <= 0:
+            return math.inf
+        return self._work_s / self._elapsed_s
 
     def _close_period(self, now_s: float, queued: bool) -> None:
         if self._began_s is not None and queued and not self._spare:
             self._work_s += self._new_work_s
-            self._elapsed_s += now_s - self._began_s
+            self._elapsed_s += max(0.0, now_s - self._began_s)
             self._stages += self._new_stages
             while self._stages > _MOST_STAGES:  # the recent past counts most
                 self._work_s /= 2

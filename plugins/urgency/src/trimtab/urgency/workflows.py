@@ -19,9 +19,11 @@ class Workflow:
         name: what its clients call it; None for a single call that named no workflow.
         allowed_s: seconds it may take in all; None without a deadline.
         given_up: whether it is set aside so that others can be in time.
-        calls: those in the engine.
+        tenant: whose workflow it is.
+        calls: those in the engine, in the order of their arrival.
+        visits: how often each stage has begun.
         depth: how many stages have begun.
-        ended_stage: the stage that ended last, until a call follows it.
+        ended_stage: the visit of a stage that ended last, until a call follows it.
         ended_s: when it ended.
         seems_over: whether it was counted as the workflow's last.
         seen_s: the last time anything happened.
@@ -32,7 +34,9 @@ class Workflow:
     name: str | None
     allowed_s: float | None = None
     given_up: bool = False
-    calls: set[Call] = field(default_factory=set)
+    tenant: str = ""
+    calls: dict[Call, None] = field(default_factory=dict)
+    visits: dict[str, int] = field(default_factory=dict)
     depth: int = 0
     ended_stage: str | None = None
     ended_s: float = 0.0
@@ -58,19 +62,20 @@ class WorkflowTable:
 
     def __init__(self, limit: int, ttl_s: float) -> None:
         self._limit, self._ttl_s = limit, ttl_s
-        self._workflows: OrderedDict[str, Workflow] = OrderedDict()
+        self._workflows: OrderedDict[tuple[str, str], Workflow] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._workflows)
 
-    def of(self, name: str | None, class_: str, now_s: float) -> Workflow:
-        """The workflow of a name, begun now where it is new; a fresh one for no name."""
+    def of(self, name: str | None, class_: str, now_s: float, tenant: str = "") -> Workflow:
+        """A tenant's workflow of a name, begun now where it is new; a fresh one for no name."""
         if name is None:
-            return Workflow(class_, now_s, None, seen_s=now_s)
+            return Workflow(class_, now_s, None, tenant=tenant, seen_s=now_s)
         self._forget(now_s)
-        workflow = self._workflows.get(name)
+        workflow = self._workflows.get((tenant, name))
         if workflow is None:
-            workflow = self._workflows[name] = Workflow(class_, now_s, name)
+            workflow = Workflow(class_, now_s, name, tenant=tenant)
+            self._workflows[tenant, name] = workflow
         self.touch(workflow, now_s)
         return workflow
 
@@ -78,7 +83,7 @@ class WorkflowTable:
         """Notes that something happened to a workflow."""
         workflow.seen_s = now_s
         if workflow.name is not None:
-            self._workflows.move_to_end(workflow.name)
+            self._workflows.move_to_end((workflow.tenant, workflow.name))
 
     def _forget(self, now_s: float) -> None:
         """Forgets what is too old or too much; amortised, one look for each call that arrives."""

@@ -403,6 +403,10 @@ class PredictedFinish:
         )
 
     def _score(self, call: RoutedCall, instance: Instance, now_s: float) -> float:
+        own_s = instance.predict(call).prefill_s
+        return self._finish_s(call, instance, now_s) + self._courtesy * own_s * instance.decoding
+
+    def _finish_s(self, call: RoutedCall, instance: Instance, now_s: float) -> float:
         calls, booked_s = self._booked.get(instance.number, (0, 0.0))
         in_flight = instance.in_flight
         own = instance.predict(call)
@@ -412,16 +416,34 @@ class PredictedFinish:
             seat_s = excess * instance.work_s(now_s) / in_flight / instance.seats
         running = min(in_flight, instance.seats - 1)
         ahead_s = seat_s + instance.prefill_s(now_s) + booked_s
-        finish_s = ahead_s + own.prefill_s + own.decode_s * (1 + self._crowding * running)
-        return finish_s + self._courtesy * own.prefill_s * instance.decoding
+        return ahead_s + own.prefill_s + own.decode_s * (1 + self._crowding * running)
 
 
-def _auto() -> Rule:
-    return PredictedFinish(courtesy=0.5, prefill_cap_s=0.5)
+class Auto(PredictedFinish):
+    """The default: the product of prefill and batch, the predicted finish, and holding.
+
+    The product is about what a call costs everybody: the prefill ahead delays it, and its own
+    prefill delays all who run there. Under load this sends prompts where they stall the fewest; the
+    finish makes sure that a call with a long answer goes to a fast instance.
+
+    Args:
+        haste: weight of the predicted finish.
+        prefill_cap_s: see `PredictedFinish`.
+    """
+
+    def __init__(self, haste: float = 0.3, prefill_cap_s: float = 2.0) -> None:
+        super().__init__(prefill_cap_s=prefill_cap_s)
+        self._haste = haste
+
+    def _score(self, call: RoutedCall, instance: Instance, now_s: float) -> float:
+        calls, booked_s = self._booked.get(instance.number, (0, 0.0))
+        prefill_s = instance.prefill_s(now_s) + booked_s + instance.predict(call).prefill_s
+        batch = instance.in_flight + calls + 1
+        return self._haste * self._finish_s(call, instance, now_s) + prefill_s * batch
 
 
 RULES: Mapping[str, Callable[..., Rule]] = {
-    "auto": _auto,
+    "auto": Auto,
     "pft": PredictedFinish,
     "paper": Paper,
     "ratio": Ratio,

@@ -185,13 +185,15 @@ def test_nothing_is_left_behind_once_every_call_has_gone(data):
             policy.on_finish(running.pop(0), Outcome.COMPLETED, now_s)
         elif event == "abort" and waiting:
             policy.on_finish(waiting.pop(0), Outcome.ABORTED, now_s)
-        if policy.next_timer_s() <= now_s:
+        while policy.next_timer_s() <= now_s:
             policy.on_timer(now_s)
-        assert policy.next_timer_s() > now_s
         assert all(policy.key(call, now_s)[0] >= Lane.PROMOTED for call in waiting)
     for call in waiting + running:
         policy.on_finish(call, Outcome.ABORTED, now_s)
     policy.on_timer(float("inf"))
     assert not policy._calls
     assert not policy._groups
-    assert not policy._timers
+    assert not len(policy._timers)
+    assert not len(policy._triage.workflows)
+    assert not policy._moving
+    assert policy._timely == 0

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trimtab.urgency.by_time import ByTime
 from trimtab.urgency.config import UrgencyConfig
 from trimtab.urgency.estimate import Estimator
 from trimtab.urgency.policy import UrgencyPolicy
-from trimtab.urgency.triage import ByDeadline, Triage, savable
+from trimtab.urgency.triage import Triage, savable
 
 CANDIDATES = st.lists(
     st.tuples(st.integers(1, 40), st.integers(1, 15)).filter(lambda c: c[1] <= c[0]), max_size=8
@@ -117,8 +118,8 @@ def test_a_review_in_parts_decides_as_one_at_once(pairs, part):
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(-1, 5)), max_size=60))
-def test_workflows_are_kept_by_deadline(changes):
-    kept: ByDeadline[int] = ByDeadline()
+def test_things_are_kept_by_time(changes):
+    kept: ByTime[int] = ByTime()
     expected: dict[int, float] = {}
     for name, deadline_s in changes:
         if deadline_s < 0:
@@ -127,6 +128,7 @@ def test_workflows_are_kept_by_deadline(changes):
         else:
             kept.put(name, float(deadline_s))
             expected[name] = float(deadline_s)
+    assert kept.first_s == min(expected.values(), default=float("inf"))
     seen, place = [], (float("-inf"), 0.0)
     while entries := kept.after(place, 2):
         seen += [(deadline_s, name) for deadline_s, _, name in entries]
@@ -135,6 +137,8 @@ def test_workflows_are_kept_by_deadline(changes):
     assert {name: deadline_s for deadline_s, name in seen} == expected
     assert len(kept) == len(expected)
     assert all(name in kept for name in expected)
+    assert [kept.pop() for _ in expected] == [name for _, name in seen]
+    assert not len(kept)
 
 
 def test_in_a_burst_some_workflows_are_in_time_where_by_due_date_hardly_any_is(

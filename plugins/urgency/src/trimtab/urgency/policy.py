@@ -25,6 +25,7 @@ from itertools import count, islice
 from statistics import NormalDist
 
 from trimtab.core.policy import Call, Outcome, ServingPolicy
+from trimtab.urgency.by_time import ByTime
 from trimtab.urgency.config import UrgencyConfig
 from trimtab.urgency.estimate import END, Estimator, Work, visit_of
 from trimtab.urgency.fields import CallFields, parse
@@ -42,8 +43,8 @@ _SHIFT = 0.2
 
 _PATIENCE_S = 60.0
 
-_FEWEST_MOVES, _MOVES_PER_CALL = 16, 0.004
-_FEWEST_LOOKS, _LOOKS_PER_CALL = 24, 0.015
+_FEWEST_MOVES, _MOVES_PER_CALL = 16, 0.0015
+_FEWEST_LOOKS, _LOOKS_PER_CALL = 24, 0.006
 """What is done in one step at most, and how that grows with the calls: places found anew, and
 workflows reviewed. The rest is left to the next steps."""
 
@@ -185,7 +186,7 @@ class UrgencyPolicy(ServingPolicy):
         self._calls: dict[Call, Waiting] = {}
         self._groups: dict[str, ClassGroups] = {}
         self._quiet: list[tuple[float, int, float, Workflow]] = []
-        self._timers: list[tuple[float, int, Waiting]] = []
+        self._timers: ByTime[Waiting] = ByTime()
         self._numbers = count()
         self._triage: Triage[Workflow] = Triage()
         self._timely = 0
@@ -279,18 +280,16 @@ class UrgencyPolicy(ServingPolicy):
         due_s = min(self._triage.due_s, self._resume_s)
         if self._tuned is not None:
             due_s = min(due_s, self._tuned.due_s)
-        return min(self._timers[0][0], due_s) if self._timers else due_s
+        return min(self._timers.first_s, due_s)
 
     def on_timer(self, now_s: float) -> None:
         """Finds new places for the calls whose time has come, as many as fit a step."""
         if self._tuned is not None:
             self._take_tuned(self._tuned, now_s)
         moves = _FEWEST_MOVES + int(_MOVES_PER_CALL * len(self._calls))
-        while moves and self._timers and self._timers[0][0] <= now_s:
-            timer_s, _, waiting = heapq.heappop(self._timers)
-            if waiting.timer_s == timer_s:
-                self._replace(waiting, now_s)
-                moves -= 1
+        while moves and len(self._timers) and self._timers.first_s <= now_s:
+            self._replace(self._timers.pop(), now_s)
+            moves -= 1
         self._go_on_moving(moves, now_s)
         if self._triage.due_s <= now_s:
             self._review(now_s)
@@ -306,7 +305,8 @@ class UrgencyPolicy(ServingPolicy):
         for workflow, saved in verdicts:
             if workflow.given_up is saved:
                 workflow.given_up = not saved
-                self._replace_all(workflow, now_s)
+                self._moving[workflow] = [self._calls[call] for call in workflow.calls]
+                self._resume_s = math.nextafter(now_s, math.inf)
 
     def _rest_s(self, workflow: Workflow, now_s: float) -> float | None:
         """Expected rest of a workflow that can be in time if it is alone."""
@@ -421,7 +421,9 @@ class UrgencyPolicy(ServingPolicy):
         waiting.lane, waiting.order_s, waiting.timer_s = lane, order_s, timer_s
         self._set_key(waiting, (lane, order_s))
         if timer_s < math.inf:
-            self._arm(waiting)
+            self._timers.put(waiting, timer_s)
+        else:
+            self._timers.discard(waiting)
         if lane in self._shares:
             self._shares[lane].join(waiting.call, order_s)
             self._promote_due()
@@ -451,9 +453,10 @@ class UrgencyPolicy(ServingPolicy):
     def _go_on_moving(self, moves: int, now_s: float) -> None:
         while moves > 0 and self._moving:
             whose, waiting = next(iter(self._moving.items()))
-            self._replace(waiting.pop(), now_s)
-            moves -= 1
-            if not waiting:
+            if waiting:
+                self._replace(waiting.pop(), now_s)
+                moves -= 1
+            else:
                 del self._moving[whose]
         self._resume_s = math.nextafter(now_s, math.inf) if self._moving else math.inf
 
@@ -463,7 +466,7 @@ class UrgencyPolicy(ServingPolicy):
 
     def _withdraw(self, waiting: Waiting, now_s: float) -> None:
         """Takes a call that was admitted or has left out of everything that waits."""
-        waiting.timer_s = math.inf
+        self._timers.discard(waiting)
         self._set_key(waiting, (Lane.RESUMED, now_s))
         if waiting is self._courtesy:
             self._courtesy = None
@@ -498,14 +501,8 @@ class UrgencyPolicy(ServingPolicy):
 
     def _promote(self, waiting: Waiting) -> None:
         self._set_key(waiting, (Lane.PROMOTED, next(self._numbers)))
-        waiting.timer_s = math.inf
+        self._timers.discard(waiting)
         self.stale.add(waiting.call)
-
-    def _arm(self, waiting: Waiting) -> None:
-        heapq.heappush(self._timers, (waiting.timer_s, next(self._numbers), waiting))
-        if len(self._timers) > 2 * len(self._calls) + 64:
-            self._timers = [entry for entry in self._timers if entry[0] == entry[2].timer_s]
-            heapq.heapify(self._timers)
 
     def _join_group(self, waiting: Waiting) -> None:
         class_, state = waiting.workflow.class_, waiting.state

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
-
 from trimtab.core.policy import Call
+from trimtab.urgency.by_time import ByTime
 
 
 class Share:
@@ -20,22 +19,15 @@ class Share:
     def __init__(self, share: float) -> None:
         self.share = share
         self._credit = 1.0 if share else 0.0
-        self._joined = 0
-        self._queue: list[tuple[float, int, Call]] = []
-        self._members: dict[Call, int] = {}
+        self._waiting: ByTime[Call] = ByTime()
 
     def join(self, call: Call, order_s: float) -> None:
         """A call waits in the lane, at its place in the lane's order."""
-        self._joined += 1
-        self._members[call] = self._joined
-        heapq.heappush(self._queue, (order_s, self._joined, call))
+        self._waiting.put(call, order_s)
 
     def leave(self, call: Call) -> None:
         """A call waits in the lane no more."""
-        self._members.pop(call, None)
-        if len(self._queue) > 2 * len(self._members) + 64:
-            self._queue = [e for e in self._queue if self._members.get(e[2]) == e[1]]
-            heapq.heapify(self._queue)
+        self._waiting.discard(call)
 
     def note_other(self) -> None:
         """A call of another lane was admitted."""
@@ -44,12 +36,7 @@ class Share:
 
     def take_due(self) -> Call | None:
         """Takes the lane's first call out, if the lane has had less than its share."""
-        if self._credit < 1 - 1e-9:
+        if self._credit < 1 - 1e-9 or not len(self._waiting):
             return None
-        while self._queue:
-            _, joined, call = heapq.heappop(self._queue)
-            if self._members.get(call) == joined:
-                del self._members[call]
-                self._credit -= 1
-                return call
-        return None
+        self._credit -= 1
+        return self._waiting.pop()

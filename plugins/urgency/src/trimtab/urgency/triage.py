@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, TypeVar
+
+from trimtab.urgency.by_time import ByTime
 
 W = TypeVar("W", bound=Hashable)
 
@@ -65,45 +66,6 @@ class Selection(Generic[W]):
             self.given_up.add(longest)
 
 
-class ByDeadline(Generic[W]):
-    """Workflows in the order of their deadlines, kept so with every change."""
-
-    def __init__(self) -> None:
-        self._entries: list[tuple[float, int, W]] = []
-        self._places: dict[W, tuple[float, int, W]] = {}
-        self._numbers = 0
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, workflow: object) -> bool:
-        return workflow in self._places
-
-    def put(self, workflow: W, deadline_s: float) -> None:
-        """Puts a workflow in, or moves it to its new deadline."""
-        place = self._places.get(workflow)
-        if place is not None and place[0] == deadline_s:
-            return
-        self.discard(workflow)
-        self._numbers += 1
-        self._places[workflow] = entry = (deadline_s, self._numbers, workflow)
-        insort(self._entries, entry)
-
-    def discard(self, workflow: W) -> None:
-        """Takes a workflow out, if it is in."""
-        place = self._places.pop(workflow, None)
-        if place is not None:
-            del self._entries[bisect_left(self._entries, place)]
-
-    def after(self, place: tuple[float, float], limit: int) -> list[tuple[float, int, W]]:
-        """The first workflows, as ``(deadline, number, workflow)``, behind a deadline and number.
-
-        The number tells workflows of one deadline apart.
-        """
-        start = bisect_right(self._entries, place, key=lambda entry: entry[:2])
-        return self._entries[start : start + limit]
-
-
 class Triage(Generic[W]):
     """Reviews from time to time which workflows to save, at the pace the queue is seen to have.
 
@@ -118,7 +80,7 @@ class Triage(Generic[W]):
     def __init__(self) -> None:
         self.due_s = math.inf
         """When the next review, or its next part, is due."""
-        self.workflows: ByDeadline[W] = ByDeadline()
+        self.workflows: ByTime[W] = ByTime()
         self._selection: Selection[W] | None = None
         self._looked: tuple[float, float] | None = None
         self._told = 0

@@ -77,7 +77,7 @@ def up(
     with _ended_by_signals(), ExitStack() as stack:
         with progress_bar() as progress:
             started = _start(stack, options.servers, folder, progress)
-        backends = [_backend(s, o) for s, o in zip(started, options.servers, strict=True)]
+        backends = [backend_of(s, o) for s, o in zip(started, options.servers, strict=True)]
         routed = options.model_copy(update={"backends": (*options.backends, *backends)})
         _run(routed, _Supervisor(started, options.servers).check)
 
@@ -137,7 +137,8 @@ def _start(
     return started
 
 
-def _backend(server: Server, options: ServerOptions) -> BackendOptions:
+def backend_of(server: Server, options: ServerOptions) -> BackendOptions:
+    """A server that was started, as one to route to."""
     from trimtab.urgency.router.config import BackendOptions
 
     seats = options.seats if options.seats is not None else _seats_in(options.arguments)
@@ -181,27 +182,18 @@ class _Supervisor:
 def _run(options: RouterConfig, check: Callable[[], None]) -> None:
     """Routes until a signal ends it, or a check fails."""
     from trimtab.hosts.vllm.server import free_port
-    from trimtab.urgency.router.application import Router, server
+    from trimtab.urgency.router.application import Router, serving
 
-    port = free_port(options.port)
-    http = server(Router(options), options, port)
+    port = options.port if options.port == 0 else free_port(options.port)
 
     async def serve() -> None:
-        serving = asyncio.create_task(http.serve())
-        said = False
-        try:
-            while not serving.done():
-                await asyncio.wait({serving}, timeout=_CHECK_EVERY_S if said else 0.05)
-                if http.started and not said:
-                    said = True
-                    where = f"http://{options.host}:{port}"
-                    count = len(options.backends)
-                    text = f"routing to {count} servers at {where}; its page is {where}/trimtab"
-                    print(text, file=sys.stderr, flush=True)
+        async with serving(Router(options), options, port) as (url, ended):
+            count = len(options.backends)
+            text = f"routing to {count} servers at {url}; its page is {url}/trimtab"
+            print(text, file=sys.stderr, flush=True)
+            while not ended.done():
+                await asyncio.wait({ended}, timeout=_CHECK_EVERY_S)
                 check()
-        finally:
-            http.should_exit = True
-            await serving
 
     asyncio.run(serve())
 

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
+from trimtab.core.errors import TrimtabError
 from trimtab.urgency.policy import UrgencyPolicy
 from trimtab.urgency.router import page
 from trimtab.urgency.router.admission import AdmissionQueue
@@ -140,14 +141,36 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
         await task
 
 
-def server(router: Router, config: RouterConfig, port: int) -> uvicorn.Server:
-    """The HTTP server of a router; ``run`` it.
+@asynccontextmanager
+async def serving(
+    router: Router, config: RouterConfig, port: int
+) -> AsyncIterator[tuple[str, asyncio.Task[None]]]:
+    """A router that listens for as long as the block lasts.
 
     Args:
-        router: what it serves.
-        config: the options.
-        port: where it listens.
+        router: what is served.
+        config: its options.
+        port: where it listens; 0 for a free port.
+
+    Yields:
+        Its address, and a task that ends when a signal has ended the router.
     """
+    http = _server(router, config, port)
+    task = asyncio.create_task(http.serve())
+    try:
+        while not http.started and not task.done():
+            await asyncio.sleep(0.005)
+        if task.done():
+            task.result()
+            raise TrimtabError(f"the router could not listen on {config.host}:{port}")
+        host, bound = http.servers[0].sockets[0].getsockname()[:2]
+        yield f"http://{f'[{host}]' if ':' in host else host}:{bound}", task
+    finally:
+        http.should_exit = True
+        await asyncio.wait({task})
+
+
+def _server(router: Router, config: RouterConfig, port: int) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
             router.application(),

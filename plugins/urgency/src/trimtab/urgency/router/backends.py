@@ -6,7 +6,8 @@ import asyncio
 import logging
 import random
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -138,13 +139,14 @@ class Backend:
         """It has read a call's prompt."""
         self._prefixes.saw(call.blocks)
 
-    def watch_silence(self, timeout: asyncio.Timeout) -> None:
-        """A call waits for its first byte: the timeout is cut short if the server goes down."""
+    @contextmanager
+    def silence_watched(self, timeout: asyncio.Timeout) -> Iterator[None]:
+        """While a call waits for its first byte: its time is up when the server goes down."""
         self._silent.add(timeout)
-
-    def broke_silence(self, timeout: asyncio.Timeout) -> None:
-        """A call's first byte has come, or nobody waits for it any more."""
-        self._silent.discard(timeout)
+        try:
+            yield
+        finally:
+            self._silent.discard(timeout)
 
     def succeeded(self) -> None:
         """It has answered a call."""
@@ -161,7 +163,7 @@ class Backend:
         if enough and self.state is not State.DOWN:
             self._become(State.DOWN, reason)
             self._prefixes.forget()
-            for timeout in self._silent:
+            for timeout in (one for one in self._silent if not one.expired()):
                 timeout.reschedule(asyncio.get_running_loop().time())
             self._silent.clear()
         if self.state is State.DOWN:

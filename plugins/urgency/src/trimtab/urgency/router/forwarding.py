@@ -280,9 +280,9 @@ class Proxy:
         silence = asyncio.timeout(self._limits.first_byte_s)
         try:
             async with silence:
-                backend.watch_silence(silence)
-                answer: Answer = await connection.enter_async_context(opening)
-                return answer, await answer.read()
+                with backend.silence_watched(silence):
+                    answer: Answer = await connection.enter_async_context(opening)
+                    return answer, await answer.read()
         except TimeoutError:
             backend.failed("it kept silent")
             raise _TryAnother("silent", Refusal(504, "The server kept silent.")) from None
@@ -291,7 +291,6 @@ class Proxy:
             refusal = Refusal(502, "The server broke off.")
             raise _TryAnother("lost", refusal, unsent=failure.surely) from None
         finally:
-            backend.broke_silence(silence)
             if prompted is not None:
                 prompted.cancel()
 

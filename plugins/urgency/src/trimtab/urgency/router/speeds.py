@@ -13,6 +13,9 @@ _FIXED_TOKENS = 32
 _QUICK = 0.25
 """The quantile of the times to a first token that counts: the others waited for their turn."""
 _UNKNOWN_OUTPUT_TOKENS = 64.0
+_UNKNOWN_PROMPT_S = 0.0005
+_UNKNOWN_OUTPUT_S = 0.02
+"""What is supposed while nothing is known, so that a rule sees calls add up: nothing would not."""
 
 
 class Rates:
@@ -81,8 +84,8 @@ class Speeds:
         self, stage: str, number: int, *, prompt_tokens: float, output_tokens: float
     ) -> Prediction:
         """What a call takes on a server that has nothing else to do."""
-        per_prompt_s = self._quantile("prompt_s", stage, number) or 0.0
-        per_output_s = self._mean("output_s", stage, number) or 0.0
+        per_prompt_s = self._quantile("prompt_s", stage, number) or _UNKNOWN_PROMPT_S
+        per_output_s = self._mean("output_s", stage, number) or _UNKNOWN_OUTPUT_S
         return Prediction(
             per_prompt_s * (prompt_tokens + _FIXED_TOKENS), per_output_s * output_tokens
         )

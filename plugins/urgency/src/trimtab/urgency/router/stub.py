@@ -29,10 +29,12 @@ class Asked:
     body: bytes
 
     @property
-    def content(self) -> dict[str, Any]:
-        """The body's JSON object."""
-        found: dict[str, Any] = json.loads(self.body) if self.body else {}
-        return found
+    def streams(self) -> bool:
+        """Whether the answer is to come in pieces."""
+        with suppress(ValueError):
+            content = json.loads(self.body)
+            return isinstance(content, dict) and content.get("stream") is True
+        return False
 
 
 class Stub:
@@ -107,8 +109,8 @@ class Stub:
         try:
             while (asked := await _read(reader)) is not None:
                 await self._answer(asked, reader, writer)
-        except (OSError, asyncio.IncompleteReadError):
-            pass
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the connection's end is the task's
         finally:
             self._writers.discard(writer)
             writer.close()
@@ -163,9 +165,8 @@ class Stub:
         self, asked: Asked, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> bool:
         """Answers a call; returns whether the answer was sent whole."""
-        streams = asked.content.get("stream") is True
-        pieces = self._events(name) if streams else self._whole(name)
-        head = _EVENTS_HEAD if streams else b""
+        pieces = self._events(name) if asked.streams else self._whole(name)
+        head = _EVENTS_HEAD if asked.streams else b""
         sent = 0
         async for piece in pieces:
             if reader.at_eof() or writer.is_closing():
@@ -179,7 +180,7 @@ class Stub:
             await writer.drain()
             head = b""
             sent += 1
-        if streams:
+        if asked.streams:
             writer.write(b"0\r\n\r\n")
             await writer.drain()
         return True

@@ -8,9 +8,10 @@ _HELP = {
     "plan": "Plan who does what where; the plan is a file.",
     "profile": "Measure this machine or network.",
     "simulate": "Simulate what a plan or a policy does.",
+    "tune": "Find a plugin's best options by simulation.",
 }
 
-SHARED = frozenset({"plan", "simulate"})
+SHARED = frozenset({"plan", "simulate", "tune"})
 """Groups that plugins add to, even where the core has commands in them."""
 
 

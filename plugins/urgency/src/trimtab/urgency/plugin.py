@@ -52,10 +52,13 @@ def trimtab_benchmarks() -> Sequence[Benchmark]:
 
 @hookimpl
 def trimtab_commands(app: Typer) -> None:
-    """Adds ``trimtab demo``, ``trimtab route`` and ``trimtab up``."""
+    """Adds ``trimtab demo``, ``trimtab route``, ``trimtab up`` and ``trimtab tune urgency``."""
+    from trimtab.core.command_groups import command_group
     from trimtab.urgency.command import demo
     from trimtab.urgency.route_command import route, up
+    from trimtab.urgency.tune_command import urgency
 
     app.command("demo")(demo)
     app.command("route")(route)
     app.command("up")(up)
+    command_group(app, "tune").command("urgency")(urgency)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -13,7 +14,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
-from trimtab.core.errors import TrimtabError
+from trimtab.core.errors import BadInput, TrimtabError
+from trimtab.urgency.dispatch import rule
 from trimtab.urgency.policy import UrgencyPolicy
 from trimtab.urgency.router import page
 from trimtab.urgency.router.admission import AdmissionQueue
@@ -26,6 +28,9 @@ from trimtab.urgency.router.refusals import Refusal
 from trimtab.urgency.router.speeds import Speeds
 from trimtab.urgency.router.tenants import Tenant, Tenants
 from trimtab.urgency.router.upstream import Upstream
+from trimtab.urgency.tuned import TunedFile
+
+logger = logging.getLogger(__name__)
 
 _QUIET_S = 30.0
 """A workflow without calls for so long counts as over, in the metrics."""
@@ -48,6 +53,7 @@ class Router:
         self._config, self._clock = config, clock
         self._speeds = Speeds()
         self._metrics = Metrics()
+        self._tuned = TunedFile(config.urgency.tuned) if config.urgency.tuned else None
         self._tenants = Tenants(config.tenants)
         self._journeys = Journeys(_QUIET_S, self._metrics.workflow_ended)
         self._upstream = Upstream()
@@ -107,8 +113,24 @@ class Router:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
+            self._follow_tuned()
             self.queue.tick()
             self._journeys.close_quiet(self._clock())
+
+    def _follow_tuned(self) -> None:
+        """Takes the dispatch rule over that a tuner has written meanwhile."""
+        now_s = self._clock()
+        if self._tuned is None or now_s < self._tuned.due_s:
+            return
+        found = self._tuned.changed(now_s)
+        if found is None or found.dispatch is None:
+            return
+        alpha = found.dispatch.alpha
+        options = {} if alpha is None else {"alpha": alpha}
+        try:
+            self.queue.rule = rule(found.dispatch.rule, **options)
+        except BadInput as error:
+            logger.warning("the dispatch rule stays as it is: %s", error)
 
     async def _health(self, request: Request) -> Response:
         """200 while a server is up."""

@@ -243,3 +243,13 @@ def _event(content: dict[str, Any]) -> bytes:
 
 def _chunk(piece: bytes) -> bytes:
     return f"{len(piece):x}\r\n".encode() + piece + b"\r\n"
+
+
+async def _serve() -> None:
+    async with Stub() as stub:
+        print(stub.url, flush=True)
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve())

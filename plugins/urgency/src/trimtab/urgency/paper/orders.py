@@ -146,7 +146,7 @@ _KEYS: Mapping[str, OrderKey] = {
 class ClusterUrgency(UrgencyPolicy):
     """The plugin's policy with one memory for all engines; workflows' classes are databases."""
 
-    def __init__(self, order: Order = "edd") -> None:
+    def __init__(self, order: Order) -> None:
         super().__init__(UrgencyConfig(order=order))
 
     def on_arrival(self, call: Call, now_s: float) -> None:
@@ -202,13 +202,22 @@ class EngineShare(ServingPolicy):
         self._whole.stale.clear()
 
 
+_OURS: Mapping[str, Order] = {"edd": "edd", "llf": "llf"}
+"""The plugin's orders by the names that sides use."""
+
+
 def order_policies(name: str, cluster: Cluster) -> Callable[[], tuple[ServingPolicy, ...]]:
     """What makes the policies of each engine in turn; ``fcfs`` has none."""
     if name == "fcfs":
         return tuple
     gpus = iter(cluster)
-    if name == "edd":
-        whole, owners = ClusterUrgency(), dict[Call, EngineShare]()
+    if name in _OURS:
+        whole, owners = ClusterUrgency(_OURS[name]), dict[Call, EngineShare]()
         return lambda: (EngineShare(whole, owners),)
     programs = Programs(cluster)
     return lambda: (ProgramOrder(programs, next(gpus), _KEYS[name]),)
+
+
+def router_order(name: str) -> ServingPolicy | None:
+    """The order of the calls that a router holds: one of the plugin's, or ``fcfs`` by arrival."""
+    return ClusterUrgency(_OURS[name]) if name in _OURS else None

@@ -10,7 +10,7 @@ from trimtab.core.simulate.result import WorkflowRecord
 from trimtab.core.workload import Request
 from trimtab.urgency.dispatch import Backlog, Prediction, RoutedCall, rule
 from trimtab.urgency.paper.hardware import SEATS, Cluster, Gpu
-from trimtab.urgency.paper.orders import ClusterUrgency, order_policies
+from trimtab.urgency.paper.orders import order_policies, router_order
 from trimtab.urgency.paper.router import HoldingRouter
 from trimtab.urgency.paper.traces import database_of, stage_of
 
@@ -39,7 +39,7 @@ class Side:
     @property
     def knows_deadlines(self) -> bool:
         """Whether what it does depends on the deadlines."""
-        known = {"edd", "urgency"}
+        known = {"edd", "llf", "urgency"}
         return self.order in known or self.held in known
 
 
@@ -51,7 +51,7 @@ def serve(
         rule(side.rule, **side.options),
         [Backlog(number, seats, _predictor(gpu)) for number, gpu in enumerate(cluster)],
         _estimate,
-        ClusterUrgency() if side.held == "edd" else None,
+        router_order(side.held),
     )
     return simulate(
         requests,

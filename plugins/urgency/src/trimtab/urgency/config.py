@@ -49,7 +49,7 @@ class UrgencyConfig(BaseModel):
     )
     max_share: float = Field(
         0.7,
-        gt=0,
+        ge=0.5,
         le=1,
         description="most of the admissions that one tenant gets while others wait; 1: no limit",
     )

@@ -56,8 +56,8 @@ class Tenants(Generic[C]):
         """Counts an admission.
 
         Returns:
-            If the tenant is above its share: a few of the waiting calls of the tenant that is the
-            farthest below its own, one of which should be next.
+            If the tenant is above its share: a few of the waiting calls of the tenant that has had
+            the least of late, one of which should be next.
         """
         self._admissions += 1
         entry = self._tenants.get(tenant)
@@ -71,7 +71,8 @@ class Tenants(Generic[C]):
         if not others:
             entry.level = _BURST  # what nobody else wanted is not held against it
             return []
-        return list(islice(min(others, key=self._level).waiting, _MOST_PASSED_OVER))
+        last = min(others, key=lambda other: (self._level(other), other.counted))
+        return list(islice(last.waiting, _MOST_PASSED_OVER))
 
     def _level(self, entry: _Tenant[C]) -> float:
         leaked = self.max_share * (self._admissions - entry.counted)

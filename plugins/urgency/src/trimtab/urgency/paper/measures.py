@@ -23,7 +23,9 @@ from trimtab.urgency.text_to_sql.figures import percentile
 
 ATTAINED = 0.95
 """Share of the workflows that must be in time."""
-_HALVINGS = 6
+_STEP = 1.2
+_HALVINGS = 4
+"""The smallest scale is found to within the step's 16th root, about 1 %."""
 _RATE_HALVINGS = 5
 _RATES = (0.05, 1.25)
 
@@ -76,10 +78,16 @@ class Scene:
     ) -> None:
         self._cell, self._classes = cell, classes
         self._requests = cell.requests(count, seed)
-        self._blind: dict[str, list[WorkflowRecord]] = {}
+        self._runs: dict[tuple[str, float], list[WorkflowRecord]] = {}
 
     def run(self, side: Side, scale: float) -> list[WorkflowRecord]:
-        """The middle workflows under a side, with deadlines of this scale."""
+        """The middle workflows under a side, with deadlines of this scale; simulated once."""
+        key = (side.name, scale)
+        if key not in self._runs:
+            self._runs[key] = self._serve(side, scale)
+        return self._runs[key]
+
+    def _serve(self, side: Side, scale: float) -> list[WorkflowRecord]:
         cell = self._cell
         deadlines = Deadlines(cell.base_s, scale, self._classes)
         requests = with_deadlines(self._requests, deadlines)
@@ -87,15 +95,13 @@ class Scene:
 
     def latencies_s(self, side: Side) -> list[float]:
         """Under a side that knows no deadlines."""
-        if side.name not in self._blind:
-            self._blind[side.name] = self.run(side, 1.0)
-        return [record.latency_s for record in self._blind[side.name]]
+        return [record.latency_s for record in self.run(side, 1.0)]
 
-    def scale_met(self, side: Side, share: float = ATTAINED) -> float:
+    def scale_met(self, side: Side, share: float = ATTAINED, near: float = 3.0) -> float:
         """The smallest deadline scale that this share of the workflows meets.
 
         Exact for a side that knows no deadlines and for deadlines of one class; else found by
-        halving, and one that was seen to hold.
+        halving from a scale it may be near, and one that was seen to hold.
         """
         if not side.knows_deadlines and len(self._classes) == 1:
             return percentile(self.latencies_s(side), share) / self._cell.base_s
@@ -103,7 +109,7 @@ class Scene:
         def holds(scale: float) -> bool:
             return in_time(self.run(side, scale)) >= share
 
-        return _smallest(holds, start=2.0)
+        return _smallest(holds, near)
 
 
 def in_time(records: Sequence[WorkflowRecord]) -> float:
@@ -132,16 +138,15 @@ def sustained_load(
 
 
 def _smallest(holds: Callable[[float], bool], start: float) -> float:
-    """About the smallest number that holds, between powers of 1.4 of the start."""
-    step = 1.4
+    """About the smallest number that holds, between powers of `_STEP` of the start."""
     high = start
     while not holds(high):
-        high *= step
-    low = high / step
+        high *= _STEP
+    low = high / _STEP
     if high == start:
         while holds(low):
-            high, low = low, low / step
-    for _ in range(_HALVINGS - 1):
+            high, low = low, low / _STEP
+    for _ in range(_HALVINGS):
         between = (low * high) ** 0.5
         if holds(between):
             high = between

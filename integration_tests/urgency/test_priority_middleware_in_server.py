@@ -20,11 +20,16 @@ def client(tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
     arguments = [
         *SMALL_CPU_ENGINE,
+        "--enforce-eager",
         *("--max-num-seqs", "1"),
         *("--scheduling-policy", "priority"),
         *("--middleware", "trimtab.urgency.PriorityMiddleware"),
     ]
-    environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
     with Server(small_model(), log, arguments, environment) as server:
         server.wait_ready()
         yield OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

@@ -20,7 +20,6 @@ def client(tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
     arguments = [
         *SMALL_CPU_ENGINE,
-        "--enforce-eager",
         *("--max-num-seqs", "1"),
         *("--scheduling-policy", "priority"),
         *("--middleware", "trimtab.urgency.PriorityMiddleware"),

@@ -39,7 +39,7 @@ class Routed:
 
 
 def options(ports: list[int]) -> dict[str, Any]:
-    arguments = [*SMALL_CPU_ENGINE, "--enforce-eager", "--max-num-seqs", SEATS, *URGENCY.arguments]
+    arguments = [*SMALL_CPU_ENGINE, "--max-num-seqs", SEATS, *URGENCY.arguments]
     threads = {"one": "1", "two": str(os.cpu_count() or 2)}
     return {
         "port": 0,

@@ -114,7 +114,6 @@ def servers(
                 logs / f"{side.name}.log",
                 [
                     *SMALL_CPU_ENGINE,
-                    "--enforce-eager",
                     "--max-num-seqs",
                     str(SEATS),
                     *side.arguments,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from statistics import mean
 
 import numpy as np
@@ -229,17 +230,23 @@ def test_knowing_nothing_is_no_worse_than_by_arrival(load):
     assert mean(latency_s["ours"]) <= 1.05 * mean(latency_s["fcfs"])
 
 
-@pytest.mark.parametrize("load", [0.5, 0.7, 0.85])
-def test_where_hardly_any_is_late_the_tail_is_not_longer_than_by_arrival(load):
-    tail_s = {"ours": [], "fcfs": []}
+def served(requests, *, by_arrival: bool):
+    policies = (lambda: ()) if by_arrival else (lambda: (UrgencyPolicy(UrgencyConfig()),))
+    return simulate(requests, [ReplicaSpec(PROFILE)], policies=policies)
+
+
+@pytest.mark.parametrize("load", [0.6, 0.8, 0.95])
+def test_where_nothing_is_late_the_tail_is_not_longer_than_by_arrival(load):
+    """Deadlines that serving by arrival just meets: due dates alone would delay the loose ones."""
+    tail_s = {True: 0.0, False: 0.0}
+    missed = 0.0
     for seed in range(10):
         requests = workflows(60, load, seed)
-        runs = {
-            "ours": simulate(
-                requests, [ReplicaSpec(PROFILE)], policies=lambda: (UrgencyPolicy(UrgencyConfig()),)
-            ),
-            "fcfs": simulate(requests, [ReplicaSpec(PROFILE)]),
-        }
-        for name, result in runs.items():
-            tail_s[name].append(float(np.quantile([w.latency_s for w in result.workflows], 0.95)))
-    assert mean(tail_s["ours"]) <= 1.05 * mean(tail_s["fcfs"])
+        used = max(w.latency_s / w.deadline_s for w in served(requests, by_arrival=True).workflows)
+        requests = [replace(r, deadline_s=r.deadline_s * used * 1.001) for r in requests]
+        for by_arrival in tail_s:
+            done = served(requests, by_arrival=by_arrival)
+            tail_s[by_arrival] += float(np.quantile([w.latency_s for w in done.workflows], 0.95))
+            missed += 1 - done.deadlines_met
+    assert tail_s[False] <= 1.03 * tail_s[True]
+    assert missed <= 0.02

@@ -11,7 +11,9 @@ Least slack, which this is, does not minimise lateness: of two jobs of lengths 1
 workflow is late, its budget is negative and its longest calls come before everybody else's. The
 default order is therefore that of modified due dates (`due_s`), which is optimal for chains on one
 server (Lawler), applied to the workflows that can still be in time without making others late; the
-others are set aside, until they have aged.
+others are set aside, until they have aged. Due dates also delay whoever has much time, for nothing
+where all are in time: so they count only within a horizon, that of the work at hand, and beyond it
+workflows go by arrival.
 """
 
 from __future__ import annotations
@@ -48,6 +50,9 @@ _FEWEST_LOOKS, _LOOKS_PER_CALL = 24, 0.006
 """What is done in one step at most, and how that grows with the calls: places found anew, and
 workflows reviewed. The rest is left to the next steps."""
 
+_HORIZON = 1.5
+"""By how much the horizon exceeds the time in which all timely work could be done; see `Lane`."""
+
 _SIBLINGS = 32
 """Calls of a workflow that are looked at to know how much of its stage is left."""
 
@@ -66,15 +71,20 @@ class Lane(IntEnum):
     """Calls whose lane has a share of the admissions that is due."""
     TIMELY = 2
     """Calls of workflows that can be in time."""
-    AGED = 3
+    EASY = 3
+    """Calls of workflows that will be in time in any order; by their workflows' arrival."""
+    AGED = 4
     """Calls of late workflows that have waited for ``age_cap`` deadlines, oldest first."""
-    LATE = 4
+    LATE = 5
     """Calls of workflows that cannot be in time any more, least remaining work first.
 
     Somebody waits for them who said so; only those who can wait, and have their share, do longer.
     """
-    PATIENT = 5
+    PATIENT = 6
     """Calls without a deadline, by arrival."""
+
+
+_TIMELY = (Lane.TIMELY, Lane.EASY)
 
 
 @dataclass(slots=True, eq=False)
@@ -190,6 +200,7 @@ class UrgencyPolicy(ServingPolicy):
         self._numbers = count()
         self._triage: Triage[Workflow] = Triage()
         self._timely = 0
+        self._horizon_s = math.inf
         self._moving: dict[object, list[Waiting]] = {}
         self._resume_s = math.inf
         self._tenants: Tenants[Waiting] = Tenants(config.max_share)
@@ -247,7 +258,7 @@ class UrgencyPolicy(ServingPolicy):
         if waiting.key[0] == Lane.RESUMED:
             return
         lane = waiting.lane
-        if waiting.key[0] > Lane.TIMELY:
+        if waiting.key[0] > Lane.EASY:
             self._triage.note_spare()
         self._withdraw(waiting, now_s)
         for other, share in self._shares.items():
@@ -270,7 +281,7 @@ class UrgencyPolicy(ServingPolicy):
             self._estimator.learn_service(
                 workflow.class_, waiting.stage, service_s, call.output_tokens
             )
-            if waiting.lane is Lane.TIMELY and not workflow.calls:
+            if waiting.lane in _TIMELY and not workflow.calls:
                 self._triage.note_stage(waiting.service_s)
             self._leave_stage(workflow, waiting.state, now_s)
             self._follow_estimates(workflow.class_, now_s)
@@ -307,6 +318,17 @@ class UrgencyPolicy(ServingPolicy):
                 workflow.given_up = not saved
                 self._moving[workflow] = [self._calls[call] for call in workflow.calls]
                 self._resume_s = math.nextafter(now_s, math.inf)
+
+        self._follow_horizon(now_s)
+
+    def _follow_horizon(self, now_s: float) -> None:
+        """Moves the horizon up at once, and down when it has become much too far."""
+        horizon_s = _HORIZON * self._triage.drain_s
+        if self._horizon_s / _HORIZON**3 <= horizon_s <= self._horizon_s:
+            return
+        self._horizon_s = horizon_s * _HORIZON
+        timely = [waiting for waiting in self._calls.values() if waiting.key[0] in _TIMELY]
+        self._move(self._triage, timely, now_s)
 
     def _rest_s(self, workflow: Workflow, now_s: float) -> float | None:
         """Expected rest of a workflow that can be in time if it is alone."""
@@ -409,7 +431,11 @@ class UrgencyPolicy(ServingPolicy):
         self._triage.expect(now_s)
         if now_s < late_s and not workflow.given_up:
             due = self._order(waiting, workflow.deadline_s)
-            self._assign(waiting, Lane.TIMELY, due, late_s)
+            urgent_s = due - waiting.service_s - self._horizon_s
+            if now_s < urgent_s:
+                self._assign(waiting, Lane.EASY, workflow.arrival_s, min(urgent_s, late_s))
+            else:
+                self._assign(waiting, Lane.TIMELY, due, late_s)
         elif now_s < aged_s:
             self._assign(waiting, Lane.LATE, waiting.remaining_s, aged_s)
         else:
@@ -461,7 +487,7 @@ class UrgencyPolicy(ServingPolicy):
         self._resume_s = math.nextafter(now_s, math.inf) if self._moving else math.inf
 
     def _set_key(self, waiting: Waiting, key: Key) -> None:
-        self._timely += (key[0] == Lane.TIMELY) - (waiting.key[0] == Lane.TIMELY)
+        self._timely += (key[0] in _TIMELY) - (waiting.key[0] in _TIMELY)
         waiting.key = key
 
     def _withdraw(self, waiting: Waiting, now_s: float) -> None:

@@ -55,6 +55,11 @@ class Selection(Generic[W]):
         self._taken: list[tuple[float, int, W]] = []
         self._work_s = 0.0
 
+    @property
+    def drain_s(self) -> float:
+        """How long the work of those taken takes; infinite while the rate is unknown."""
+        return math.inf if math.isinf(self._rate) else self._work_s / self._rate
+
     def consider(self, deadline_s: float, remaining_s: float, workflow: W) -> None:
         """Takes a workflow in whose deadline is no earlier than those of all before it."""
         heapq.heappush(self._taken, (-remaining_s, len(self.considered), workflow))
@@ -80,6 +85,8 @@ class Triage(Generic[W]):
     def __init__(self) -> None:
         self.due_s = math.inf
         """When the next review, or its next part, is due."""
+        self.drain_s = math.inf
+        """In how long all work of the workflows to be saved could be done; infinite if unknown."""
         self.workflows: ByTime[W] = ByTime()
         self._selection: Selection[W] | None = None
         self._looked: tuple[float, float] | None = None
@@ -126,6 +133,7 @@ class Triage(Generic[W]):
             part -= self._look(selection, self._looked, part, rest_s)
         verdicts: list[tuple[W, bool]] = []
         if self._looked is None:
+            self.drain_s = selection.drain_s
             told = self._told + part * _VERDICTS_PER_LOOK
             some = selection.considered[self._told : told]
             verdicts = [(workflow, workflow not in selection.given_up) for workflow in some]

@@ -7,7 +7,7 @@ found in hindsight for the rivals, cell by cell and seed by seed; ours has one s
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import geometric_mean, mean
@@ -17,7 +17,7 @@ from trimtab.core.benchmark import Case, Options, Progress
 from trimtab.urgency.paper.hardware import CLUSTERS
 from trimtab.urgency.paper.measures import Cell, Scene, in_time, sustained_load, tardiness_s
 from trimtab.urgency.paper.serving import Side
-from trimtab.urgency.paper.traces import MIXED, TRACES
+from trimtab.urgency.paper.traces import MIXED, TRACES, round_robin_load
 from trimtab.urgency.text_to_sql.figures import percentile
 
 OURS = Side("urgency", "auto", held="llf")
@@ -25,6 +25,7 @@ OUR_DISPATCH = Side("urgency-dispatch-alone", "auto")
 OUR_ORDER = Side("urgency-order-alone", "least-requests", order="llf")
 VLLM = Side("vllm-fcfs+round-robin", "round-robin")
 LEAST_REQUESTS = Side("vllm-fcfs+least-requests", "least-requests")
+PRODUCT = Side("product", "product")
 
 _ALPHAS = (0.0, 0.3, 0.5, 0.7, 1.0)
 _RIVALS = (
@@ -34,7 +35,7 @@ _RIVALS = (
     Side("p2c", "p2c"),
     Side("session", "session"),
     Side("least-work", "least-work"),
-    Side("product", "product"),
+    PRODUCT,
     Side("shortest-job-first", "least-requests", order="sjf"),
     Side("edf", "least-requests", order="edf"),
     Side("plas", "least-requests", order="plas"),
@@ -55,77 +56,128 @@ _RATE_SCALE = 4.0
 _FEW_SEATS = 4
 """With these calls wait in the queue, where an order matters, rather than in the batch."""
 _IN_TIME = 0.8
+_NEAR_LIMIT = 0.85
+_LOADS = (0.5, 0.7, 0.85, 0.95, 1.1)
+_HEAVY = (0.95, 1.1)
+_QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 Better = Literal["lower", "higher"]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is simulated."""
+    """How much is simulated.
+
+    Attributes:
+        cells: where all sides are compared.
+        mixed: where the queue orders are compared, with deadlines of several classes.
+        seeds: how many crowds are drawn for each.
+        workflows: the size of a crowd.
+        rates: of which the load is sought that can be sustained; their own load does not count.
+        near_limit: where round robin nearly overloads the slowest GPU.
+    """
 
     cells: Sequence[Cell]
     mixed: Sequence[Cell]
     seeds: int
     workflows: int
-    rates: Sequence[tuple[str, str]]
+    rates: Sequence[Cell] = ()
+    near_limit: Sequence[Cell] = ()
 
     @classmethod
     def of(cls, options: Options) -> Plan:
         """A few small cells for a quick run; else all of them."""
         if options.quick:
             place = ("a100x2-a6000-l40s", "trace-1")
-            return cls([Cell(*place, 0.85)], [Cell(*place, 1.1, _FEW_SEATS)], 5, 25, ())
-        loads = (0.5, 0.7, 0.85, 0.95, 1.1)
-        cells = [Cell(*place) for place in product(CLUSTERS, TRACES, loads)]
-        heavy = [Cell(*place, _FEW_SEATS) for place in product(CLUSTERS, TRACES, (0.95, 1.1))]
-        return cls(cells, heavy, 5, 100, list(product(CLUSTERS, TRACES)))
+            return cls([Cell(*place, 0.85)], [Cell(*place, 1.1, _FEW_SEATS)], 5, 25)
+        places = list(product(CLUSTERS, TRACES))
+        return cls(
+            cells=[Cell(*place, load) for place in places for load in _LOADS],
+            mixed=[Cell(*place, load, _FEW_SEATS) for place in places for load in _HEAVY],
+            seeds=5,
+            workflows=100,
+            rates=[Cell(*place, 1.0) for place in places],
+            near_limit=[Cell(*place, _near_limit(*place)) for place in places],
+        )
 
 
+def _near_limit(cluster: str, trace: str) -> float:
+    return round(round_robin_load(TRACES[trace], CLUSTERS[cluster], _NEAR_LIMIT), 2)
+
+
+Run = dict[tuple[str, str], float]
+"""By metric and side, the value of one seed."""
 Values = dict[tuple[str, str], list[float]]
 """By metric and side, the value of each seed."""
+
+
+class _Tour:
+    """Visits cells, every one with the same seeds, and says how far it is."""
+
+    def __init__(self, plan: Plan, seeds: Sequence[int], progress: Progress) -> None:
+        self._plan, self._seeds, self._progress = plan, seeds, progress
+        self._parts = sum(map(len, (plan.cells, plan.mixed, plan.rates, plan.near_limit)))
+        self._done = 0
+
+    def visit(
+        self, what: str, cells: Sequence[Cell], measure: Callable[[Cell, int, int], Run]
+    ) -> list[Values]:
+        """What is measured in each of the cells."""
+        return [self._measure(what, cell, measure) for cell in cells]
+
+    def _measure(self, what: str, cell: Cell, measure: Callable[[Cell, int, int], Run]) -> Values:
+        self._progress(f"simulating {what} at {cell.name}", self._done / self._parts)
+        self._done += 1
+        values: Values = defaultdict(list)
+        for seed in self._seeds:
+            for key, value in measure(cell, self._plan.workflows, seed).items():
+                values[key].append(value)
+        return values
 
 
 def simulated_cases(options: Options, progress: Progress) -> list[Case]:
     """All cases of the paper's settings; deterministic for a seed."""
     plan = Plan.of(options)
     seeds = [_FIRST_SEED + 100 * options.seed + number for number in range(plan.seeds)]
-    parts = len(plan.cells) + len(plan.mixed) + len(plan.rates)
-    cells: list[Values] = []
-    cases: list[Case] = []
-    for done, cell in enumerate(plan.cells):
-        progress(f"simulating {cell.name}", done / parts)
-        values = _collect(_whole(cell, plan.workflows, seed) for seed in seeds)
-        cells.append(values)
-        cases += _against_rivals(f"paper/{cell.name}", values)
-    mixed: list[Values] = []
-    for done, cell in enumerate(plan.mixed, len(plan.cells)):
-        progress(f"simulating mixed deadlines at {cell.name}", done / parts)
-        values = _collect(_orders(cell, plan.workflows, seed) for seed in seeds)
-        mixed.append(values)
-        cases += _against_orders(f"paper/order-alone/{cell.name}", values)
-    rates: list[Values] = []
-    for done, (cluster, trace) in enumerate(plan.rates, len(plan.cells) + len(plan.mixed)):
-        progress(f"simulating the rates that {cluster} sustains on {trace}", done / parts)
-        values = _collect(_rates(cluster, trace, plan.workflows, seed) for seed in seeds)
-        rates.append(values)
-        cases += _against_rivals(f"paper/{cluster}/{trace}", values)
-    means = _mean_over(cells)
+    tour = _Tour(plan, seeds, progress)
+    return [
+        *_whole_cases(plan.cells, tour.visit("all sides", plan.cells, _whole)),
+        *_order_cases(plan.mixed, tour.visit("mixed deadlines", plan.mixed, _orders)),
+        *_rate_cases(plan.rates, tour.visit("rising rates", plan.rates, _rates)),
+        *_limit_cases(tour.visit("latencies", plan.near_limit, _latencies)),
+    ]
+
+
+def _whole_cases(cells: Sequence[Cell], values: Sequence[Values]) -> list[Case]:
+    cases = []
+    for cell, found in zip(cells, values, strict=True):
+        cases += _against_rivals(f"paper/{cell.name}", found)
+    means = _mean_over(values)
     cases += _against_rivals("paper/mean-over-cells", means)
-    cases += _dispatch_against_rivals("paper/mean-over-cells", means)
-    cases += _against_orders("paper/order-alone/mean-over-cells", _mean_over(mixed))
-    if rates:
-        means = _mean_over(rates)
-        cases += _against_rivals("paper/mean-over-clusters-and-traces", means)
-        cases += _dispatch_against_rivals("paper/mean-over-clusters-and-traces", means)
+    return cases + _dispatch_against_rivals("paper/mean-over-cells", means)
+
+
+def _order_cases(cells: Sequence[Cell], values: Sequence[Values]) -> list[Case]:
+    cases = []
+    for cell, found in zip(cells, values, strict=True):
+        cases += _against_orders(f"paper/order-alone/{cell.name}", found)
+    return cases + _against_orders("paper/order-alone/mean-over-cells", _mean_over(values))
+
+
+def _rate_cases(cells: Sequence[Cell], values: Sequence[Values]) -> list[Case]:
+    cases = []
+    for cell, found in zip(cells, values, strict=True):
+        cases += _against_rivals(f"paper/{cell.cluster}/{cell.trace}", found)
+    if values:
+        means = _mean_over(values)
+        cases += _against_rivals("paper/mean-over-places", means)
+        cases += _dispatch_against_rivals("paper/mean-over-places", means)
     return cases
 
 
-def _collect(runs: Iterable[dict[tuple[str, str], float]]) -> Values:
-    values: Values = defaultdict(list)
-    for run in runs:
-        for key, value in run.items():
-            values[key].append(value)
-    return values
+def _limit_cases(values: Sequence[Values]) -> list[Case]:
+    """Where round robin has the slowest GPU busy for 85 % of its time."""
+    return _against_rivals("paper/near-round-robin-limit", _mean_over(values)) if values else []
 
 
 def _mean_over(cells: Sequence[Values]) -> Values:
@@ -136,7 +188,7 @@ def _mean_over(cells: Sequence[Values]) -> Values:
     }
 
 
-def _whole(cell: Cell, count: int, seed: int) -> dict[tuple[str, str], float]:
+def _whole(cell: Cell, count: int, seed: int) -> Run:
     """All sides with deadlines of one class."""
     scene = Scene(cell, count, seed)
     scales = {side.name: scene.scale_met(side) for side in (*_RIVALS, *_PUBLISHED)}
@@ -162,12 +214,12 @@ def _whole(cell: Cell, count: int, seed: int) -> dict[tuple[str, str], float]:
             latencies_s = scene.latencies_s(side)
             met = mean(latency_s <= tight * cell.base_s for latency_s in latencies_s)
         found["in_time", side.name] = max(met, 1 / count)
-        for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99)):
+        for name, share in _QUANTILES.items():
             found[f"{name}_latency_s", side.name] = percentile(latencies_s, share)
     return found
 
 
-def _orders(cell: Cell, count: int, seed: int) -> dict[tuple[str, str], float]:
+def _orders(cell: Cell, count: int, seed: int) -> Run:
     """All queue orders behind one dispatch rule, with tight and loose deadlines mixed."""
     scene = Scene(cell, count, seed, MIXED)
     scale = scene.scale_met(LEAST_REQUESTS, _IN_TIME)
@@ -182,15 +234,27 @@ def _orders(cell: Cell, count: int, seed: int) -> dict[tuple[str, str], float]:
     return found
 
 
-def _rates(cluster: str, trace: str, count: int, seed: int) -> dict[tuple[str, str], float]:
+def _rates(cell: Cell, count: int, seed: int) -> Run:
     """The loads that some sides sustain."""
-    sides = (VLLM, LEAST_REQUESTS, Side("product", "product"), OURS, OUR_DISPATCH)
+    sides = (VLLM, LEAST_REQUESTS, PRODUCT, OURS, OUR_DISPATCH)
     return {
         ("sustained_load", side.name): sustained_load(
-            side, cluster, trace, scale=_RATE_SCALE, count=count, seed=seed
+            side, cell.cluster, cell.trace, scale=_RATE_SCALE, count=count, seed=seed
         )
         for side in sides
     }
+
+
+def _latencies(cell: Cell, count: int, seed: int) -> Run:
+    """The latencies of some sides, with deadlines that least requests can keep."""
+    scene = Scene(cell, count, seed)
+    scale = scene.scale_met(LEAST_REQUESTS)
+    found = {}
+    for side in (VLLM, LEAST_REQUESTS, PRODUCT, OURS):
+        latencies_s = [record.latency_s for record in scene.run(side, scale)]
+        for name, share in _QUANTILES.items():
+            found[f"{name}_latency_s", side.name] = percentile(latencies_s, share)
+    return found
 
 
 _DISPATCH = OUR_DISPATCH.name

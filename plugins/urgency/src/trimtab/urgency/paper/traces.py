@@ -180,6 +180,12 @@ def capacity_per_s(trace: Trace, cluster: Cluster, seats: int = SEATS) -> float:
     )
 
 
+def round_robin_load(trace: Trace, cluster: Cluster, share: float) -> float:
+    """The load at which the slowest GPU is busy for a share of its time if all get as much."""
+    slowest = min(capacity_per_s(trace, (gpu,)) for gpu in cluster)
+    return share * len(cluster) * slowest / capacity_per_s(trace, cluster)
+
+
 def _workflow(trace: Trace, number: int, arrival_s: float, chance: random.Random) -> list[Request]:
     database = "formula1" if chance.random() < trace.formula1 else "financial"
     revisions = chance.choices(range(len(trace.revisions)), trace.revisions)[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import shutil
 import signal
 import sys
 import tempfile
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -71,16 +74,32 @@ def up(
         )
     if logs is not None and not logs.is_dir():
         raise BadInput("there is no such folder", where=str(logs), fix="make it first")
-    folder = logs if logs is not None else Path(tempfile.mkdtemp(prefix="trimtab-up-"))
-
     from trimtab.core.progress import progress_bar
 
-    with _ended_by_signals(), ExitStack() as stack:
+    with _ended_by_signals(), _log_folder(logs) as folder, ExitStack() as stack:
         with progress_bar() as progress:
             started = _start(stack, options.servers, folder, progress)
         backends = [backend_of(s, o) for s, o in zip(started, options.servers, strict=True)]
         routed = options.model_copy(update={"backends": (*options.backends, *backends)})
         _run(routed, _Supervisor(started, options.servers).check)
+
+
+@contextmanager
+def _log_folder(given: Path | None) -> Iterator[Path]:
+    """The folder of the servers' logs; one of our own stays only where a failure can be read."""
+    if given is not None:
+        yield given
+        return
+    folder = Path(tempfile.mkdtemp(prefix="trimtab-up-"))
+    failed = False
+    try:
+        yield folder
+    except Exception:
+        failed = True
+        raise
+    finally:
+        if not failed:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_packages() -> None:
@@ -148,7 +167,7 @@ def backend_of(server: Server, options: ServerOptions) -> BackendOptions:
 
 def _seats_in(arguments: tuple[str, ...]) -> int | None:
     """The batch's size as vLLM's own flag gives it."""
-    for flag, value in zip(arguments, (*arguments[1:], ""), strict=True):
+    for flag, value in pairwise((*arguments, "")):
         name, _, joined = flag.partition("=")
         given = joined or value
         if name == "--max-num-seqs" and given.isdigit() and int(given):
@@ -188,10 +207,16 @@ def _run(options: RouterConfig, check: Callable[[], None]) -> None:
     port = options.port if options.port == 0 else free_port(options.port)
 
     async def serve() -> None:
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, signal.raise_signal, signal.SIGTERM)
         async with serving(Router(options), options, port) as (url, ended):
             count = len(options.backends)
             text = f"routing to {count} servers at {url}; its page is {url}/trimtab"
             print(text, file=sys.stderr, flush=True)
+            # What is here stays: to look through it again and again would make calls wait.
+            gc.collect()
+            gc.freeze()
             while not ended.done():
                 await asyncio.wait({ended}, timeout=_CHECK_EVERY_S)
                 check()
@@ -216,9 +241,12 @@ def _ended_by_signals() -> Iterator[None]:
         sys.exit(128 + number)
 
     numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, end) for number in numbers]
+    before = {number: signal.getsignal(number) for number in numbers}
+    heeded = [number for number in numbers if before[number] is not signal.SIG_IGN]
+    for number in heeded:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        for number in heeded:
+            signal.signal(number, before[number])

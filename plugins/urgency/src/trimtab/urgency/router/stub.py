@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
@@ -56,7 +57,13 @@ class Stub:
     """
 
     def __init__(
-        self, *, tokens: int = 3, first_s: float = 0.0, token_s: float = 0.0, seats: int = 1000
+        self,
+        *,
+        tokens: int = 3,
+        first_s: float = 0.0,
+        token_s: float = 0.0,
+        seats: int = 1000,
+        port: int = 0,
     ) -> None:
         self.tokens, self.first_s, self.token_s = tokens, first_s, token_s
         self.status = 200
@@ -68,7 +75,7 @@ class Stub:
         self.completed: Counter[str] = Counter()
         self.aborted = 0
         self.running = self.waiting = 0
-        self.port = 0
+        self.port = port
         self.most_running = 0
         self._seats = asyncio.Semaphore(seats)
         self._server: asyncio.Server | None = None
@@ -245,11 +252,11 @@ def _chunk(piece: bytes) -> bytes:
     return f"{len(piece):x}\r\n".encode() + piece + b"\r\n"
 
 
-async def _serve() -> None:
-    async with Stub() as stub:
+async def _serve(port: int) -> None:
+    async with Stub(port=port) as stub:
         print(stub.url, flush=True)
         await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve())
+    asyncio.run(_serve(int(sys.argv[1]) if len(sys.argv) > 1 else 0))

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from openai import BadRequestError, OpenAI
 
-from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, Server
+from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, Server, small_cpu_environment
 from trimtab.hosts.vllm.small_model import small_model
 
 pytestmark = pytest.mark.integration
@@ -24,12 +24,7 @@ def client(tmp_path_factory):
         *("--scheduling-policy", "priority"),
         *("--middleware", "trimtab.urgency.PriorityMiddleware"),
     ]
-    environment = {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
-    with Server(small_model(), log, arguments, environment) as server:
+    with Server(small_model(), log, arguments, small_cpu_environment()) as server:
         server.wait_ready()
         yield OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 

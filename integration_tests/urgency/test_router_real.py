@@ -18,9 +18,9 @@ from typing import Any
 import httpx
 import pytest
 
-from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, free_port
+from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, free_port, small_cpu_environment
 from trimtab.hosts.vllm.small_model import small_model
-from trimtab.urgency.text_to_sql.sides import URGENCY, engine_environment
+from trimtab.urgency.text_to_sql.sides import URGENCY
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -49,7 +49,7 @@ def options(ports: list[int]) -> dict[str, Any]:
                 "model": str(small_model()),
                 "port": port,
                 "arguments": arguments,
-                "environment": {**engine_environment(), "OMP_NUM_THREADS": threads[name]},
+                "environment": {**small_cpu_environment(), "OMP_NUM_THREADS": threads[name]},
             }
             for name, port in zip(threads, ports, strict=True)
         ],

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from openai import BadRequestError, OpenAI
 
-from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, Server
+from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, Server, small_cpu_environment
 from trimtab.hosts.vllm.small_model import small_model
 
 pytestmark = pytest.mark.integration
@@ -59,12 +59,7 @@ def server(tmp_path_factory):
         *("--scheduler-cls", "trimtab.hosts.vllm.Scheduler"),
         *("--additional-config", json.dumps(plugins)),
     ]
-    environment = {
-        "VLLM_PLUGINS": "trimtab",
-        "PYTHONPATH": str(site),
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
+    environment = {**small_cpu_environment(), "PYTHONPATH": str(site)}
     with Server(small_model(), log, arguments, environment) as running:
         yield running.wait_ready()
 

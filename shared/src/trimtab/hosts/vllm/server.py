@@ -37,6 +37,21 @@ would take minutes there."""
 _LIKELY_CAUSES = ("Error", "error:", "Exception", "Killed")
 
 
+def small_cpu_environment() -> dict[str, str]:
+    """The environment of such a server; what the user has set stays.
+
+    One core is left to the clients and the API server: threads of one parallel section that must
+    share a core wait for each other, and a step then takes many times as long.
+    """
+    defaults = {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) - 1)),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_PLUGINS": "trimtab",
+    }
+    return {**defaults, **{name: os.environ[name] for name in defaults if name in os.environ}}
+
+
 class ServerFailed(TrimtabError):
     """The server ended by itself, or never became ready."""
 

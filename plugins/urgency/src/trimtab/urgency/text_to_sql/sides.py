@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from trimtab.core.benchmark import Progress
-from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, Server
+from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, Server, small_cpu_environment
 from trimtab.urgency.config import Order
 from trimtab.urgency.text_to_sql.crowd import Hints
 
@@ -68,21 +67,6 @@ MIDDLEWARE = Side(
 )
 
 
-def engine_environment() -> dict[str, str]:
-    """The environment of a server on this machine; what the user has set stays.
-
-    One core is left to the clients and the API server: threads of one parallel section that must
-    share a core wait for each other, and a step then takes many times as long.
-    """
-    defaults = {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) - 1)),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_PLUGINS": "trimtab",
-    }
-    return {**defaults, **{name: os.environ[name] for name in defaults if name in os.environ}}
-
-
 @contextmanager
 def servers(
     sides: Sequence[Side], model: Path | str, logs: Path, progress: Progress, port: int = 0
@@ -118,7 +102,7 @@ def servers(
                     str(SEATS),
                     *side.arguments,
                 ],
-                engine_environment(),
+                small_cpu_environment(),
                 port=port and port + number,
             )
             started.append(stack.enter_context(server))

@@ -1,7 +1,9 @@
-"""``trimtab bench urgency``: the agent's crowd under vLLM's own orders and under urgency.
+"""``trimtab bench urgency``: the agent's crowd, the paper's settings, and what the router costs.
 
-On real engines every repeat is one crowd that visits all servers in turn, so that a slow moment of
-the machine is shared; in the simulator every seed is one crowd.
+The crowd meets vLLM's own orders and urgency. On real engines every repeat is one crowd that visits
+all servers in turn, so that a slow moment of the machine is shared; in the simulator every seed is
+one crowd. The paper's clusters and traces are simulated; the router runs before a server without a
+model.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from trimtab.core.cache import cache_directory
 from trimtab.core.policy import ServingPolicy
 from trimtab.hosts.vllm.server import Server
 from trimtab.hosts.vllm.small_model import small_model
+from trimtab.urgency.paper import simulated_cases
+from trimtab.urgency.router.bench import router_cases
 from trimtab.urgency.text_to_sql import simulated
 from trimtab.urgency.text_to_sql.agent import Answer
 from trimtab.urgency.text_to_sql.crowd import (
@@ -59,10 +63,11 @@ _POLICIES: dict[str, Callable[[Sequence[Visit]], Callable[[], ServingPolicy] | N
 
 WORKFLOWS = 32
 REPEATS = 3
-QUICK_WORKFLOWS = 12
+QUICK_WORKFLOWS = 8
 QUICK_PACE = Pace({"interactive": 2.0, "report": 4.0}, capacity_per_s=0.8)
 """A guess instead of a measurement; `tighten` mends its deadlines."""
 SIMULATED_SEEDS = 10
+QUICK_SEEDS = 3
 SIMULATED_WORKFLOWS = 100
 LOADS = (1.2, LOAD)
 
@@ -73,12 +78,15 @@ Runs = dict[str, list[Figures]]
 def run(options: Options, progress: Progress) -> list[Case]:
     """The cases of the simulator and of real engines."""
     databases = load(cache_directory() / "text-to-sql")
-    loads = LOADS[-1:] if options.quick else LOADS
+    loads, seeds = (LOADS[-1:], QUICK_SEEDS) if options.quick else (LOADS, SIMULATED_SEEDS)
     cases = []
     for rate in loads:
         progress(f"simulating at {rate:g} times the capacity")
         name = f"simulator/text-to-sql/load-{rate:g}"
-        cases += _cases(name, _simulated(databases, options.seed, rate))
+        crowds = range(options.seed, options.seed + seeds)
+        cases += _cases(name, _simulated(databases, crowds, rate))
+    cases += simulated_cases(options, progress)
+    cases += router_cases(options, progress)
     measure = _real_quickly if options.quick else _real
     return cases + _cases("real/text-to-sql", measure(databases, options.seed, progress))
 
@@ -132,15 +140,13 @@ def _pace(
     return paces[0]
 
 
-def _simulated(databases: Sequence[Database], seed: int, rate: float) -> Runs:
+def _simulated(databases: Sequence[Database], seeds: Sequence[int], rate: float) -> Runs:
     pace = simulated.pace(databases)
     runs: Runs = {name: [] for name in _POLICIES}
-    for number in range(SIMULATED_SEEDS):
-        crowd = assemble(
-            databases, pace, workflows=SIMULATED_WORKFLOWS, seed=seed + number, load=rate
-        )
+    for seed in seeds:
+        crowd = assemble(databases, pace, workflows=SIMULATED_WORKFLOWS, seed=seed, load=rate)
         for name, policy in _POLICIES.items():
-            ended_s = simulated.finished_s(crowd, seed + number, policy(crowd))
+            ended_s = simulated.finished_s(crowd, seed, policy(crowd))
             journeys = [Journey(v, ended_s[v.workflow], Answer(), 0) for v in crowd]
             if name == FCFS.name:
                 journeys = tighten(journeys)

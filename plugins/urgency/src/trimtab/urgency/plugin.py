@@ -46,7 +46,7 @@ def trimtab_benchmarks() -> Sequence[Benchmark]:
 
         return bench.run(options, progress)
 
-    summary = "text-to-SQL workflows under vLLM's own orders and under urgency"
+    summary = "agent workflows under urgency and its rivals, real and simulated; the router's cost"
     return [Benchmark("urgency", summary, run)]
 
 

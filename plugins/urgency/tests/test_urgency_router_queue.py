@@ -440,6 +440,93 @@ def test_calls_wait_at_the_router_and_not_in_the_servers() -> None:
     run(scenario)
 
 
+async def asgi(app: Any, name: str, key: str, deadline_ms: int) -> bytes:
+    """One call straight into the application, without a socket of its own."""
+    headers = {
+        "x-request-id": name,
+        "x-workflow-deadline-ms": str(deadline_ms),
+        "authorization": f"Bearer {key}",
+    }
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": CHAT,
+        "raw_path": CHAT.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }
+    request = iter([{"type": "http.request", "body": b'{"stream": true}'}])
+    answer: list[bytes] = []
+    over = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        message: dict[str, Any] | None = next(request, None)
+        if message is None:
+            await over.wait()
+            return {"type": "http.disconnect"}
+        return message
+
+    async def send(message: dict[str, Any]) -> None:
+        answer.append(message.get("body", b""))
+
+    await app(scope, receive, send)
+    over.set()
+    return b"".join(answer)
+
+
+@pytest.mark.slow
+def test_ten_thousand_waiting_calls_are_each_answered_once() -> None:
+    async def scenario() -> None:
+        stubs = [Stub(tokens=1), Stub(tokens=1)]
+        async with routed(*stubs) as (router, _, _):
+            for stub in stubs:
+                stub.first_s = 1.0
+            app = router.proxy
+            asking = [
+                asyncio.create_task(asgi(app, f"n{n}", "", 60_000 + n % 977)) for n in range(10_000)
+            ]
+            while len(router.queue) < 10_000 - 8:
+                await asyncio.sleep(0.05)
+            for stub in stubs:
+                stub.first_s = 0.0
+            answers = await asyncio.gather(*asking)
+            for number, answer in enumerate(answers):
+                name = f"n{number}"
+                assert answer.count(f"{name}-0 ".encode()) == 1
+                assert sum(stub.completed[name] for stub in stubs) == 1
+
+    run(scenario)
+
+
+def test_a_greedy_tenant_keeps_nobody_waiting_on_real_sockets() -> None:
+    """Counted in the calls that the server was given in between, which no slow machine changes."""
+
+    async def scenario() -> None:
+        tenants = [{"name": n, "keys": [f"{n}-key-000"]} for n in ("greedy", "modest")]
+        stub = Stub(tokens=1, first_s=0.01)
+        limits = {"fair_lag_s": 0.05}
+        async with routed(stub, tenants=tenants, limits=limits) as (router, _, _):
+            crowd = [
+                asyncio.create_task(asgi(router.proxy, f"g{n}", "greedy-key-000", 1))
+                for n in range(600)
+            ]
+            while len(stub.asked) < 40:
+                await asyncio.sleep(0.005)
+            overtaken = []
+            for number in range(8):
+                before = len(stub.asked)
+                await asgi(router.proxy, f"m{number}", "modest-key-000", 80_000_000)
+                names = [asked.headers["x-request-id"] for asked in stub.asked]
+                overtaken.append(names.index(f"m{number}") - before)
+            assert len(router.queue) > 100
+            # The lag, in calls of ten milliseconds, and what the four seats take meanwhile.
+            assert max(overtaken) <= 60
+            await asyncio.gather(*crowd)
+
+    run(scenario)
+
+
 def test_the_state_shows_who_waits_who_is_late_and_what_each_server_does() -> None:
     async def scenario() -> None:
         stub = Stub(first_s=30)

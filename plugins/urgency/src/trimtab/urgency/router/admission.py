@@ -125,7 +125,6 @@ class AdmissionQueue:
         self._tickets: dict[Call, Ticket] = {}
         self._waiting: dict[Ticket, None] = {}
         self._numbers = count(1)
-        self._floor_s = 0.0
         self._pace_s = 1.0
         self._last_end_s = clock()
         self._out_since_s: float | None = None
@@ -284,18 +283,10 @@ class AdmissionQueue:
         backend.backlog.sent(ticket.routed, now_s)
         backend.tickets[ticket] = None
         self._policy.on_admission(ticket.call, now_s)
-        self._charge(ticket)
+        ticket.tenant.charge(ticket.charged_s)
         if ticket.place is not None and not ticket.place.done():
             ticket.place.set_result(backend)
         return True
-
-    def _charge(self, ticket: Ticket) -> None:
-        tenant = ticket.tenant
-        tenant.running += 1
-        # Whoever comes back from a pause has no claim on the service of the past.
-        contending = [t.served_s for t in self._lines if t.waiting or t is tenant]
-        self._floor_s = max(self._floor_s, min(contending))
-        tenant.charge(ticket.charged_s)
 
     def _release(self, ticket: Ticket, service_s: float) -> None:
         """Takes a call off its server, and mends what its tenant was charged."""
@@ -304,14 +295,13 @@ class AdmissionQueue:
         backend.backlog.ended(ticket.routed, self._clock())
         del backend.tickets[ticket]
         ticket.backend = None
-        ticket.tenant.running -= 1
-        ticket.tenant.charge(service_s - ticket.charged_s)
+        ticket.tenant.settle(ticket.charged_s, service_s)
 
     def _queue(self, ticket: Ticket, now_s: float) -> None:
         ticket.place = asyncio.get_running_loop().create_future()
         ticket.key = self._policy.key(ticket.call, now_s)
-        if not ticket.tenant.waiting and not ticket.tenant.running:
-            ticket.tenant.served_s = max(ticket.tenant.served_s, self._floor_s)
+        if not ticket.tenant.is_here:
+            ticket.tenant.arrive(self._lines)
         self._requeue(ticket)
 
     def _requeue(self, ticket: Ticket) -> None:

@@ -69,7 +69,7 @@ class Router:
             config.limits,
             clock,
         )
-        self._proxy = Proxy(
+        self.proxy = Proxy(
             self.queue,
             self.backends,
             self._upstream,
@@ -89,7 +89,7 @@ class Router:
                 Route("/metrics", self._show_metrics),
                 Route("/trimtab", self._page),
                 Route("/trimtab/state", self._state),
-                Mount("/", self._proxy),
+                Mount("/", self.proxy),
             ],
             lifespan=self._lifespan,
         )

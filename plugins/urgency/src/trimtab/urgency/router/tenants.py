@@ -23,7 +23,7 @@ class Tenant:
         max_running: calls it may have in the servers at once.
         running: those it has there.
         waiting: those it has in the router's queue.
-        served_s: seconds of service, over its weight.
+        settled_s: seconds of service that it has had, over its weight.
     """
 
     def __init__(self, options: TenantOptions | None = None) -> None:
@@ -33,16 +33,48 @@ class Tenant:
         self._weight = options.weight if options else 1.0
         self.running = 0
         self.waiting = 0
-        self.served_s = 0.0
+        self.settled_s = 0.0
+        self._pending_s = 0.0
 
     @property
     def may_run(self) -> bool:
         """Whether another of its calls may be sent."""
         return self.running < self.max_running
 
-    def charge(self, service_s: float) -> None:
-        """Counts service, or takes back what was counted too much."""
-        self.served_s += service_s / self._weight
+    @property
+    def is_here(self) -> bool:
+        """Whether any of its calls waits or runs."""
+        return bool(self.waiting or self.running)
+
+    @property
+    def served_s(self) -> float:
+        """The service that it has had, and what its calls in the servers are expected to take."""
+        return self.settled_s + self._pending_s
+
+    def charge(self, expected_s: float) -> None:
+        """A call of it was sent."""
+        self.running += 1
+        self._pending_s += expected_s / self._weight
+
+    def settle(self, expected_s: float, service_s: float) -> None:
+        """A call of it is over, and has taken ``service_s``."""
+        self.running -= 1
+        self._pending_s -= expected_s / self._weight
+        self.settled_s += service_s / self._weight
+
+    def arrive(self, others: Iterable[Tenant]) -> None:
+        """Comes back from a pause, with no claim on the service of the past.
+
+        It starts with what the one of the others that has had the least has had; where nobody is
+        there, the past of all is forgotten.
+        """
+        others = [other for other in others if other is not self]
+        here_s = [other.settled_s for other in others if other.is_here]
+        if here_s:
+            self.settled_s = max(self.settled_s, min(here_s))
+        else:
+            for tenant in (self, *others):
+                tenant.settled_s = 0.0
 
     def fields_of(self, said: Mapping[str, FieldValue], *, known: bool) -> dict[str, FieldValue]:
         """What a call of the tenant says, as far as it may.

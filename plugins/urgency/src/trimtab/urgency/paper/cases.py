@@ -40,6 +40,8 @@ _RIVALS = (
     Side("edf", "least-requests", order="edf"),
     Side("plas", "least-requests", order="plas"),
 )
+# The released programme also halves the work of some GPUs, set by hand: that is worse here for
+# nearly every alpha, so the rivals go without.
 _PUBLISHED = tuple(
     Side(f"{rule}-{alpha:g}", rule, options={"alpha": alpha})
     for rule in ("paper", "ratio")
@@ -56,6 +58,7 @@ _RATE_SCALE = 4.0
 _FEW_SEATS = 4
 """With these calls wait in the queue, where an order matters, rather than in the batch."""
 _IN_TIME = 0.8
+_MIXED_IN_TIME = 0.5
 _NEAR_LIMIT = 0.85
 _LOADS = (0.5, 0.7, 0.85, 0.95, 1.1)
 _HEAVY = (0.95, 1.1)
@@ -161,7 +164,9 @@ def _order_cases(cells: Sequence[Cell], values: Sequence[Values]) -> list[Case]:
     cases = []
     for cell, found in zip(cells, values, strict=True):
         cases += _against_orders(f"paper/order-alone/{cell.name}", found)
-    return cases + _against_orders("paper/order-alone/mean-over-cells", _mean_over(values))
+    means = _mean_over(values)
+    cases += _against_rivals("paper/mixed-deadlines/mean-over-cells", means, _MIXED_NOTE)
+    return cases + _against_orders("paper/order-alone/mean-over-cells", means)
 
 
 def _rate_cases(cells: Sequence[Cell], values: Sequence[Values]) -> list[Case]:
@@ -222,8 +227,8 @@ def _whole(cell: Cell, count: int, seed: int) -> Run:
 def _orders(cell: Cell, count: int, seed: int) -> Run:
     """All queue orders behind one dispatch rule, with tight and loose deadlines mixed."""
     scene = Scene(cell, count, seed, MIXED)
-    scale = scene.scale_met(LEAST_REQUESTS, _IN_TIME)
-    sides = [Side(order, "least-requests", order=order) for order in _ORDERS]
+    scale = scene.scale_met(LEAST_REQUESTS, _MIXED_IN_TIME)
+    sides = [Side(f"least-requests+{order}", "least-requests", order=order) for order in _ORDERS]
     found = {}
     for side in (*sides, OUR_ORDER, OURS):
         records = scene.run(side, scale)
@@ -258,20 +263,23 @@ def _latencies(cell: Cell, count: int, seed: int) -> Run:
 
 
 _DISPATCH = OUR_DISPATCH.name
+_ORDER = OUR_ORDER.name
 _HIGHER = frozenset({"in_time", "sustained_load"})
 _NOTES = {
     "deadline_scale": "smallest multiple of the template's time that 95 % of the workflows meet",
     "in_time": "deadlines such that least-requests with FCFS meets 80 %",
-    "p95_tardiness_s": "deadlines of three classes such that least-requests with FCFS meets 80 %; "
-    "at least 1 s",
     "sustained_load": f"share of full capacity at which 95 % meet {_RATE_SCALE:g} template times",
 }
 
+_MIXED_NOTE = (
+    "deadlines of three classes such that FCFS meets 50 %; a tardiness below 1 s counts as 1 s"
+)
 
-def _against_rivals(where: str, values: Values) -> list[Case]:
-    """Ours against every rival and against its own dispatch alone."""
+
+def _against_rivals(where: str, values: Values, note: str | None = None) -> list[Case]:
+    """Ours against every rival and against its own halves, where they were measured."""
     return [
-        _case(f"{where}/{OURS.name}", metric, rival, theirs, values[metric, OURS.name])
+        _case(f"{where}/{OURS.name}", metric, rival, theirs, values[metric, OURS.name], note)
         for (metric, rival), theirs in values.items()
         if rival != OURS.name
     ]
@@ -288,14 +296,19 @@ def _dispatch_against_rivals(where: str, values: Values) -> list[Case]:
 
 def _against_orders(where: str, values: Values) -> list[Case]:
     return [
-        _case(f"{where}/{OUR_ORDER.name}", metric, rival, theirs, values[metric, OUR_ORDER.name])
+        _case(f"{where}/{_ORDER}", metric, rival, theirs, values[metric, _ORDER], _MIXED_NOTE)
         for (metric, rival), theirs in values.items()
-        if rival not in (OUR_ORDER.name, OURS.name)
+        if rival not in (_ORDER, OURS.name)
     ]
 
 
 def _case(
-    where: str, metric: str, rival: str, theirs: Sequence[float], ours: Sequence[float]
+    where: str,
+    metric: str,
+    rival: str,
+    theirs: Sequence[float],
+    ours: Sequence[float],
+    note: str | None = None,
 ) -> Case:
     better: Better = "higher" if metric in _HIGHER else "lower"
     return Case.compare(
@@ -305,5 +318,5 @@ def _case(
         better,
         rival,
         list(zip(theirs, ours, strict=True)),
-        notes=_NOTES.get(metric),
+        notes=note or _NOTES.get(metric),
     )

@@ -93,6 +93,26 @@ def test_a_search_out_of_time_changes_nothing():
     assert "NaN" not in tuning.summary(found)
 
 
+def test_a_field_without_time_leaves_the_winner_of_those_before():
+    seen = chains(50, 2.0, seed=1)
+    replays = tuning.Replays(seen, [PROFILE], UrgencyConfig())
+    fields = [[TunedOptions(order="edd")], [TunedOptions(age_cap=float(n)) for n in range(2, 9)]]
+    first = replays.loss
+    asked = 0
+
+    def stops(options: TunedOptions, window: int) -> float:
+        nonlocal asked
+        asked += 1
+        if replays.spendable < 1 and asked > 20:
+            raise tuning.OutOfTime
+        return first(options, window)
+
+    replays.loss = stops
+    found = tuning.tune(replays, TunedOptions(order="urgency"), fields)
+    assert found.changed
+    assert found.options == TunedOptions(order="edd")
+
+
 def test_dispatch_rules_are_searched_where_there_are_several_engines():
     seen = chains(60, 2.5, seed=3)
     replays = tuning.Replays(seen, [PROFILE, SLOW], UrgencyConfig())

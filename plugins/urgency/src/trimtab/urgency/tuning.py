@@ -12,6 +12,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -34,6 +35,8 @@ ALPHAS = tuple(step / 10 for step in range(11))
 _SEARCH_WINDOWS = 8
 _TRIAL_WINDOWS = 8
 _MOST_WORKFLOWS = 200
+_SEARCH_SHARE = 0.6
+"""Of the budget; the rest is for the trial."""
 _LEAST_GAIN = 0.02
 _RESAMPLES = 1000
 _TARDINESS_WEIGHT, _LATENCY_WEIGHT = 0.1, 0.01
@@ -50,7 +53,7 @@ class Tuning:
         before: mean loss of the options that were in use, over the trial's windows.
         after: that of the search's winner.
         simulations: how many were run.
-        in_time: whether the search ended within its budget; else nothing changes.
+        in_time: whether the trial ended within the budget; else nothing changes.
     """
 
     options: TunedOptions
@@ -62,7 +65,7 @@ class Tuning:
 
 
 class OutOfTime(Exception):
-    """The search's budget is spent."""
+    """The budget is spent."""
 
 
 class Replays:
@@ -89,7 +92,9 @@ class Replays:
         self._output_tokens = _mean_outputs(requests)
         self._profiles, self._config = profiles, config
         self._losses: dict[tuple[TunedOptions, int], float] = {}
-        self._until_s = time.monotonic() + budget_s
+        self._start_s, self._budget_s = time.monotonic(), budget_s
+        self.spendable = 1.0
+        """The share of the budget after which `OutOfTime` is raised."""
 
     @property
     def simulations(self) -> int:
@@ -103,7 +108,7 @@ class Replays:
             OutOfTime: the budget is spent.
         """
         if (options, window) not in self._losses:
-            if time.monotonic() > self._until_s:
+            if time.monotonic() - self._start_s > self.spendable * self._budget_s:
                 raise OutOfTime
             self._losses[options, window] = loss(self._replay(options, self._windows[window]))
         return self._losses[options, window]
@@ -154,19 +159,29 @@ def tune(
         candidates: fields of options that are searched one after another: each candidate says what
             it changes of the winner so far.
     """
-    winner = current
-    search = range(_SEARCH_WINDOWS)
+    winner = _search(replays, current, candidates)
     trial = range(_SEARCH_WINDOWS, _SEARCH_WINDOWS + _TRIAL_WINDOWS)
     try:
-        for field in candidates:
-            changed = [winner.model_copy(update=_said(candidate)) for candidate in field]
-            winner = halve([winner, *changed], replays.loss, len(search))
         before, after = replays.losses(current, trial), replays.losses(winner, trial)
     except OutOfTime:
         return Tuning(current, False, math.nan, math.nan, replays.simulations, in_time=False)
     adopted = winner != current and surely_better(before, after)
     options = winner if adopted else current
     return Tuning(options, adopted, mean(before), mean(after), replays.simulations)
+
+
+def _search(
+    replays: Replays, current: TunedOptions, candidates: Sequence[Sequence[TunedOptions]]
+) -> TunedOptions:
+    """The winner of all fields, or of those for which there was time."""
+    winner = current
+    replays.spendable = _SEARCH_SHARE
+    with suppress(OutOfTime):
+        for field in candidates:
+            changed = [winner.model_copy(update=_said(candidate)) for candidate in field]
+            winner = halve([winner, *changed], replays.loss, _SEARCH_WINDOWS)
+    replays.spendable = 1.0
+    return winner
 
 
 def halve(

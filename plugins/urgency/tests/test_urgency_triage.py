@@ -163,3 +163,18 @@ def test_in_a_burst_some_workflows_are_in_time_where_by_due_date_hardly_any_is(
 
     assert in_time("fcfs") == 0
     assert in_time("edd") >= 10
+
+
+def test_the_pace_counts_stages_as_long_as_they_are_now_believed_to_be(
+    make_job, make_server, monkeypatch
+):
+    """The work that is left is counted so; by the old length the pace would seem too slow."""
+    estimator = Estimator()
+    for _ in range(20):
+        estimator.learn_service("default", "only", 0.3, 10)
+    noted = []
+    monkeypatch.setattr(Triage, "note_stage", lambda triage, expected_s: noted.append(expected_s))
+    fields = {"stage": "only", "deadline_s": 60.0}
+    jobs = [make_job(1.0, {"workflow": f"w{number}", **fields}, 0.0) for number in range(20)]
+    make_server(UrgencyPolicy(UrgencyConfig(), estimator), seats=2).serve(jobs)
+    assert noted[-1] == estimator.service_s("default", "only") > 0.6

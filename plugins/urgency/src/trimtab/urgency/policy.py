@@ -282,7 +282,8 @@ class UrgencyPolicy(ServingPolicy):
                 workflow.class_, waiting.stage, service_s, call.output_tokens
             )
             if waiting.lane in _TIMELY and not workflow.calls:
-                self._triage.note_stage(waiting.service_s)
+                # As long as such a stage is now believed to be: so is the work that is left.
+                self._triage.note_stage(self._estimator.service_s(workflow.class_, waiting.stage))
             self._leave_stage(workflow, waiting.state, now_s)
             self._follow_estimates(workflow.class_, now_s)
 

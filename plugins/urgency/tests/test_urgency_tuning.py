@@ -110,7 +110,7 @@ def test_a_field_without_time_leaves_the_winner_of_those_before():
     replays.loss = stops
     found = tuning.tune(replays, TunedOptions(order="urgency"), fields)
     assert found.changed
-    assert found.options == TunedOptions(order="edd")
+    assert found.options.order == "edd"
 
 
 def test_dispatch_rules_are_searched_where_there_are_several_engines():
@@ -137,6 +137,24 @@ def test_halving_keeps_the_best_and_looks_little_at_the_rest():
     assert tuning.halve(field, loss_of, 8) == field[5]
     assert len(set(asked)) <= 16 + 16 + 16 + 16
     assert tuning.halve(field[:1], loss_of, 8) == field[0]
+
+
+def test_halving_cut_short_takes_the_best_of_the_last_whole_round():
+    field = [TunedOptions(age_cap=1.0 + number) for number in range(8)]
+    asked = 0
+
+    def loss_of(options: TunedOptions, window: int) -> float:
+        nonlocal asked
+        asked += 1
+        if asked > most:
+            raise tuning.OutOfTime
+        return abs(options.age_cap - 6.0)
+
+    most = 10
+    assert tuning.halve(field, loss_of, 8) == field[5]
+    asked, most = 0, 7
+    with pytest.raises(tuning.OutOfTime):
+        tuning.halve(field, loss_of, 8)
 
 
 def test_only_sure_gains_count():

@@ -189,11 +189,22 @@ def halve(
     loss_of: Callable[[TunedOptions, int], float],
     windows: int,
 ) -> TunedOptions:
-    """Successive halving (arXiv:1502.07943): the better half goes on to twice the windows."""
+    """Successive halving (arXiv:1502.07943): the better half goes on to twice the windows.
+
+    When the time is over, the best of the last whole round is taken.
+
+    Raises:
+        OutOfTime: not even one round was.
+    """
     left, used = list(dict.fromkeys(candidates)), 1
     while len(left) > 1:
         used = min(used, windows)
-        left.sort(key=lambda one: mean(loss_of(one, window) for window in range(used)))
+        try:
+            left = sorted(left, key=lambda one: mean(loss_of(one, w) for w in range(used)))
+        except OutOfTime:
+            if used == 1:
+                raise
+            break
         if used == windows:
             break
         left = left[: (len(left) + 1) // 2]

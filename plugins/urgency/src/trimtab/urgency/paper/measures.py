@@ -26,8 +26,8 @@ ATTAINED = 0.95
 _STEP = 1.2
 _HALVINGS = 4
 """The smallest scale is found to within the step's 16th root, about 1 %."""
-_RATE_HALVINGS = 5
-_RATES = (0.05, 1.25)
+_RATE_HALVINGS = 6
+_RATES = (0.15, 1.3)
 
 
 @dataclass(frozen=True, slots=True)

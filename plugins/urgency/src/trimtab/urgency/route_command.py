@@ -91,14 +91,14 @@ def _log_folder(given: Path | None) -> Iterator[Path]:
         yield given
         return
     folder = Path(tempfile.mkdtemp(prefix="trimtab-up-"))
-    failed = False
+    kept = False
     try:
         yield folder
     except Exception:
-        failed = True
+        kept = any(folder.iterdir())
         raise
     finally:
-        if not failed:
+        if not kept:
             shutil.rmtree(folder, ignore_errors=True)
 
 

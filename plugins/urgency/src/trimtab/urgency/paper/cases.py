@@ -98,7 +98,7 @@ class Plan:
             cells=[Cell(*place, load) for place in places for load in _LOADS],
             mixed=[Cell(*place, load, _FEW_SEATS) for place in places for load in _HEAVY],
             seeds=5,
-            workflows=100,
+            workflows=60,
             rates=[Cell(*place, 1.0) for place in places],
             near_limit=[Cell(*place, _near_limit(*place)) for place in places],
         )

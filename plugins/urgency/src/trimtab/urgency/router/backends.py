@@ -230,11 +230,11 @@ class PromptedCall(RoutedCall):
 
 
 Look = Callable[[Backend], Awaitable[Queue | None]]
-"""Asks a server for its health and its queue; raises `LookFailed`."""
+"""Asks a server for its health and its queue; raises `BackendFailed`."""
 
 
-class LookFailed(Exception):
-    """A server did not answer a look as a healthy one does.
+class BackendFailed(Exception):
+    """A server could not be reached, broke off, kept silent, or is not well.
 
     Args:
         reason: why.
@@ -250,7 +250,7 @@ async def look_once(backend: Backend, look: Look) -> None:
     """Looks at a server, and takes in what is seen."""
     try:
         queue = await look(backend)
-    except LookFailed as failure:
+    except BackendFailed as failure:
         backend.failed(str(failure), surely=failure.surely)
         return
     backend.looked_well()

@@ -14,7 +14,7 @@ from trimtab.core.policy import Call, Outcome
 from trimtab.hosts.vllm.middleware import Message, Receive, Scope, Send, request_headers
 from trimtab.urgency.fields import parse
 from trimtab.urgency.router.admission import AdmissionQueue, Ticket
-from trimtab.urgency.router.backends import Backend, PromptedCall
+from trimtab.urgency.router.backends import Backend, BackendFailed, PromptedCall
 from trimtab.urgency.router.config import Limits
 from trimtab.urgency.router.journeys import Journey, Journeys
 from trimtab.urgency.router.metrics import Metrics
@@ -24,7 +24,7 @@ from trimtab.urgency.router.requests import BYTES_PER_TOKEN, Disconnected, Reque
 from trimtab.urgency.router.speeds import Speeds
 from trimtab.urgency.router.tally import Tally
 from trimtab.urgency.router.tenants import Tenant, Tenants
-from trimtab.urgency.router.upstream import Answer, BackendFailed, Headers, Upstream, sent_headers
+from trimtab.urgency.router.upstream import Answer, Headers, Upstream, sent_headers
 
 _BUSY = frozenset({429, 502, 503, 504})
 """Answers of a server that cannot take the call now; another one may."""

@@ -11,7 +11,7 @@ import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
-from trimtab.urgency.router.backends import Backend, LookFailed, Queue, read_queue
+from trimtab.urgency.router.backends import Backend, BackendFailed, Queue, read_queue
 
 _HOP_BY_HOP = frozenset(
     {
@@ -32,19 +32,6 @@ _KEPT_OPEN_S = 4.0
 _CONNECT_WITHIN_S = 5.0
 
 Headers = list[tuple[bytes, bytes]]
-
-
-class BackendFailed(Exception):
-    """A server could not be reached, broke off, or kept silent.
-
-    Args:
-        reason: why.
-        surely: nobody listens there at all.
-    """
-
-    def __init__(self, reason: str, *, surely: bool = False) -> None:
-        super().__init__(reason)
-        self.surely = surely
 
 
 class Answer:
@@ -150,7 +137,7 @@ class Upstream:
         """Asks a server for its health and its queue.
 
         Raises:
-            LookFailed: it is not well.
+            BackendFailed: it is not well.
         """
         assert self._session is not None
         limit = aiohttp.ClientTimeout(total=within_s)
@@ -160,16 +147,15 @@ class Upstream:
                 f"{backend.url}/health", timeout=limit, headers=headers, allow_redirects=False
             ) as answer:
                 if answer.status >= 500:
-                    raise LookFailed(f"/health answers {answer.status}")
+                    raise BackendFailed(f"/health answers {answer.status}")
             async with self._session.get(
                 f"{backend.url}/metrics", timeout=limit, headers=headers, allow_redirects=False
             ) as answer:
                 return read_queue(await answer.read()) if answer.status == 200 else None
         except TimeoutError:
-            raise LookFailed(f"it did not answer within {within_s:g} s") from None
+            raise BackendFailed(f"it did not answer within {within_s:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
-            surely = isinstance(error, aiohttp.ClientConnectorError)
-            raise LookFailed(_words(error), surely=surely) from None
+            raise _failure(error) from None
 
 
 def sent_headers(raw: Headers, backend: Backend, drop: Set[bytes]) -> list[tuple[str, str]]:
@@ -186,8 +172,4 @@ def sent_headers(raw: Headers, backend: Backend, drop: Set[bytes]) -> list[tuple
 
 def _failure(error: Exception) -> BackendFailed:
     surely = isinstance(error, aiohttp.ClientConnectorError)
-    return BackendFailed(_words(error), surely=surely)
-
-
-def _words(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    return BackendFailed(str(error) or type(error).__name__, surely=surely)

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from trimtab.urgency.text_to_sql.crowd import Journey
+if TYPE_CHECKING:
+    from trimtab.urgency.text_to_sql.crowd import Journey
 
 
 class Figures(BaseModel):

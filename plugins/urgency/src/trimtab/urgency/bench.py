@@ -63,7 +63,7 @@ _POLICIES: dict[str, Callable[[Sequence[Visit]], Callable[[], ServingPolicy] | N
 
 WORKFLOWS = 32
 REPEATS = 3
-QUICK_WORKFLOWS = 8
+QUICK_WORKFLOWS = 6
 QUICK_PACE = Pace({"interactive": 2.0, "report": 4.0}, capacity_per_s=0.8)
 """A guess instead of a measurement; `tighten` mends its deadlines."""
 SIMULATED_SEEDS = 10
@@ -86,9 +86,12 @@ def run(options: Options, progress: Progress) -> list[Case]:
         crowds = range(options.seed, options.seed + seeds)
         cases += _cases(name, _simulated(databases, crowds, rate))
     cases += simulated_cases(options, progress)
-    cases += router_cases(options, progress)
-    measure = _real_quickly if options.quick else _real
-    return cases + _cases("real/text-to-sql", measure(databases, options.seed, progress))
+    if options.quick:
+        real = _real_quickly(databases, options.seed, progress)
+    else:
+        cases += router_cases(options, progress)
+        real = _real(databases, options.seed, progress)
+    return cases + _cases("real/text-to-sql", real)
 
 
 def _real_quickly(databases: Sequence[Database], seed: int, progress: Progress) -> Runs:

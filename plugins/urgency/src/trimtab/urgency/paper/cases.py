@@ -92,7 +92,7 @@ class Plan:
         """A few small cells for a quick run; else all of them."""
         if options.quick:
             place = ("a100x2-a6000-l40s", "trace-1")
-            return cls([Cell(*place, 0.85)], [Cell(*place, 1.1, _FEW_SEATS)], 3, 25)
+            return cls([Cell(*place, 0.85)], [Cell(*place, 1.1, _FEW_SEATS)], 2, 25)
         places = list(product(CLUSTERS, TRACES))
         return cls(
             cells=[Cell(*place, load) for place in places for load in _LOADS],

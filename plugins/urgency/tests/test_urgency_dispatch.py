@@ -12,7 +12,7 @@ from trimtab.core.workload import Request
 from trimtab.urgency.dispatch import RULES, Backlog, Prediction, RoutedCall, Rule, rule
 from trimtab.urgency.paper.hardware import A100, A6000, L40S
 from trimtab.urgency.paper.orders import router_order
-from trimtab.urgency.paper.router import HoldingRouter
+from trimtab.urgency.simulated_router import HoldingRouter
 
 CLUSTER = (A100, A6000, L40S)
 

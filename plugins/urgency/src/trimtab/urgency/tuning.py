@@ -26,8 +26,8 @@ from trimtab.core.simulate import ReplicaSpec, ServingResult, simulate
 from trimtab.core.workload import Request, Workload
 from trimtab.urgency.config import TunedDispatch, TunedOptions, UrgencyConfig
 from trimtab.urgency.dispatch import Backlog, Prediction, RoutedCall, rule
-from trimtab.urgency.paper.router import HoldingRouter
 from trimtab.urgency.policy import UrgencyPolicy
+from trimtab.urgency.simulated_router import HoldingRouter
 
 ALPHAS = tuple(step / 10 for step in range(11))
 """The paper's grid, to its end."""

@@ -11,8 +11,8 @@ from trimtab.core.workload import Request
 from trimtab.urgency.dispatch import Backlog, Prediction, RoutedCall, rule
 from trimtab.urgency.paper.hardware import SEATS, Cluster, Gpu
 from trimtab.urgency.paper.orders import order_policies, router_order
-from trimtab.urgency.paper.router import HoldingRouter
 from trimtab.urgency.paper.traces import database_of, stage_of
+from trimtab.urgency.simulated_router import HoldingRouter
 
 _MARGIN = 0.2
 """Share of the workflows at each end that figures leave out: a cluster that fills or empties."""

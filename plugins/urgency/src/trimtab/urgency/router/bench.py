@@ -20,6 +20,7 @@ import aiohttp
 
 from trimtab.core.benchmark import Case, Options, Progress
 from trimtab.core.errors import TrimtabError
+from trimtab.urgency.text_to_sql.figures import percentile
 
 RATE_PER_S = 200.0
 ROUNDS = 5
@@ -56,7 +57,7 @@ def router_cases(options: Options, progress: Progress) -> list[Case]:
 
 def _case(name: str, quantity: str, q: float, pairs: Sequence[tuple[Round, Round]]) -> Case:
     found = [
-        (_quantile(getattr(direct, quantity), q), _quantile(getattr(routed, quantity), q))
+        (percentile(getattr(direct, quantity), q), percentile(getattr(routed, quantity), q))
         for direct, routed in pairs
     ]
     added_ms = sorted(1000 * (routed - direct) for direct, routed in found)
@@ -70,10 +71,6 @@ def _case(name: str, quantity: str, q: float, pairs: Sequence[tuple[Round, Round
         notes=f"the router adds {added_ms[len(added_ms) // 2]:.2f} ms "
         f"({added_ms[0]:.2f} to {added_ms[-1]:.2f} over {len(found)} rounds)",
     )
-
-
-def _quantile(values: Sequence[float], q: float) -> float:
-    return values[int(q * (len(values) - 1))]
 
 
 async def _measure(

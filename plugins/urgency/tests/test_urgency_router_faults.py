@@ -77,6 +77,23 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     return found
 
 
+def test_a_router_that_stood_still_blames_no_server() -> None:
+    """The answers lie in its sockets; what it did not see in time is not a server's silence."""
+
+    async def scenario() -> None:
+        async with world(Stub(first_s=1.0), Stub(first_s=1.0)) as w:
+            asking = [asyncio.create_task(w.ask(f"c{n}")) for n in range(8)]
+            await w.until(lambda: sum(len(stub.asked) for stub in w.stubs) == 8)
+            for _ in range(20):
+                time.sleep(HEALTH["timeout_s"] / 2)
+                await asyncio.sleep(0)
+                assert w.states() == ["up", "up"]
+            assert all(is_whole(answer) for answer in await asyncio.gather(*asking))
+            assert sum(len(stub.asked) for stub in w.stubs) == 8
+
+    run(scenario)
+
+
 def test_a_server_killed_before_the_first_byte_loses_the_call_to_another() -> None:
     async def scenario() -> None:
         dying, other = Stub(first_s=60), Stub()

@@ -169,6 +169,11 @@ class Backend:
         if self.state is State.DOWN:
             self.reason = reason
 
+    def failed_by(self, failure: BackendFailed) -> None:
+        """It has failed so; what the router may have missed is not held against it."""
+        if not failure.excused:
+            self.failed(str(failure), surely=failure.surely)
+
     def looked_well(self) -> None:
         """A look at it went well."""
         self._good_looks += 1
@@ -239,11 +244,15 @@ class BackendFailed(Exception):
     Args:
         reason: why.
         surely: nobody listens there at all.
+        unsent: it never had the request.
+        excused: the router stood still meanwhile, so that this says nothing of the server.
     """
 
-    def __init__(self, reason: str, *, surely: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, surely: bool = False, unsent: bool = False, excused: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.surely = surely
+        self.surely, self.unsent, self.excused = surely, unsent, excused
 
 
 async def look_once(backend: Backend, look: Look) -> None:
@@ -251,7 +260,7 @@ async def look_once(backend: Backend, look: Look) -> None:
     try:
         queue = await look(backend)
     except BackendFailed as failure:
-        backend.failed(str(failure), surely=failure.surely)
+        backend.failed_by(failure)
         return
     backend.looked_well()
     backend.heard_queue(queue)

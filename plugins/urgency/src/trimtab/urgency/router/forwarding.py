@@ -287,9 +287,9 @@ class Proxy:
             backend.failed("it kept silent")
             raise _TryAnother("silent", Refusal(504, "The server kept silent.")) from None
         except BackendFailed as failure:
-            backend.failed(str(failure), surely=failure.surely)
+            backend.failed_by(failure)
             refusal = Refusal(502, "The server broke off.")
-            raise _TryAnother("lost", refusal, unsent=failure.surely) from None
+            raise _TryAnother("lost", refusal, unsent=failure.unsent) from None
         finally:
             if prompted is not None:
                 prompted.cancel()

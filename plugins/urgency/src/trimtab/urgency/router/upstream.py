@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Set
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -12,6 +13,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from trimtab.urgency.router.backends import Backend, BackendFailed, Queue, read_queue
+from trimtab.urgency.router.pulse import Pulse, Span
 
 _HOP_BY_HOP = frozenset(
     {
@@ -76,9 +78,12 @@ class Upstream:
 
     def __init__(self) -> None:
         self._session: aiohttp.ClientSession | None = None
+        self._pulse = Pulse()
+        self._beating: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         """Opens a pool of connections, as many as there are calls."""
+        self._beating = asyncio.create_task(self._pulse.beat())
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT_OPEN_S)
         self._session = aiohttp.ClientSession(
             connector=connector,
@@ -96,6 +101,8 @@ class Upstream:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._beating is not None:
+            self._beating.cancel()
         if self._session is not None:
             await self._session.close()
 
@@ -114,6 +121,7 @@ class Upstream:
             BackendFailed: the server cannot be reached, or breaks off before it answers.
         """
         assert self._session is not None
+        span = self._pulse.span()
         try:
             response = await self._session.request(
                 method,
@@ -122,6 +130,8 @@ class Upstream:
                 data=body or None,
                 allow_redirects=False,
             )
+        except aiohttp.ConnectionTimeoutError:
+            raise _too_late(_CONNECT_WITHIN_S, span, unsent=True) from None
         except (aiohttp.ClientError, OSError) as error:
             raise _failure(error) from None
         try:
@@ -141,6 +151,7 @@ class Upstream:
         """
         assert self._session is not None
         limit = aiohttp.ClientTimeout(total=within_s)
+        span = self._pulse.span()
         headers = {"authorization": f"Bearer {backend.api_key}"} if backend.api_key else None
         try:
             async with self._session.get(
@@ -153,7 +164,7 @@ class Upstream:
             ) as answer:
                 return read_queue(await answer.read()) if answer.status == 200 else None
         except TimeoutError:
-            raise BackendFailed(f"it did not answer within {within_s:g} s") from None
+            raise _too_late(within_s, span) from None
         except (aiohttp.ClientError, OSError) as error:
             raise _failure(error) from None
 
@@ -170,6 +181,11 @@ def sent_headers(raw: Headers, backend: Backend, drop: Set[bytes]) -> list[tuple
     return sent
 
 
+def _too_late(within_s: float, span: Span, *, unsent: bool = False) -> BackendFailed:
+    reason = f"it did not answer within {within_s:g} s"
+    return BackendFailed(reason, unsent=unsent, excused=not span.kept)
+
+
 def _failure(error: Exception) -> BackendFailed:
-    surely = isinstance(error, aiohttp.ClientConnectorError)
-    return BackendFailed(str(error) or type(error).__name__, surely=surely)
+    nobody = isinstance(error, aiohttp.ClientConnectorError)
+    return BackendFailed(str(error) or type(error).__name__, surely=nobody, unsent=nobody)

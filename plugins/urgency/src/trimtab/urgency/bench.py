@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from trimtab.core.benchmark import Case, Options, Progress
 from trimtab.core.cache import cache_directory
 from trimtab.core.policy import ServingPolicy
-from trimtab.hosts.vllm.server import Server
 from trimtab.hosts.vllm.small_model import small_model
 from trimtab.urgency.paper import simulated_cases
 from trimtab.urgency.router.bench import router_cases
@@ -27,8 +27,10 @@ from trimtab.urgency.text_to_sql.agent import Answer
 from trimtab.urgency.text_to_sql.crowd import (
     IN_TIME_SHARE,
     LOAD,
+    Hints,
     Journey,
     Pace,
+    Served,
     Visit,
     assemble,
     measure_pace,
@@ -36,7 +38,15 @@ from trimtab.urgency.text_to_sql.crowd import (
     visit_all,
 )
 from trimtab.urgency.text_to_sql.databases import Database, load
-from trimtab.urgency.text_to_sql.figures import METRICS, Figures, Metric, figures
+from trimtab.urgency.text_to_sql.figures import DEADLINE_SCALE, METRICS, Figures, Metric, figures
+from trimtab.urgency.text_to_sql.pool import (
+    DISPATCH,
+    LEAST_REQUESTS,
+    ROUND_ROBIN,
+    WHOLE,
+    pool,
+)
+from trimtab.urgency.text_to_sql.pool import SEATS as POOL_SEATS
 from trimtab.urgency.text_to_sql.sides import (
     FCFS,
     MIDDLEWARE,
@@ -44,7 +54,6 @@ from trimtab.urgency.text_to_sql.sides import (
     PRIORITY,
     SEATS,
     URGENCY,
-    Side,
     servers,
 )
 
@@ -62,6 +71,7 @@ _POLICIES: dict[str, Callable[[Sequence[Visit]], Callable[[], ServingPolicy] | N
 """The sides that the simulator knows, as the policy that orders a crowd's calls."""
 
 WORKFLOWS = 32
+POOL_WORKFLOWS = 24
 REPEATS = 3
 QUICK_WORKFLOWS = 6
 QUICK_PACE = Pace({"interactive": 2.0, "report": 4.0}, capacity_per_s=0.8)
@@ -71,8 +81,29 @@ QUICK_SEEDS = 3
 SIMULATED_WORKFLOWS = 100
 LOADS = (1.2, LOAD)
 
+ROUTES = (ROUND_ROBIN, LEAST_REQUESTS, DISPATCH, WHOLE)
+POOL_LOAD = 0.8
+POOL_IN_TIME_SHARE = 0.8
+"""Serving by arrival and in turn misses 20 %."""
+
 Runs = dict[str, list[Figures]]
 """By side, the figures of each repeat; the repeats of all sides correspond."""
+
+
+class Contender(Protocol):
+    """What a crowd can visit."""
+
+    @property
+    def name(self) -> str:
+        """As in reports."""
+
+    @property
+    def title(self) -> str:
+        """As people read it."""
+
+    @property
+    def hints(self) -> Hints:
+        """What clients tell it of their calls."""
 
 
 def run(options: Options, progress: Progress) -> list[Case]:
@@ -91,6 +122,10 @@ def run(options: Options, progress: Progress) -> list[Case]:
     else:
         cases += router_cases(options, progress)
         real = _real(databases, options.seed, progress)
+        pooled = _pooled(databases, options.seed, progress)
+        cases += _cases(
+            "real/three-servers", pooled, ROUTES[:2], ROUTES[2:], share=POOL_IN_TIME_SHARE
+        )
     return cases + _cases("real/text-to-sql", real)
 
 
@@ -109,38 +144,68 @@ def _real_quickly(databases: Sequence[Database], seed: int, progress: Progress) 
 
 
 def _real(databases: Sequence[Database], seed: int, progress: Progress) -> Runs:
+    """One server for each order."""
     sides = BASELINES + OURS
     with (
         tempfile.TemporaryDirectory(prefix="trimtab-bench-") as logs,
         servers(sides, small_model(), Path(logs), progress) as started,
     ):
         pairs = list(zip(sides, started, strict=True))
-        pace = _pace(pairs, databases, progress)
-        runs: Runs = {side.name: [] for side in sides}
-        for repeat in range(REPEATS):
-            crowd = assemble(databases, pace, workflows=WORKFLOWS, seed=seed + repeat)
-            # vLLM's own order goes first, for it says what a tight deadline is; the rest rotate.
-            turn = 1 + repeat % (len(pairs) - 1)
-            for number, (side, server) in enumerate([pairs[0], *pairs[turn:], *pairs[1:turn]]):
-                done = (repeat + number / len(pairs)) / REPEATS
-                progress(f"crowd {repeat + 1} of {REPEATS} under {side.title}", done)
-                journeys = asyncio.run(visit_all(server, crowd, hints=side.hints))
-                if side is FCFS:
-                    journeys = tighten(journeys)
-                    crowd = [journey.visit for journey in journeys]
-                runs[side.name].append(figures(journeys))
+        pace = _pace(pairs, databases, SEATS, progress)[0]
+        crowds = [
+            assemble(databases, pace, workflows=WORKFLOWS, seed=seed + n) for n in range(REPEATS)
+        ]
+        return _rounds(pairs, crowds, IN_TIME_SHARE, progress)
+
+
+def _pooled(databases: Sequence[Database], seed: int, progress: Progress) -> Runs:
+    """Three unequal servers, and a router for each way to spread the calls."""
+    with (
+        tempfile.TemporaryDirectory(prefix="trimtab-bench-") as folder,
+        pool(ROUTES, small_model(), Path(folder), progress) as started,
+    ):
+        pairs = list(zip(ROUTES, started, strict=True))
+        pace = _pace(pairs, databases, sum(POOL_SEATS), progress)[-1]
+        crowds = [
+            assemble(databases, pace, workflows=POOL_WORKFLOWS, seed=seed + n, load=POOL_LOAD)
+            for n in range(REPEATS)
+        ]
+        return _rounds(pairs, crowds, POOL_IN_TIME_SHARE, progress)
+
+
+def _rounds(
+    pairs: Sequence[tuple[Contender, Served]],
+    crowds: Sequence[Sequence[Visit]],
+    share: float,
+    progress: Progress,
+) -> Runs:
+    """Every crowd visits all; the first one's journeys say what a tight deadline is."""
+    runs: Runs = {contender.name: [] for contender, _ in pairs}
+    for repeat, crowd in enumerate(crowds):
+        turn = 1 + repeat % (len(pairs) - 1)
+        for number, (contender, server) in enumerate([pairs[0], *pairs[turn:], *pairs[1:turn]]):
+            done = (repeat + number / len(pairs)) / len(crowds)
+            progress(f"crowd {repeat + 1} of {len(crowds)} under {contender.title}", done)
+            journeys = asyncio.run(visit_all(server, crowd, hints=contender.hints))
+            if not number:
+                journeys = tighten(journeys, share)
+                crowd = [journey.visit for journey in journeys]
+            runs[contender.name].append(figures(journeys))
     return runs
 
 
 def _pace(
-    pairs: Sequence[tuple[Side, Server]], databases: Sequence[Database], progress: Progress
-) -> Pace:
-    """The pace of the first server; the others are visited too, so that all are equally warm."""
+    pairs: Sequence[tuple[Contender, Served]],
+    databases: Sequence[Database],
+    seats: int,
+    progress: Progress,
+) -> list[Pace]:
+    """How fast each is; all are visited alike, so that all are equally warm."""
     paces = []
-    for side, server in pairs:
-        progress(f"measuring how fast this machine is: {side.title}")
-        paces.append(asyncio.run(measure_pace(server, databases, SEATS)))
-    return paces[0]
+    for contender, server in pairs:
+        progress(f"measuring how fast this machine is: {contender.title}")
+        paces.append(asyncio.run(measure_pace(server, databases, seats)))
+    return paces
 
 
 def _simulated(databases: Sequence[Database], seeds: Sequence[int], rate: float) -> Runs:
@@ -158,19 +223,30 @@ def _simulated(databases: Sequence[Database], seeds: Sequence[int], rate: float)
     return runs
 
 
-def _cases(where: str, runs: Runs) -> list[Case]:
-    """A case for each of our orders, each baseline and each metric."""
+def _cases(
+    where: str,
+    runs: Runs,
+    baselines: Sequence[Contender] = (*BASELINES, SILENT),
+    ours: Sequence[Contender] = OURS,
+    share: float = IN_TIME_SHARE,
+) -> list[Case]:
+    """A case for each of ours, each baseline and each metric, as far as they were run."""
     return [
-        _case(f"{where}/{ours.name}", metric, theirs, runs[theirs.name], runs[ours.name])
-        for ours in OURS
-        for theirs in (*BASELINES, SILENT)
-        for metric in METRICS
-        if ours.name in runs and theirs.name in runs
+        _case(f"{where}/{our.name}", metric, their, runs[their.name], runs[our.name], share)
+        for our in ours
+        for their in baselines
+        for metric in (*METRICS, DEADLINE_SCALE)
+        if our.name in runs and their.name in runs
     ]
 
 
 def _case(
-    name: str, metric: Metric, theirs: Side, before: Sequence[Figures], after: Sequence[Figures]
+    name: str,
+    metric: Metric,
+    theirs: Contender,
+    before: Sequence[Figures],
+    after: Sequence[Figures],
+    share: float,
 ) -> Case:
     pairs = [
         (max(metric.of(a), metric.floor), max(metric.of(b), metric.floor))
@@ -178,7 +254,7 @@ def _case(
     ]
     notes = (
         f"{before[0].workflows} workflows; deadlines such that serving by arrival meets "
-        f"{IN_TIME_SHARE:.0%}; values below {metric.floor:g} count as {metric.floor:g}"
+        f"{share:.0%}; values below {metric.floor:g} count as {metric.floor:g}"
     )
     return Case.compare(
         name, metric.name, metric.unit, metric.better, theirs.name, pairs, notes=notes

@@ -8,18 +8,15 @@ moment of the machine is shared.
 from __future__ import annotations
 
 import asyncio
-import re
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import aiohttp
 
 from trimtab.core.benchmark import Case, Options, Progress
 from trimtab.core.errors import TrimtabError
+from trimtab.urgency.router.process import listening
 from trimtab.urgency.text_to_sql.figures import percentile
 
 RATE_PER_S = 200.0
@@ -28,8 +25,6 @@ ROUND_S = 5.0
 QUICK_ROUNDS = 2
 QUICK_ROUND_S = 2.0
 _WARM_UP_CALLS = 200
-_STARTS_WITHIN_S = 60.0
-_ADDRESS = re.compile(r"http://[\d.]+:\d+")
 _PROMPT = "Which of the tables hold what the question asks for? " * 40
 
 
@@ -44,9 +39,9 @@ class Round:
 def router_cases(options: Options, progress: Progress) -> list[Case]:
     """Latency at 200 requests a second, direct and through the router."""
     rounds, round_s = (QUICK_ROUNDS, QUICK_ROUND_S) if options.quick else (ROUNDS, ROUND_S)
-    with _process("trimtab.urgency.router.stub") as server:
+    with listening("trimtab.urgency.router.stub") as server:
         arguments = ("trimtab.cli", "route", "--port", "0", "--backend", server)
-        with _process(*arguments) as router:
+        with listening(*arguments) as router:
             pairs = asyncio.run(_measure(server, router, rounds, round_s, progress))
     return [
         _case(name, quantity, q, pairs)
@@ -111,31 +106,3 @@ async def _ask(session: aiohttp.ClientSession, url: str) -> tuple[float, float]:
     if answer.status != 200 or b"[DONE]" not in body[-32:]:
         raise TrimtabError(f"a call of the benchmark ended with status {answer.status}")
     return first_s, time.perf_counter() - sent_s
-
-
-@contextmanager
-def _process(*arguments: str) -> Iterator[str]:
-    """A Python module as a process that says its address; gone when the block ends."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        yield _address(process)
-    finally:
-        process.terminate()
-        process.communicate()
-
-
-def _address(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    said = ""
-    give_up_s = time.monotonic() + _STARTS_WITHIN_S
-    while time.monotonic() < give_up_s and (line := process.stdout.readline()):
-        said += line
-        found = _ADDRESS.search(said)
-        if found:
-            return found[0]
-    raise TrimtabError(f"a process of the benchmark has not started: {said[-500:]}")

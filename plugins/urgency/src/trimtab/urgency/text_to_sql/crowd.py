@@ -14,14 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import openai
 import yaml
 from openai.types.chat import ChatCompletionMessageParam
 
 from trimtab.core.errors import TrimtabError
-from trimtab.hosts.vllm.server import Server
 from trimtab.urgency.text_to_sql.agent import Answer, Class, Stage, answer
 from trimtab.urgency.text_to_sql.databases import Database
 
@@ -103,6 +102,25 @@ class Pace:
     capacity_per_s: float
 
 
+class Served(Protocol):
+    """A server that is ready, or what stands before several."""
+
+    @property
+    def url(self) -> str:
+        """Its address, without a path."""
+
+    @property
+    def served_name(self) -> str:
+        """The model's name in its API."""
+
+    def check(self) -> None:
+        """Does nothing while it lives.
+
+        Raises:
+            ServerFailed: it has ended.
+        """
+
+
 @cache
 def questions() -> dict[str, list[str]]:
     """The questions by database."""
@@ -142,7 +160,7 @@ def tighten(journeys: Sequence[Journey], share: float = IN_TIME_SHARE) -> list[J
     ]
 
 
-async def measure_pace(server: Server, databases: Sequence[Database], seats: int) -> Pace:
+async def measure_pace(server: Served, databases: Sequence[Database], seats: int) -> Pace:
     """Warms a server up, and measures how fast it is when it is full and when it is idle.
 
     Args:
@@ -178,7 +196,7 @@ def capacity(journeys: Sequence[Journey], seats: int) -> float:
 
 
 async def visit_all(
-    server: Server,
+    server: Served,
     visits: Sequence[Visit],
     *,
     hints: Hints = "fields",
@@ -228,7 +246,7 @@ async def visit_all(
             await asyncio.gather(everybody, watch, *users, return_exceptions=True)
 
 
-async def _watch(server: Server) -> None:
+async def _watch(server: Served) -> None:
     while True:
         server.check()
         await asyncio.sleep(_WATCH_EVERY_S)

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Figures(BaseModel):
-    """One side of a comparison: latencies from a question to its answer, over all workflows."""
+    """One side of a comparison: latencies from a question to its answer, over all workflows.
+
+    The deadline scale is the factor on all deadlines with which 95 % would have been in time.
+    """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -24,6 +27,7 @@ class Figures(BaseModel):
     mean_latency_s: float
     p95_latency_s: float
     p95_tardiness_s: float
+    deadline_scale: float
     throughput_per_s: float
     calls: int
     output_tokens: int
@@ -67,6 +71,9 @@ METRICS = (
 )
 
 
+DEADLINE_SCALE = Metric("deadline_scale", "deadline scale", "1", "lower", 0.001)
+
+
 def percentile(values: Iterable[float], share: float) -> float:
     """The smallest value that at least ``share`` of the values do not exceed (nearest rank)."""
     ordered = sorted(values)
@@ -82,6 +89,7 @@ def figures(journeys: Sequence[Journey]) -> Figures:
         mean_latency_s=mean(latencies_s),
         p95_latency_s=percentile(latencies_s, 0.95),
         p95_tardiness_s=percentile((journey.tardiness_s for journey in journeys), 0.95),
+        deadline_scale=percentile((j.latency_s / j.visit.deadline_s for j in journeys), 0.95),
         throughput_per_s=len(journeys) / max(journey.finished_s for journey in journeys),
         calls=sum(len(journey.answer.stages) for journey in journeys),
         output_tokens=sum(journey.output_tokens for journey in journeys),

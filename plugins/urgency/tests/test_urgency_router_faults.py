@@ -61,7 +61,7 @@ async def world(
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        await asyncio.wait_for(scenario(), 120)
+        await asyncio.wait_for(scenario(), 300)
 
     asyncio.run(bounded())
 

@@ -46,7 +46,7 @@ CHAT = "/v1/chat/completions"
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        await asyncio.wait_for(scenario(), 120)
+        await asyncio.wait_for(scenario(), 300)
 
     asyncio.run(bounded())
 

@@ -21,7 +21,10 @@ from trimtab.core.cost.collectives import (
     reduce_broadcast,
     ring,
 )
+from trimtab.core.cost.cut_bound import cut_bound_s_per_byte
 from trimtab.core.cost.kv_transfer import exposed_transfer_s, kv_transfer_s
+from trimtab.core.cost.optimality import Optimality, optimality
+from trimtab.core.cost.plan_cost import Constants, ExchangeCost, PlanCost, PlanEvaluator
 from trimtab.core.cost.roofline import (
     DEFAULTS,
     RAW,
@@ -45,12 +48,17 @@ __all__ = [
     "RAW",
     "Calibration",
     "Collective",
+    "Constants",
     "EngineLimits",
     "EngineProfile",
+    "ExchangeCost",
     "GenModel",
     "MeasuredStep",
     "Measurement",
     "ModelWork",
+    "Optimality",
+    "PlanCost",
+    "PlanEvaluator",
     "Precision",
     "Replica",
     "Roofline",
@@ -63,6 +71,7 @@ __all__ = [
     "Work",
     "calibrate",
     "co_located_ps",
+    "cut_bound_s_per_byte",
     "decode_s",
     "exposed_transfer_s",
     "fit_step_cost",
@@ -73,6 +82,7 @@ __all__ = [
     "kv_transfer_s",
     "largest_batch",
     "least_accessed",
+    "optimality",
     "prefill_s",
     "reduce_broadcast",
     "ring",

@@ -1,0 +1,166 @@
+"""Ways in which parties, each with a whole partial sum, become one: a party is a rank or a subtree.
+
+Each takes the parties' layouts and gives the steps of a reduce-scatter and the layout behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from trimtab.core.collectives.schedule import UNIT, Ints, Layout, Step, merged
+
+Weights = Sequence[float] | None
+"""The share of each party; None for equal shares."""
+
+
+def exchange(parties: Sequence[Layout], weights: Weights = None) -> tuple[Step, Layout]:
+    """Direct exchange: all send to all, and each ends with its share of every stretch."""
+    bounds, owners = _refined(parties)
+    cuts = _cuts(bounds, len(parties), weights)
+    return _step(owners, cuts, ring=False), _layout(owners, cuts)
+
+
+def ring(parties: Sequence[Layout]) -> tuple[Step, Layout]:
+    """A ring in the order of the parties, around which equal shares of every stretch go."""
+    bounds, owners = _refined(parties)
+    cuts = _cuts(bounds, len(parties), None)
+    return _step(owners, cuts, ring=True), _layout(owners, cuts)
+
+
+def staged(parties: Sequence[Layout], factors: Sequence[int]) -> tuple[list[Step], Layout]:
+    """Direct exchange in groups of ``factors[0]``, then in groups of ``factors[1]`` among those.
+
+    Groups differ by at most one where a factor does not divide the parties; the last stage takes
+    all that are left.
+    """
+    steps: list[Step] = []
+    left = list(parties)
+    for number, factor in enumerate(factors):
+        last = number == len(factors) - 1
+        left, more = _in_groups(left, [len(left)] if last else even_sizes(len(left), factor))
+        steps += more
+    return steps, left[0]
+
+
+def folded(
+    parties: Sequence[Layout], extras: Sequence[int], factors: Sequence[int]
+) -> tuple[list[Step], Layout]:
+    """Some parties first give all to a partner; then the others go on as `staged`.
+
+    Args:
+        parties: their layouts.
+        extras: the parties that fold in; at most half of them.
+        factors: the stages of the rest; empty for a ring.
+    """
+    gone = set(extras)
+    kept = [index for index in range(len(parties)) if index not in gone]
+    folds = [
+        exchange([parties[partner], parties[extra]], (1, 0))
+        for partner, extra in zip(kept, extras, strict=False)
+    ]
+    rest = [layout for _, layout in folds] + [parties[i] for i in kept[len(folds) :]]
+    # Back into the order of the parties, so that neighbours stay neighbours.
+    first = Step.together([step for step, _ in folds])
+    if not factors:
+        step, layout = ring(rest)
+        return [first, step], layout
+    steps, layout = staged(rest, factors)
+    return [first, *steps], layout
+
+
+def concentrated(layout: Layout, owners: Sequence[int]) -> tuple[Step, Layout] | None:
+    """Data rearrangement: what others own moves to a few owners, each taking an equal stretch.
+
+    Returns:
+        None where nothing has to move.
+    """
+    target = Layout(
+        np.array([UNIT * i // len(owners) for i in range(len(owners) + 1)], dtype=np.int64),
+        np.array(owners, dtype=np.int64),
+    )
+    bounds = np.union1d(layout.bounds, target.bounds)
+    before, after = layout.at(bounds), target.at(bounds)
+    moving = np.flatnonzero(before != after)
+    if not len(moving):
+        return None
+    groups = np.arange(len(moving), dtype=np.int64)
+    step = Step(
+        groups,
+        before[moving],
+        groups,
+        after[moving],
+        bounds[:-1][moving],
+        bounds[1:][moving],
+        np.zeros(len(moving), dtype=np.bool_),
+    )
+    return step, Layout(bounds, after)
+
+
+def even_sizes(count: int, factor: int) -> list[int]:
+    """Sizes of as few groups of at most ``factor`` as hold all, which differ by at most one."""
+    groups = -(-count // factor)
+    return [count // groups + (index < count % groups) for index in range(groups)]
+
+
+def _in_groups(parties: Sequence[Layout], sizes: Sequence[int]) -> tuple[list[Layout], list[Step]]:
+    begin, done = 0, []
+    for size in sizes:
+        done.append(_group(parties[begin : begin + size]))
+        begin += size
+    return [layout for _, layout in done], merged(steps for steps, _ in done)
+
+
+def _group(parties: Sequence[Layout]) -> tuple[list[Step], Layout]:
+    if len(parties) == 1:
+        return [], parties[0]
+    step, layout = exchange(parties)
+    return [step], layout
+
+
+def _refined(parties: Sequence[Layout]) -> tuple[Ints, Ints]:
+    """The common refinement of the layouts (M + 1), and the owners by stretch and party (M, K)."""
+    bounds = parties[0].bounds
+    if any(not np.array_equal(p.bounds, bounds) for p in parties[1:]):
+        bounds = np.unique(np.concatenate([p.bounds for p in parties]))
+        return bounds, np.stack([p.at(bounds) for p in parties], axis=1)
+    return bounds, np.stack([p.owners for p in parties], axis=1)
+
+
+def _cuts(bounds: Ints, count: int, weights: Weights) -> Ints:
+    """Where the parts of each stretch begin, and where the last one ends (M, K + 1)."""
+    if weights is None:
+        steps: Ints = np.arange(count + 1, dtype=np.int64)
+        whole = count
+    else:
+        shares = np.concatenate([[0.0], np.cumsum(np.asarray(weights, dtype=np.float64))])
+        whole = 1 << 20
+        steps = np.rint(shares / shares[-1] * whole).astype(np.int64)
+    lengths = np.diff(bounds)
+    quotient, rest = np.divmod(lengths, whole)
+    # In two parts, so that the product of a length and a share does not overflow.
+    offsets: Ints = quotient[:, None] * steps + rest[:, None] * steps // whole
+    return bounds[:-1, None] + offsets
+
+
+def _step(owners: Ints, cuts: Ints, *, ring: bool) -> Step:
+    stretches, count = owners.shape
+    groups = np.repeat(np.arange(stretches, dtype=np.int64), count)
+    begin, end = cuts[:, :-1].ravel(), cuts[:, 1:].ravel()
+    kept = np.ones(len(begin), dtype=np.bool_) if ring else begin < end
+    return Step(
+        groups,
+        owners.ravel(),
+        groups[kept],
+        owners.ravel()[kept],
+        begin[kept],
+        end[kept],
+        np.full(stretches, ring, dtype=np.bool_),
+    )
+
+
+def _layout(owners: Ints, cuts: Ints) -> Layout:
+    begin, end = cuts[:, :-1].ravel(), cuts[:, 1:].ravel()
+    kept = begin < end
+    return Layout(np.append(begin[kept], UNIT).astype(np.int64), owners.ravel()[kept])

@@ -1,0 +1,134 @@
+"""What one rank does in a plan: its sends, receives and sums, turn by turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trimtab.core.collectives.schedule import GroupDocument, Schedule
+
+Phase = Literal["reduce-scatter", "all-gather"]
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """A stretch of this rank's data that goes to another rank."""
+
+    peer: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """A stretch that comes from another rank."""
+
+    peer: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A stretch that becomes the sum of what ranks hold of it, added in the given order."""
+
+    begin: int
+    end: int
+    operands: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Turn:
+    """What a rank does in one round: all messages at once, then the sums.
+
+    What it receives without summing takes the place of what it held. The ends of each message are
+    the same on both sides, and so is the order of several between the same two ranks.
+
+    Attributes:
+        phase, step, round: where in the plan it is.
+        sends, receives: the messages.
+        sums: what is added up once they are there.
+    """
+
+    phase: Phase
+    step: int
+    round: int
+    sends: list[Send] = field(default_factory=list)
+    receives: list[Receive] = field(default_factory=list)
+    sums: list[Sum] = field(default_factory=list)
+
+
+def programme(schedule: Schedule, rank: int) -> list[Turn]:
+    """The turns of a rank, in order: those of the reduce-scatter, then those of the all-gather."""
+    mine = [
+        [g for g in groups if rank in g.senders or (g.owners is not None and rank in g.owners)]
+        for groups in schedule.steps
+    ]
+    turns: list[Turn] = []
+    for step, groups in enumerate(mine):
+        turns += _turns("reduce-scatter", step, groups, rank)
+    for step in range(len(mine) - 1, -1, -1):
+        turns += _turns("all-gather", step, mine[step], rank)
+    return turns
+
+
+def _turns(phase: Phase, step: int, groups: Sequence[GroupDocument], rank: int) -> Iterator[Turn]:
+    rounds = max((len(g.senders) - 1 if g.ring else 1 for g in groups), default=0)
+    for number in range(rounds):
+        turn = Turn(phase, step, number)
+        for group in groups:
+            if group.ring:
+                if number < len(group.senders) - 1:
+                    _pass_on(turn, group, rank)
+            elif number == 0 and phase == "reduce-scatter":
+                _reduce(turn, group, rank)
+            elif number == 0:
+                _gather(turn, group, rank)
+        if turn.sends or turn.receives:
+            yield turn
+
+
+def _parts(group: GroupDocument) -> Iterator[tuple[int, int, int]]:
+    """The owner, the beginning and the end of each part that is not empty."""
+    owners = group.senders if group.owners is None else group.owners
+    for owner, begin, end in zip(owners, group.cuts, group.cuts[1:], strict=False):
+        if begin < end:
+            yield owner, begin, end
+
+
+def _reduce(turn: Turn, group: GroupDocument, rank: int) -> None:
+    for owner, begin, end in _parts(group):
+        if owner == rank:
+            others = [sender for sender in group.senders if sender != rank]
+            turn.receives += [Receive(sender, begin, end) for sender in others]
+            if len(group.senders) > 1:
+                turn.sums.append(Sum(begin, end, group.senders))
+        elif rank in group.senders:
+            turn.sends.append(Send(owner, begin, end))
+
+
+def _gather(turn: Turn, group: GroupDocument, rank: int) -> None:
+    for owner, begin, end in _parts(group):
+        if owner == rank:
+            others = [sender for sender in group.senders if sender != rank]
+            turn.sends += [Send(sender, begin, end) for sender in others]
+        elif rank in group.senders:
+            turn.receives.append(Receive(owner, begin, end))
+
+
+def _pass_on(turn: Turn, group: GroupDocument, rank: int) -> None:
+    count, place = len(group.senders), group.senders.index(rank)
+    # Each part sets out from the member behind its owner and comes to its owner in the last round.
+    late = int(turn.phase == "reduce-scatter")
+    outgoing = (place - late - turn.round) % count
+    incoming = (outgoing - 1) % count
+    following, before = group.senders[(place + 1) % count], group.senders[place - 1]
+    begin, end = group.cuts[outgoing], group.cuts[outgoing + 1]
+    if begin < end:
+        turn.sends.append(Send(following, begin, end))
+    begin, end = group.cuts[incoming], group.cuts[incoming + 1]
+    if begin < end:
+        turn.receives.append(Receive(before, begin, end))
+        if late:
+            turn.sums.append(Sum(begin, end, (before, rank)))

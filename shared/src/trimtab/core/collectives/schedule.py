@@ -1,0 +1,261 @@
+"""The steps of an AllReduce: a reduce-scatter written out, and an all-gather that mirrors it.
+
+A step is a set of groups that exchange at the same time. In a group each *sender* holds a partial
+sum over one stretch of the payload; the stretch is cut into parts, and each part's *owner* gets
+that part from all senders and adds them up at once. Every algorithm is made of such groups: direct
+exchange has all senders as owners of equal parts, reduce-broadcast and folding have one owner,
+moving data to another rank has one sender that is no owner. A *ring* passes the parts around among
+its members in as many rounds as there are members but one. The all-gather runs the steps backwards:
+each owner sends its part to all senders of the group.
+
+Positions are whole numbers of the payload's `UNIT`-th part, so that no plan depends on its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import lcm
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from trimtab.core.documents import Document, InvalidValue
+
+UNIT = lcm(*range(1, 41))
+"""Into so many parts the payload is cut: a multiple of every number to 40."""
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who owns which part of the payload.
+
+    Attributes:
+        bounds: positions (M + 1), from 0 to `UNIT`, rising.
+        owners: the rank that owns each stretch between two bounds (M).
+    """
+
+    bounds: Ints
+    owners: Ints
+
+    @classmethod
+    def whole(cls, rank: int) -> Layout:
+        """Everything belongs to one rank."""
+        return cls(np.array([0, UNIT], dtype=np.int64), np.array([rank], dtype=np.int64))
+
+    def shifted(self, by: int) -> Layout:
+        """The same for ranks whose numbers are higher by so many."""
+        return Layout(self.bounds, self.owners + by)
+
+    def at(self, bounds: Ints) -> Ints:
+        """The owners of the stretches of a finer cut (M)."""
+        return self.owners[np.searchsorted(self.bounds, bounds[:-1], side="right") - 1]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Groups that exchange at the same time; all arrays are of whole numbers.
+
+    Attributes:
+        sender_group, sender: each sender and the group it belongs to.
+        owner_group, owner: each owner of a part, likewise.
+        begin, end: where the owner's part begins and ends; never empty.
+        ring: whether each group is a ring; its owners then are its senders in the same order.
+    """
+
+    sender_group: Ints
+    sender: Ints
+    owner_group: Ints
+    owner: Ints
+    begin: Ints
+    end: Ints
+    ring: NDArray[np.bool_]
+
+    @property
+    def groups(self) -> int:
+        """How many groups there are."""
+        return len(self.ring)
+
+    @cached_property
+    def senders_in(self) -> Ints:
+        """How many senders each group has."""
+        return np.bincount(self.sender_group, minlength=self.groups)
+
+    @cached_property
+    def rounds(self) -> int:
+        """Rounds of communication, one after the other."""
+        rings = self.senders_in[self.ring] - 1
+        direct = not self.ring.all()
+        return int(max(rings.max(initial=0), int(direct)))
+
+    def shifted(self, by: int) -> Step:
+        """The same among ranks whose numbers are higher by so many."""
+        return Step(
+            self.sender_group,
+            self.sender + by,
+            self.owner_group,
+            self.owner + by,
+            self.begin,
+            self.end,
+            self.ring,
+        )
+
+    def renumbered(self, ranks: Ints) -> Step:
+        """The same with rank ``ranks[i]`` in the place of rank ``i``."""
+        return Step(
+            self.sender_group,
+            ranks[self.sender],
+            self.owner_group,
+            ranks[self.owner],
+            self.begin,
+            self.end,
+            self.ring,
+        )
+
+    @classmethod
+    def together(cls, steps: Sequence[Step]) -> Step:
+        """The groups of several steps at the same time."""
+        if len(steps) == 1:
+            return steps[0]
+        offsets = [0, *accumulate(step.groups for step in steps)]
+        pairs = list(zip(steps, offsets, strict=False))
+        return cls(
+            np.concatenate([s.sender_group + o for s, o in pairs]),
+            np.concatenate([s.sender for s in steps]),
+            np.concatenate([s.owner_group + o for s, o in pairs]),
+            np.concatenate([s.owner for s in steps]),
+            np.concatenate([s.begin for s in steps]),
+            np.concatenate([s.end for s in steps]),
+            np.concatenate([s.ring for s in steps]),
+        )
+
+
+def merged(parallel: Iterable[Sequence[Step]]) -> list[Step]:
+    """The steps of plans that run at the same time among different ranks, the ends in line."""
+    plans = [list(steps) for steps in parallel]
+    longest = max(map(len, plans), default=0)
+    return [
+        Step.together([p[len(p) - longest + i] for p in plans if len(p) - longest + i >= 0])
+        for i in range(longest)
+    ]
+
+
+class GroupDocument(Document):
+    """A group as it stands in a file; a ring's owners are its senders.
+
+    Attributes:
+        senders: ranks.
+        owners: ranks; None for the senders, in their order.
+        cuts: where the parts begin, and where the last one ends.
+        ring: whether the parts go round.
+    """
+
+    senders: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    owners: tuple[NonNegativeInt, ...] | None = None
+    cuts: tuple[int, ...] = Field(min_length=2)
+    ring: bool = False
+
+    @model_validator(mode="after")
+    def _whole(self) -> GroupDocument:
+        owners = self.senders if self.owners is None else self.owners
+        if len(self.cuts) != len(owners) + 1:
+            raise InvalidValue(
+                f"{len(owners)} owners have {len(self.cuts)} cuts",
+                at=("cuts",),
+                fix="give one more than there are owners",
+            )
+        rising = all(a <= b for a, b in zip(self.cuts, self.cuts[1:], strict=False))
+        if not (rising and self.cuts[0] >= 0 and self.cuts[-1] <= UNIT):
+            raise InvalidValue(
+                "the cuts do not rise within the payload", at=("cuts",), fix=f"cut 0 to {UNIT}"
+            )
+        if self.ring and self.owners is not None:
+            raise InvalidValue("a ring has its senders as owners", at=("owners",), fix="leave out")
+        return self
+
+
+class Schedule(Document):
+    """An AllReduce: the steps of its reduce-scatter; its all-gather is their mirror.
+
+    Attributes:
+        ranks: how many take part.
+        unit: into how many parts the payload is cut; this version cuts into `UNIT`.
+        chunks: pieces of the payload that go through the steps one behind the other.
+        steps: the groups of each step.
+    """
+
+    ranks: PositiveInt
+    unit: PositiveInt = UNIT
+    chunks: PositiveInt = 1
+    steps: tuple[tuple[GroupDocument, ...], ...]
+
+    @model_validator(mode="after")
+    def _known(self) -> Schedule:
+        if self.unit != UNIT:
+            raise InvalidValue(f"the unit is {self.unit}", at=("unit",), fix=f"plan with {UNIT}")
+        for number, groups in enumerate(self.steps):
+            for group in groups:
+                named = max(max(group.senders), max(group.owners or (0,)))
+                if named >= self.ranks:
+                    raise InvalidValue(
+                        f"a group names the rank {named} of {self.ranks}", at=("steps", number)
+                    )
+        return self
+
+    @classmethod
+    def of(cls, ranks: int, steps: Sequence[Step], chunks: int = 1) -> Schedule:
+        """The document of some steps."""
+        return cls(ranks=ranks, chunks=chunks, steps=tuple(_documents(step) for step in steps))
+
+    @cached_property
+    def arrays(self) -> list[Step]:
+        """The steps as arrays."""
+        return [_step(groups) for groups in self.steps]
+
+
+def _documents(step: Step) -> tuple[GroupDocument, ...]:
+    senders: list[list[int]] = [[] for _ in range(step.groups)]
+    owned: list[list[tuple[int, int, int]]] = [[] for _ in range(step.groups)]
+    for group, rank in zip(step.sender_group.tolist(), step.sender.tolist(), strict=True):
+        senders[group].append(rank)
+    columns = (step.owner_group, step.begin, step.end, step.owner)
+    for group, begin, end, rank in zip(*(c.tolist() for c in columns), strict=True):
+        owned[group].append((begin, end, rank))
+    found: list[GroupDocument] = []
+    for who, parts, ring in zip(senders, owned, step.ring.tolist(), strict=True):
+        owners = [rank for _, _, rank in parts]
+        found.append(
+            GroupDocument(
+                senders=tuple(who),
+                owners=None if owners == who else tuple(owners),
+                cuts=(*(begin for begin, _, _ in parts), parts[-1][1]),
+                ring=bool(ring),
+            )
+        )
+    return tuple(found)
+
+
+def _step(groups: Sequence[GroupDocument]) -> Step:
+    owners = [g.senders if g.owners is None else g.owners for g in groups]
+    kept = [
+        (number, rank, begin, end)
+        for number, (group, who) in enumerate(zip(groups, owners, strict=True))
+        for rank, begin, end in zip(who, group.cuts, group.cuts[1:], strict=False)
+        if begin < end or group.ring
+    ]
+    columns = np.array(kept, dtype=np.int64).reshape(-1, 4).T
+    sizes = [len(g.senders) for g in groups]
+    return Step(
+        np.repeat(np.arange(len(groups)), sizes),
+        np.array([rank for g in groups for rank in g.senders], dtype=np.int64),
+        columns[0],
+        columns[1],
+        columns[2],
+        columns[3],
+        np.array([g.ring for g in groups], dtype=np.bool_),
+    )

@@ -1,0 +1,211 @@
+"""GenModel's general form: what any plan costs on any tree, with shared links and incast.
+
+Each step takes the time of its busiest link, then that of the rank that adds up most. A link costs
+β̂ = β + max(w - w_t, 0)·ε for each byte; a sum of k operands costs (k - 1)·γ + (k + 1)·δ
+(arXiv:2409.04202 gives the terms for one switch; what a width is on a link between switches is
+read in three ways here, see `Constants.width`, which are the same on one switch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from trimtab.core.collectives.network_tree import NetworkTree
+from trimtab.core.collectives.schedule import UNIT, Step
+from trimtab.core.cost.flows import Flows, Widths
+from trimtab.core.documents import Document
+from trimtab.core.units import Seconds
+
+Floats = NDArray[np.float64]
+
+Width = Literal["rate", "ports", "sources"]
+
+MOST_CHUNKS = 64
+
+
+class Constants(Document):
+    """The constants of GenModel beside what the tree's links say.
+
+    Attributes:
+        alpha_s: what each round costs beside the latency of the links.
+        gamma_s_per_byte: one operand added to another.
+        delta_s_per_byte: one byte read or written by a sum; None for what the devices' memory says.
+        epsilon_ratio: ε as a share of the link's β, for each sender beyond the threshold.
+        incast_threshold: the largest width that costs nothing extra; a width counts the receiver.
+        width: what meets in a link's queue. ``sources``: the ranks whose data cross it; ``ports``:
+            the ports of the switch that feed it; ``rate``: how often these ports' rates hold the
+            link's own.
+    """
+
+    alpha_s: Seconds = Field(50e-6, ge=0)
+    gamma_s_per_byte: float = Field(0.0, ge=0)
+    delta_s_per_byte: float | None = Field(None, ge=0)
+    epsilon_ratio: float = Field(1 / 16, ge=0)
+    incast_threshold: int = Field(9, ge=2)
+    width: Width = "rate"
+
+
+@dataclass(frozen=True)
+class ExchangeCost:
+    """What a step costs for each byte of the payload.
+
+    Attributes:
+        rounds: of communication.
+        latency_s: of all rounds, whatever the payload.
+        seconds_per_byte: of its messages and sums.
+        up_busy, down_busy: seconds for each byte that the links to the parents are busy (V).
+        memory_busy: likewise each rank's memory (N).
+        width: the widest incast.
+    """
+
+    rounds: int
+    latency_s: float
+    seconds_per_byte: float
+    up_busy: Floats
+    down_busy: Floats
+    memory_busy: Floats
+    width: int
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """What steps cost, one after the other or with chunks of the payload behind one another.
+
+    Attributes:
+        rounds: A.
+        latency_s: of all rounds.
+        seconds_per_byte: of the steps one after the other.
+        busy_s_per_byte: how long the busiest link or memory is in use.
+        alpha_s: what a further chunk costs.
+        width: the widest incast.
+    """
+
+    rounds: int
+    latency_s: float
+    seconds_per_byte: float
+    busy_s_per_byte: float
+    alpha_s: float
+    width: int
+
+    def seconds(self, payload_bytes: float, chunks: int = 1) -> float:
+        """How long it takes with so many bytes on each rank."""
+        part = payload_bytes / chunks
+        following = (chunks - 1) * (self.alpha_s + part * self.busy_s_per_byte)
+        return self.latency_s + part * self.seconds_per_byte + following
+
+    def best_chunks(self, payload_bytes: float) -> int:
+        """How many chunks are fastest, a power of two."""
+        counts = [1 << power for power in range(MOST_CHUNKS.bit_length())]
+        return min(counts, key=lambda chunks: self.seconds(payload_bytes, chunks))
+
+
+class PlanEvaluator:
+    """Costs plans on one tree.
+
+    Args:
+        tree: the network.
+        constants: of the model.
+    """
+
+    def __init__(self, tree: NetworkTree, constants: Constants) -> None:
+        self.tree, self.constants = tree, constants
+        self._widths = Widths(tree, constants.width)
+        self._epsilon = constants.epsilon_ratio
+
+    def cost(self, steps: Sequence[Step]) -> PlanCost:
+        """What an AllReduce costs: the steps of its reduce-scatter, and their mirror."""
+        return total([c for step in steps for c in self.both(step)], self.constants.alpha_s)
+
+    def both(self, step: Step) -> tuple[ExchangeCost, ExchangeCost]:
+        """What a step costs in the reduce-scatter and, mirrored, in the all-gather."""
+        return self.step(step), self.step(step, gather=True)
+
+    def step(self, step: Step, *, gather: bool = False) -> ExchangeCost:
+        """What one step costs."""
+        points, leaves = len(self.tree.names), self.tree.size
+        latency_s, slope, width = 0.0, 0.0, 1
+        up, down = np.zeros(points), np.zeros(points)
+        memory = np.zeros(leaves)
+        lengths = _round_lengths(step)
+        for first, last in pairwise([0, *lengths]):
+            flows = Flows.of(self.tree, step, first, gather=gather)
+            ups, downs, widest = self._busy(flows)
+            sums = np.zeros(leaves) if gather else self._sums(flows)
+            rounds = last - first
+            latency_s += rounds * self._latency_s(flows)
+            slope += rounds * (max(ups.max(), downs.max()) + sums.max())
+            up += rounds * ups
+            down += rounds * downs
+            memory += rounds * sums
+            width = max(width, widest)
+        return ExchangeCost(lengths[-1], latency_s, slope, up, down, memory, width)
+
+    def _busy(self, flows: Flows) -> tuple[Floats, Floats, int]:
+        """Seconds for each byte of the payload that each link is busy, and the widest incast."""
+        tree, constants = self.tree, self.constants
+        up_wide, down_wide = self._widths.of(flows)
+        busy = []
+        for load, wide, beta in (
+            (flows.up, up_wide, tree.up_s_per_byte),
+            (flows.down, down_wide, tree.down_s_per_byte),
+        ):
+            excess = np.maximum(wide - constants.incast_threshold, 0)
+            busy.append(load / UNIT * beta * (1 + excess * self._epsilon))
+        return busy[0], busy[1], int(max(up_wide.max(), down_wide.max()))
+
+    def _latency_s(self, flows: Flows) -> float:
+        """The longest way that a message may have gone: the slowest links of each depth."""
+        used = np.where((flows.up > 0) | (flows.down > 0), self.tree.latency_s, 0.0)
+        return self.constants.alpha_s + 2 * float(sum(used[points].max() for points in self._tiers))
+
+    @cached_property
+    def _tiers(self) -> list[NDArray[np.int64]]:
+        return [np.unique(row) for row in self.tree.paths[1:]]
+
+    def _sums(self, flows: Flows) -> Floats:
+        operands, size, owner = flows.sums
+        gamma, delta = self.constants.gamma_s_per_byte, self._delta[owner]
+        each = np.where(operands > 1, (operands - 1) * gamma + (operands + 1) * delta, 0)
+        return np.bincount(owner, size / UNIT * each, minlength=self.tree.size).astype(np.float64)
+
+    @cached_property
+    def _delta(self) -> Floats:
+        """Seconds that each rank's memory takes for a byte (N)."""
+        given = self.constants.delta_s_per_byte
+        if given is not None or not self.tree.memory_bytes_per_s:
+            return np.full(self.tree.size, given or 0.0)
+        rates = self.tree.memory_bytes_per_s
+        return np.array([1 / rate if rate > 0 else 0.0 for rate in rates])
+
+
+def total(costs: Sequence[ExchangeCost], alpha_s: float) -> PlanCost:
+    """The cost of steps one after the other."""
+    if not costs:
+        return PlanCost(0, 0.0, 0.0, 0.0, alpha_s, 1)
+    busy = max(
+        float(sum(c.up_busy for c in costs).max()),  # type: ignore[union-attr]
+        float(sum(c.down_busy for c in costs).max()),  # type: ignore[union-attr]
+        float(sum(c.memory_busy for c in costs).max()),  # type: ignore[union-attr]
+    )
+    return PlanCost(
+        sum(c.rounds for c in costs),
+        sum(c.latency_s for c in costs),
+        sum(c.seconds_per_byte for c in costs),
+        busy,
+        alpha_s,
+        max(c.width for c in costs),
+    )
+
+
+def _round_lengths(step: Step) -> list[int]:
+    """The rounds after which some groups of a step are done, in rising order."""
+    rings = np.unique(step.senders_in[step.ring] - 1).tolist()
+    return sorted({*rings, *([] if step.ring.all() else [1])} - {0}) or [1]

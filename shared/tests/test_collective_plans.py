@@ -1,0 +1,162 @@
+"""Plans of collectives: the checker, and what each rank does, against numbers that are added."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.core.collectives import UNIT, Layout, PlanFault, Schedule, Step, check_plan, programme
+from trimtab.core.collectives.combine import (
+    concentrated,
+    even_sizes,
+    exchange,
+    folded,
+    ring,
+    staged,
+)
+from trimtab.core.errors import BadInput
+
+
+def ranks(count: int) -> list[Layout]:
+    return [Layout.whole(rank) for rank in range(count)]
+
+
+def run(schedule: Schedule, values: list[list[float]]) -> list[list[float]]:
+    """What each rank holds in the end, position by position, where it began with ``values``."""
+    length = len(values[0])
+    held = [list(row) for row in values]
+    turns = [programme(schedule, rank) for rank in range(schedule.ranks)]
+
+    def cut(position: int) -> int:
+        return length * position // UNIT
+
+    todo = sorted(
+        {(t.phase, t.step, t.round) for mine in turns for t in mine},
+        key=lambda k: (k[0] == "all-gather", -k[1] if k[0] == "all-gather" else k[1], k[2]),
+    )
+    for key in todo:
+        before = [list(row) for row in held]
+        for rank, mine in enumerate(turns):
+            for turn in (t for t in mine if (t.phase, t.step, t.round) == key):
+                if turn.phase == "all-gather" or not turn.sums:
+                    for r in turn.receives:
+                        span = slice(cut(r.begin), cut(r.end))
+                        held[rank][span] = before[r.peer][span]
+                for s in turn.sums:
+                    for at in range(cut(s.begin), cut(s.end)):
+                        held[rank][at] = sum(before[operand][at] for operand in s.operands)
+    return held
+
+
+def check_all(count: int, steps: list[Step], length: int = 37) -> None:
+    schedule = Schedule.of(count, steps)
+    check_plan(schedule)
+    again = Schedule.model_validate_json(schedule.model_dump_json())
+    assert again == schedule
+    values = [[float((rank + 1) * 100 + at) for at in range(length)] for rank in range(count)]
+    totals = [sum(column) for column in zip(*values, strict=True)]
+    assert run(again, values) == [totals] * count
+
+
+@given(st.integers(2, 24), st.lists(st.integers(2, 7), min_size=1, max_size=4))
+def test_staged_exchange_of_any_number(count: int, factors: list[int]) -> None:
+    steps, layout = staged(ranks(count), factors)
+    check_all(count, steps)
+    assert set(layout.owners.tolist()) == set(range(count))
+
+
+@given(st.integers(2, 24))
+def test_ring(count: int) -> None:
+    check_all(count, [ring(ranks(count))[0]])
+
+
+@given(st.integers(2, 16), st.data())
+def test_weighted_exchange(count: int, data: st.DataObject) -> None:
+    weights = data.draw(st.lists(st.integers(0, 5), min_size=count, max_size=count).filter(any))
+    check_all(count, [exchange(ranks(count), weights)[0]])
+
+
+@given(st.integers(3, 20), st.data())
+def test_folding(count: int, data: st.DataObject) -> None:
+    most = count // 2
+    extras = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=most, unique=True))
+    factors = data.draw(st.sampled_from([(), (2, 2, 2), (4, 2), (20,)]))
+    check_all(count, folded(ranks(count), extras, factors)[0])
+
+
+@given(st.integers(2, 12), st.integers(1, 12))
+def test_moving_to_few_owners(count: int, few: int) -> None:
+    step, layout = exchange(ranks(count))
+    moved = concentrated(layout, list(range(min(few, count))))
+    check_all(count, [step] if moved is None else [step, moved[0]])
+
+
+def test_a_rank_alone_does_nothing() -> None:
+    check_all(1, [])
+    assert programme(Schedule.of(1, []), 0) == []
+
+
+@given(st.integers(1, 1000), st.integers(1, 50))
+def test_even_sizes(count: int, factor: int) -> None:
+    sizes = even_sizes(count, factor)
+    assert sum(sizes) == count
+    assert max(sizes) <= factor
+    assert max(sizes) - min(sizes) <= 1
+
+
+ADDING_RANK_1_TWICE = [
+    [
+        {"senders": [0, 1], "owners": [0], "cuts": [0, UNIT]},
+        {"senders": [2, 1], "owners": [2], "cuts": [0, UNIT]},
+    ],
+    [{"senders": [0, 2], "owners": [0], "cuts": [0, UNIT]}],
+]
+
+
+def changed(schedule: Schedule, **change: object) -> Schedule:
+    """The schedule with a field of its first group changed."""
+    data = schedule.model_dump()
+    data["steps"][0][0].update(change)
+    return Schedule.model_validate(data)
+
+
+def test_what_is_no_allreduce_is_refused() -> None:
+    sound = Schedule.of(4, staged(ranks(4), (2, 2))[0])
+    check_plan(sound)
+    with pytest.raises(PlanFault, match="the contribution of rank 1 is missing"):
+        check_plan(changed(sound, senders=(0,), owners=(0, 0)))
+    with pytest.raises(PlanFault, match="added twice"):
+        check_plan(Schedule.model_validate({"ranks": 3, "steps": ADDING_RANK_1_TWICE}))
+    with pytest.raises(PlanFault, match="it has passed on"):
+        check_plan(Schedule.of(4, [*sound.arrays, sound.arrays[0]]))
+    with pytest.raises(PlanFault, match="is missing"):
+        check_plan(Schedule.of(4, sound.arrays[:1]))
+    half = changed(sound, cuts=(0, UNIT // 4, UNIT // 3))
+    with pytest.raises(PlanFault):
+        check_plan(half)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cuts": (0, UNIT)}, "2 owners have 2 cuts"),
+        ({"cuts": (0, UNIT, UNIT // 2)}, "do not rise"),
+        ({"senders": (0, 9)}, "names the rank 9 of 4"),
+        ({"ring": True, "owners": (0, 1)}, "a ring has its senders as owners"),
+    ],
+)
+def test_a_malformed_group_is_refused(change: dict[str, object], message: str) -> None:
+    data = Schedule.of(4, staged(ranks(4), (2, 2))[0]).model_dump()
+    data["steps"][0][0].update(change)
+    from trimtab.core.documents import validate
+
+    with pytest.raises(BadInput, match=message):
+        validate(Schedule, data, where="plan.json")
+
+
+def test_another_unit_is_refused() -> None:
+    from trimtab.core.documents import validate
+
+    with pytest.raises(BadInput, match="the unit is 100"):
+        validate(Schedule, {"ranks": 1, "unit": 100, "steps": []}, where="plan.json")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
@@ -29,12 +30,20 @@ class Fixed:
     decoding: int = 0
     busy_s: float = 0.0
     ahead_s: float = 0.0
+    haste: float = 0.0
+    share: float = 0.0
 
     def work_s(self, now_s: float) -> float:
         return self.busy_s
 
     def prefill_s(self, now_s: float) -> float:
         return self.ahead_s
+
+    def prefill_share(self, now_s: float) -> float:
+        return self.share
+
+    def haste_per_s(self, now_s: float) -> float:
+        return self.haste
 
     def predict(self, call: RoutedCall) -> Prediction:
         return Prediction(self.comp_s / 2, self.comp_s / 2)
@@ -104,6 +113,34 @@ def test_released_ratio_remembers_work_that_has_ended():
     assert [chooser.choose(CALL, instances, 0.0) for _ in range(4)] == [0, 1, 0, 0]
 
 
+def test_time_left_decides_between_an_early_end_and_stalling_others():
+    fast = Fixed(0, comp_s=4.0, in_flight=3, seats=8, haste=3 / 60)
+    slow = Fixed(1, comp_s=8.0)
+    patient, late = (RoutedCall(100, 10.0, due_s=due_s) for due_s in (600.0, 5.0))
+    chooser = rule("auto")
+    # 3 calls that have a minute left would stand still for 2 s: 0.1. To end 4 s sooner is worth
+    # 4 / 600 or 4 / 5.
+    assert chooser.choose(patient, [fast, slow], 0.0) == 1
+    assert chooser.choose(late, [fast, slow], 0.0) == 0
+    fast.haste = 3.0
+    assert chooser.choose(late, [fast, slow], 0.0) == 1
+
+
+def test_decode_is_expected_to_stand_still_during_the_prefill_of_calls_that_come():
+    busy, slow = Fixed(0, comp_s=4.0, share=0.8), Fixed(1, comp_s=6.0)
+    assert rule("pft").choose(CALL, [busy, slow], 0.0) == 1
+    busy.share = 0.1
+    assert rule("pft").choose(CALL, [busy, slow], 0.0) == 0
+
+
+def test_a_second_costs_a_workflow_its_share_of_the_time_that_is_left():
+    call = RoutedCall(100, 10.0, due_s=50.0)
+    assert call.haste_per_s(2.0, now_s=10.0) == 1 / 40
+    assert call.haste_per_s(2.0, now_s=49.0) == call.haste_per_s(2.0, now_s=99.0) == 1 / 2
+    assert call.haste_per_s(0.0, now_s=99.0) < math.inf
+    assert 0 < RoutedCall(100, 10.0).haste_per_s(2.0, now_s=1e6) < 1 / 600
+
+
 def test_full_instance_holds_what_only_it_would_end_soon():
     fast = Fixed(0, comp_s=1.0, in_flight=4, busy_s=4.0, decoding=4)
     slow = Fixed(1, comp_s=100.0)
@@ -152,6 +189,38 @@ def test_backlog_counts_what_is_left():
     assert backlog.prefill_s(13.0) == 0.0
 
 
+def test_backlog_knows_how_urgent_its_calls_are_and_how_much_prefill_it_had():
+    backlog = Backlog(0, 4, lambda call: Prediction(3.0, call.output_tokens))
+    first, second = RoutedCall(1, 10.0, due_s=100.0), RoutedCall(1, 20.0, due_s=60.0)
+    assert backlog.haste_per_s(0.0) == backlog.prefill_share(0.0) == 0
+    backlog.sent(first, 0.0)
+    backlog.sent(second, 0.0)
+    assert backlog.prefill_share(0.0) == pytest.approx(6 / 60)
+    assert backlog.prefill_share(60.0) == pytest.approx(6 / 60 / math.e)
+    assert backlog.haste_per_s(20.0) == pytest.approx(1 / 80 + 1 / 40)
+    backlog.started(first, 30.0)
+    assert backlog.haste_per_s(50.0) == pytest.approx(1 / 50 + 1 / 23)
+    backlog.ended(first, 51.0)
+    backlog.ended(second, 51.0)
+    assert backlog.haste_per_s(51.0) == 0
+    for _ in range(100):
+        backlog.sent(RoutedCall(1, 20.0), 60.0)
+    assert backlog.prefill_share(60.0) == 0.9
+
+
+class Guest(Backlog):
+    """A backlog of a server that serves others too."""
+
+    @property
+    def in_flight(self) -> int:
+        return super().in_flight + 2
+
+
+def test_calls_of_others_count_as_without_a_deadline():
+    guest = Guest(0, 4, lambda call: Prediction(1.0, 1.0))
+    assert guest.haste_per_s(0.0) == pytest.approx(2 * CALL.haste_per_s(1.0, 0.0))
+
+
 @st.composite
 def workloads(draw: st.DrawFn) -> list[Request]:
     requests: list[Request] = []
@@ -198,6 +267,31 @@ def test_every_call_ends_once_and_the_same_way_each_time(name, held, requests):
     result = run(rule(name), requests, held)
     assert sorted(c.request_id for c in result.calls) == sorted(r.request_id for r in requests)
     assert run(rule(name), requests, held).log() == result.log()
+
+
+class Noting(Backlog):
+    """A backlog that notes when the calls it is asked about are due."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number, 4, self.note)
+        self.due_s: list[float] = []
+
+    def note(self, call: RoutedCall) -> Prediction:
+        self.due_s.append(call.due_s)
+        return Prediction(1.0, 1.0)
+
+
+def test_all_calls_of_a_workflow_are_due_when_it_is():
+    backlog = Noting(0)
+    router = HoldingRouter(rule("pft"), [backlog], routed)
+    call = Request("a", 3.0, 10, 5, workflow="financial/1", deadline_s=20.0)
+    router.on_arrival(call, 3.0)
+    router.on_first_token(call, 4.0)
+    router.on_end(call, 5.0)
+    router.on_arrival(replace(call, request_id="b", arrival_s=6.0), 6.0)
+    router.on_arrival(Request("c", 7.0, 10, 5, deadline_s=20.0), 7.0)
+    router.on_arrival(Request("d", 8.0, 10, 5), 8.0)
+    assert set(backlog.due_s) == {23.0, 27.0, math.inf}
 
 
 class Watched:

@@ -8,7 +8,9 @@ made from what every router knows: what it has sent where, and what has come bac
 
 from __future__ import annotations
 
+import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,7 +30,7 @@ class RoutedCall:
         class_: the kind of workflow.
         stage: the stage of the workflow.
         workflow: the workflow; None for a single call.
-        due_s: when it should end for its workflow to be in time; infinite without a deadline.
+        due_s: when its workflow should be over; infinite without a deadline.
     """
 
     prompt_tokens: int
@@ -36,7 +38,20 @@ class RoutedCall:
     class_: str = ""
     stage: str = ""
     workflow: str | None = None
-    due_s: float = float("inf")
+    due_s: float = math.inf
+
+    def haste_per_s(self, own_s: float, now_s: float) -> float:
+        """What a second of delay costs: its share of the time that the workflow has left.
+
+        A workflow has at least the time left that its call takes, however late it is; one without
+        a deadline counts as due in an hour.
+
+        Args:
+            own_s: what the call takes.
+            now_s: the present.
+        """
+        left_s = self.due_s - now_s if self.due_s < math.inf else _PATIENCE_S
+        return 1 / max(left_s, own_s, _LEAST_LEFT_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +97,12 @@ class Instance(Protocol):
     def prefill_s(self, now_s: float) -> float:
         """Predicted prefill that it has before it."""
 
+    def prefill_share(self, now_s: float) -> float:
+        """The share of its time that it has spent on prefill of late, below 1."""
+
+    def haste_per_s(self, now_s: float) -> float:
+        """What a second of delay costs the calls in flight; see `RoutedCall.haste_per_s`."""
+
     def predict(self, call: RoutedCall) -> Prediction:
         """What the call would take there, alone, with what its prefix cache holds of the prompt."""
 
@@ -124,6 +145,7 @@ class Backlog:
         self._unstarted: dict[RoutedCall, Prediction] = {}
         self._decoding: dict[RoutedCall, tuple[float, float]] = {}
         self._prefill_since_s = 0.0
+        self._lately = (0.0, 0.0)
 
     @property
     def in_flight(self) -> int:
@@ -156,11 +178,27 @@ class Backlog:
         costs = [prediction.prefill_s for prediction in self._unstarted.values()]
         return sum(costs) - min(now_s - self._prefill_since_s, costs[0])
 
+    def prefill_share(self, now_s: float) -> float:
+        """The prefill sent lately, by the time in which it was sent; older sendings count less."""
+        return min(_MOST_PREFILL, self._prefill_lately_s(now_s) / _LATELY_S)
+
+    def _prefill_lately_s(self, now_s: float) -> float:
+        prefill_s, at_s = self._lately
+        return prefill_s * math.exp((at_s - now_s) / _LATELY_S)
+
+    def haste_per_s(self, now_s: float) -> float:
+        """Over all calls in flight; those that others have sent count as without a deadline."""
+        unstarted = sum(c.haste_per_s(p.total_s, now_s) for c, p in self._unstarted.items())
+        decoding = sum(c.haste_per_s(own_s, now_s) for c, (own_s, _) in self._decoding.items())
+        strangers = self.in_flight - len(self._unstarted) - len(self._decoding)
+        return unstarted + decoding + strangers / _PATIENCE_S
+
     def sent(self, call: RoutedCall, now_s: float) -> None:
         """Notes a call that was sent."""
         if not self._unstarted:
             self._prefill_since_s = now_s
-        self._unstarted[call] = self.predict(call)
+        prediction = self._unstarted[call] = self.predict(call)
+        self._lately = (self._prefill_lately_s(now_s) + prediction.prefill_s, now_s)
 
     def started(self, call: RoutedCall, now_s: float) -> None:
         """Notes a call's first token."""
@@ -175,6 +213,12 @@ class Backlog:
 
 _LEAST_REST = 0.1
 """A call that has outlasted its prediction is expected to take this share of it yet."""
+
+_LATELY_S = 60.0
+_MOST_PREFILL = 0.9
+
+_PATIENCE_S = 3600.0
+_LEAST_LEFT_S = 1e-3
 
 
 def _first_least(costs: Sequence[tuple[float, ...]]) -> int:
@@ -344,34 +388,36 @@ class Session(_Stateless):
         return hashes.index(max(hashes))
 
 
+@dataclass(slots=True)
+class _Booked:
+    """What the calls held for an instance in this round will be to those behind them."""
+
+    calls: int = 0
+    prefill_s: float = 0.0
+    haste_per_s: float = 0.0
+
+
 class PredictedFinish:
     """The instance on which the call is predicted to end first; held while that one is full.
 
     The prediction counts the wait for a seat, the prefill that is ahead, and the decode among the
-    calls that run. An instance is full when it has no free seat or when more than ``prefill_cap_s``
-    of prefill is ahead: what is sent there would only queue, out of the reach of a more urgent
-    call. A call held for an instance books its place there, so that those behind it in the same
-    round see it and go elsewhere rather than wait for the same seat.
+    calls that run, which stands still during the prefill of calls that will come. An instance is
+    full when it has no free seat or when more than ``prefill_cap_s`` of prefill is ahead: what is
+    sent there would only queue, out of the reach of a more urgent call. A call held for an instance
+    books its place there, so that those behind it in the same round see it and go elsewhere rather
+    than wait for the same seat.
 
     Args:
-        courtesy: weight of what the call takes from those that run there: each waits while its
-            prompt is computed.
         prefill_cap_s: see above; infinite to fill the seats.
         holds: False to send at once, whatever waits.
         crowding: by how much each call in the batch slows a step down, as a share.
     """
 
     def __init__(
-        self,
-        courtesy: float = 0.0,
-        prefill_cap_s: float = float("inf"),
-        *,
-        holds: bool = True,
-        crowding: float = 0.02,
+        self, prefill_cap_s: float = math.inf, *, holds: bool = True, crowding: float = 0.02
     ) -> None:
-        self._courtesy, self._prefill_cap_s = courtesy, prefill_cap_s
-        self._holds, self._crowding = holds, crowding
-        self._booked: dict[int, tuple[int, float]] = {}
+        self._prefill_cap_s, self._holds, self._crowding = prefill_cap_s, holds, crowding
+        self._booked: defaultdict[int, _Booked] = defaultdict(_Booked)
 
     def begin_round(self) -> None:
         """Forgets what was booked in the last round."""
@@ -382,64 +428,64 @@ class PredictedFinish:
         return self._holds and all(self._full(instance, now_s) for instance in instances)
 
     def choose(self, call: RoutedCall, instances: Sequence[Instance], now_s: float) -> int | None:
-        """The instance of the earliest finish, or None while that one is full."""
+        """The instance of the least score, or None while that one is full."""
         scores = [(self._score(call, i, now_s), i.number) for i in instances]
         chosen = _first_least(scores)
         instance = instances[chosen]
         if not (self._holds and self._full(instance, now_s)):
             return chosen
-        calls, prefill_s = self._booked.get(instance.number, (0, 0.0))
-        self._booked[instance.number] = (calls + 1, prefill_s + instance.predict(call).prefill_s)
+        own, booked = instance.predict(call), self._booked[instance.number]
+        booked.calls += 1
+        booked.prefill_s += own.prefill_s
+        booked.haste_per_s += call.haste_per_s(own.total_s, now_s)
         return None
 
     def _full(self, instance: Instance, now_s: float) -> bool:
-        calls, booked_s = self._booked.get(instance.number, (0, 0.0))
+        booked = self._booked[instance.number]
         if not instance.in_flight:
             return False
         return (
-            calls > 0
+            booked.calls > 0
             or instance.in_flight >= instance.seats
-            or instance.prefill_s(now_s) + booked_s > self._prefill_cap_s
+            or instance.prefill_s(now_s) > self._prefill_cap_s
         )
 
     def _score(self, call: RoutedCall, instance: Instance, now_s: float) -> float:
-        own_s = instance.predict(call).prefill_s
-        return self._finish_s(call, instance, now_s) + self._courtesy * own_s * instance.decoding
+        return self._finish_s(call, instance, now_s)
 
     def _finish_s(self, call: RoutedCall, instance: Instance, now_s: float) -> float:
-        calls, booked_s = self._booked.get(instance.number, (0, 0.0))
-        in_flight = instance.in_flight
+        booked, in_flight = self._booked[instance.number], instance.in_flight
         own = instance.predict(call)
-        excess = in_flight + calls + 1 - instance.seats
+        excess = in_flight + booked.calls + 1 - instance.seats
         seat_s = 0.0
         if excess > 0 and in_flight:
             seat_s = excess * instance.work_s(now_s) / in_flight / instance.seats
         running = min(in_flight, instance.seats - 1)
-        ahead_s = seat_s + instance.prefill_s(now_s) + booked_s
-        return ahead_s + own.prefill_s + own.decode_s * (1 + self._crowding * running)
+        ahead_s = seat_s + instance.prefill_s(now_s) + booked.prefill_s
+        decode_s = own.decode_s * (1 + self._crowding * running)
+        return ahead_s + own.prefill_s + decode_s / (1 - instance.prefill_share(now_s))
 
 
 class Auto(PredictedFinish):
-    """The default: the product of prefill and batch, the predicted finish, and holding.
+    """The default: where the call costs all workflows together least of the time they have left.
 
-    The product is about what a call costs everybody: the prefill ahead delays it, and its own
-    prefill delays all who run there. Under load this sends prompts where they stall the fewest; the
-    finish makes sure that a call with a long answer goes to a fast instance.
+    It costs its own workflow the time until its predicted finish, and every other one that has a
+    call there the time of its prompt, during which they stand still. Each second counts for its
+    share of what the workflow has left until its deadline: so the call of a workflow that is nearly
+    late goes where it ends soonest, and others keep their prompts out of its way.
 
     Args:
-        haste: weight of the predicted finish.
         prefill_cap_s: see `PredictedFinish`.
     """
 
-    def __init__(self, haste: float = 0.3, prefill_cap_s: float = 2.0) -> None:
-        super().__init__(prefill_cap_s=prefill_cap_s)
-        self._haste = haste
+    def __init__(self, prefill_cap_s: float = 2.0) -> None:
+        super().__init__(prefill_cap_s)
 
     def _score(self, call: RoutedCall, instance: Instance, now_s: float) -> float:
-        calls, booked_s = self._booked.get(instance.number, (0, 0.0))
-        prefill_s = instance.prefill_s(now_s) + booked_s + instance.predict(call).prefill_s
-        batch = instance.in_flight + calls + 1
-        return self._haste * self._finish_s(call, instance, now_s) + prefill_s * batch
+        own = instance.predict(call)
+        others_per_s = instance.haste_per_s(now_s) + self._booked[instance.number].haste_per_s
+        own_per_s = call.haste_per_s(own.total_s, now_s)
+        return own_per_s * self._finish_s(call, instance, now_s) + others_per_s * own.prefill_s
 
 
 RULES: Mapping[str, Callable[..., Rule]] = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from trimtab.core.policy import Call, Outcome, ServingPolicy
 from trimtab.core.simulate.dispatch import Sends
@@ -22,7 +24,7 @@ class HoldingRouter:
     Args:
         rule: chooses the instances.
         backlogs: the instances by number.
-        estimate: what the router expects of a request.
+        estimate: what the router expects of a request; when its workflow is due is added.
         order: the order of held calls; by arrival without one.
     """
 
@@ -41,6 +43,7 @@ class HoldingRouter:
         self._held: list[_Entry] = []
         self._entries: dict[int, _Entry] = {}
         self._sent_to: dict[str, Backlog] = {}
+        self._began_s: dict[str, float] = {}
 
     def on_arrival(self, request: Request, now_s: float) -> Sends:
         """Puts the request with the held ones and begins a round."""
@@ -51,7 +54,8 @@ class HoldingRouter:
         }
         fields = {name: value for name, value in said.items() if value is not None}
         call = Call(request.request_id, now_s, request.prompt_tokens, 0, fields)
-        self._calls[request.request_id] = (request, self._estimate(request), call)
+        routed = replace(self._estimate(request), due_s=self._due_s(request, now_s))
+        self._calls[request.request_id] = (request, routed, call)
         self._numbers[call] = len(self._requests)
         self._requests.append(request)
         if self._order is not None:
@@ -73,6 +77,12 @@ class HoldingRouter:
             self._order.on_finish(call, Outcome.COMPLETED, now_s)
         del self._numbers[call]
         return self._round(now_s)
+
+    def _due_s(self, request: Request, now_s: float) -> float:
+        if request.deadline_s is None:
+            return math.inf
+        name = request.workflow or request.request_id
+        return self._began_s.setdefault(name, now_s) + request.deadline_s
 
     def _round(self, now_s: float) -> Sends:
         if not self._held:

@@ -206,7 +206,7 @@ def _whole(cell: Cell, count: int, seed: int) -> Run:
     scales[_HINDSIGHT] = scales.pop(best.name)
     scales[whole.name] = scene.scale_met(whole, near=scales[_HINDSIGHT])
     scales[_BEST] = min(scales[_BEST], scales[whole.name])
-    scales[OUR_DISPATCH.name] = scene.scale_met(OUR_DISPATCH)
+    scales[OUR_DISPATCH.name] = scene.scale_met(OUR_DISPATCH, near=scales[_BEST])
     scales[OURS.name] = scene.scale_met(OURS, near=scales[OUR_DISPATCH.name])
     found = {("deadline_scale", name): scale for name, scale in scales.items()}
     tight = scene.scale_met(LEAST_REQUESTS, _IN_TIME)

@@ -40,7 +40,7 @@ class Side:
     def knows_deadlines(self) -> bool:
         """Whether what it does depends on the deadlines."""
         known = {"edd", "llf", "urgency"}
-        return self.order in known or self.held in known
+        return self.rule == "auto" or self.order in known or self.held in known
 
 
 def serve(

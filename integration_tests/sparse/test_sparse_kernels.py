@@ -1,0 +1,321 @@
+"""The operators of sparse attention against the mathematics in plain torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimtab.kernels.sparse import (
+    SparseShape,
+    gathered,
+    naive,
+    select_blocks,
+    selected_attention,
+    tables,
+)
+
+pytestmark = pytest.mark.integration
+
+SMALL = SparseShape(window=8, stride=4, block=16, top=3, first=1, recent=1, sliding=24)
+
+
+def ends(lengths):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def drawn(seed, heads, kv_heads, d, d_v, lengths, dtype=torch.float32):
+    """Queries, keys and values of sequences that have ``(queries, keys)`` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    queries, keys = ([a for a, _ in lengths], [b for _, b in lengths])
+    parts = (
+        some(sum(queries), heads, d),
+        some(sum(keys), kv_heads, d),
+        some(sum(keys), kv_heads, d_v),
+    )
+    return *parts, ends(queries), ends(keys)
+
+
+def by_sequence(q, k, v, cu_q, cu_k, indices, block):
+    """`naive.selected` of each sequence, packed."""
+    outs = [
+        naive.selected(q[a:b], k[c:d], v[c:d], indices[:, a:b], block, q.shape[-1] ** -0.5)
+        for (a, b), (c, d) in zip(pairwise(cu_q), pairwise(cu_k), strict=True)
+    ]
+    return torch.cat([o for o, _ in outs]), torch.cat([s for _, s in outs])
+
+
+def some_blocks(seed, kv_heads, queries, top, most=6):
+    """Ids in any order, with repeats, absent, negative and future ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-2, most, (kv_heads, queries, top), generator=generator).int()
+
+
+lengths = st.lists(
+    st.integers(1, 60).flatmap(lambda n: st.tuples(st.integers(1, n), st.just(n))),
+    min_size=1,
+    max_size=3,
+)
+heads = st.sampled_from([(1, 1), (3, 1), (4, 4), (10, 2), (14, 2)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 99), heads, st.sampled_from([(8, 8), (12, 20)]), lengths)
+def test_selected_attention_is_the_naive_one_with_its_gradients(seed, head_counts, sizes, spans):
+    *qkv, cu_q, cu_k = drawn(seed, *head_counts, *sizes, spans, torch.float64)
+    indices = some_blocks(seed, head_counts[1], qkv[0].shape[0], 4)
+    ours = [x.clone().requires_grad_() for x in qkv]
+    theirs = [x.clone().requires_grad_() for x in qkv]
+    out, lse = selected_attention(*ours, indices, cu_q, cu_k, block=16)
+    expected, expected_lse = by_sequence(*theirs, cu_q, cu_k, indices, 16)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    out.sin().sum().backward()
+    expected.sin().sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 99), heads, lengths)
+def test_selection_is_the_naive_one_whether_packed_or_alone(seed, head_counts, spans):
+    q, k, _, cu_q, cu_k = drawn(seed, *head_counts, 8, 8, spans, torch.float64)
+    entries = [naive.mean_compress(x, SMALL) for x in k.split([b for _, b in spans])]
+    chosen = select_blocks(
+        q, torch.cat(entries), cu_q, cu_k, ends([len(e) for e in entries]), SMALL
+    )
+    parts = zip(q.split([a for a, _ in spans]), entries, spans, strict=True)
+    alone = [naive.select(part, e, keys, SMALL, 8**-0.5) for part, e, (_, keys) in parts]
+    assert torch.equal(chosen, torch.cat(alone, 1))
+
+
+def test_the_weights_count_how_often_an_entry_overlaps_a_block():
+    assert SparseShape().weights == (1, 2, 2, 2, 1)
+    p = torch.zeros(1, 1, 16)
+    p[..., 7] = 1.0  # the entry of tokens 112 to 143 lies on the border of blocks 1 and 2
+    scores = naive.importance(p, 256, 1, SparseShape())
+    assert scores.flatten().tolist() == [0, 1, 1, 0]
+
+
+def test_equal_scores_go_to_the_lower_block_and_forced_ones_stay():
+    scores = torch.zeros(1, 160, 10)
+    chosen = naive.top_blocks(scores, 160, SMALL)
+    assert chosen[0, -1].tolist() == [0, 1, 9]
+    assert chosen[0, 0].tolist() == [0, -1, -1]
+
+
+def test_a_sequence_below_the_window_chooses_what_is_forced_and_has_no_compressed_part():
+    q, k, _, *_ = drawn(0, 2, 1, 8, 8, [(7, 7)])
+    entries = naive.mean_compress(k, SMALL)
+    assert entries.shape == (0, 1, 8)
+    out, lse, _ = naive.compressed(q, entries, entries, 7, SMALL, 1.0)
+    assert torch.equal(out, torch.zeros(7, 2, 8))
+    assert torch.isneginf(lse).all()
+    assert naive.select(q, entries, 7, SMALL, 1.0)[0, -1].tolist() == [0, -1, -1]
+
+
+def test_native_sparse_attention_that_covers_everything_is_dense_attention():
+    q, k, v, *_ = drawn(1, 4, 2, 8, 8, [(50, 50)], torch.float64)
+    shape = SparseShape(8, 4, 16, top=4, first=1, recent=1, sliding=50)
+    entries = naive.mean_compress(k, shape)
+    for branch in (1, 2):
+        gates = torch.eye(3, dtype=torch.float64)[branch].expand(50, 1, 3)
+        mixed = naive.native_sparse_attention(q, k, v, entries, entries, gates, shape, 8**-0.5)
+        dense = torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in (q, k, v)), is_causal=True, enable_gqa=True
+        ).transpose(0, 1)
+        torch.testing.assert_close(mixed, dense)
+
+
+def test_native_sparse_attention_has_the_gradients_of_its_branches():
+    q, k, v, *_ = drawn(2, 2, 1, 4, 4, [(20, 20)], torch.float64)
+    weight = torch.randn(1, 32, 4, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (q, k, v, weight, torch.rand(20, 2, 3).double())]
+
+    def attend(q, k, v, weight, gates):
+        position = torch.zeros(8, 4, dtype=torch.float64)
+        entries = naive.linear_compress(k, weight, position, SMALL)
+        return naive.native_sparse_attention(q, k, v, entries, entries, gates, SMALL, 0.5)
+
+    assert torch.autograd.gradcheck(attend, inputs, fast_mode=True)
+
+
+def test_the_order_of_slots_and_repeats_change_nothing():
+    q, k, v, cu_q, cu_k = drawn(3, 4, 2, 8, 8, [(60, 60)])
+    indices = some_blocks(3, 2, 60, 5)
+    turned = torch.cat([indices.flip(-1), indices], -1)
+    results = [selected_attention(q, k, v, i, cu_q, cu_k, block=16)[0] for i in (indices, turned)]
+    torch.testing.assert_close(*results)
+
+
+def test_a_later_token_changes_no_earlier_output_nor_selection():
+    q, k, v, cu_q, cu_k = drawn(4, 4, 2, 8, 8, [(64, 64)])
+    shape = SparseShape(8, 4, 16, top=2, first=1, recent=1)
+
+    def both(k, v):
+        entries = naive.mean_compress(k, shape)
+        chosen = select_blocks(q, entries, cu_q, cu_k, ends([len(entries)]), shape)
+        return chosen, selected_attention(q, k, v, chosen, cu_q, cu_k, block=16)[0]
+
+    chosen, out = both(k, v)
+    k2, v2 = k.clone(), v.clone()
+    k2[40:] += 5
+    v2[40:] = float("nan")
+    chosen2, out2 = both(k2, v2)
+    assert torch.equal(chosen[:, :40], chosen2[:, :40])
+    assert torch.equal(out[:40], out2[:40])
+    assert out2[40:].isnan().any()
+
+
+def test_what_lies_in_a_block_nobody_chose_does_not_leak_nor_get_a_gradient():
+    q, k, v, cu_q, cu_k = drawn(5, 2, 2, 8, 8, [(64, 64)])
+    indices = torch.tensor([0, 3]).int().expand(2, 64, 2)
+    k[16:32], v[16:32] = float("inf"), float("nan")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, _ = selected_attention(*leaves, indices, cu_q, cu_k, block=16)
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert all(x.grad.isfinite().all() for x in leaves)
+    assert not leaves[1].grad[16:48].any()
+    assert not leaves[2].grad[16:48].any()
+
+
+def test_logits_of_ten_thousand_in_half_precision_stay_finite():
+    q, k, v, cu_q, cu_k = drawn(6, 2, 1, 8, 8, [(64, 64)], torch.float16)
+    indices = some_blocks(6, 1, 64, 4).clamp(min=0)
+    indices[..., 0] = torch.arange(64) // 16
+    out, lse = selected_attention(q * 60, k * 60, v, indices, cu_q, cu_k, block=16)
+    expected = naive.selected(*(x.double() for x in (q * 60, k * 60, v)), indices, 16, 8**-0.5)[0]
+    assert lse.abs().max() > 5000
+    torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=0)
+
+
+def test_queries_that_choose_nothing_get_zero():
+    q, k, v, cu_q, cu_k = drawn(7, 2, 1, 8, 8, [(5, 20)])
+    for nothing in (torch.full((1, 5, 2), -1).int(), torch.full((1, 5, 2), 7).int()):
+        out, lse = selected_attention(q, k, v, nothing, cu_q, cu_k, block=16)
+        assert not out.any()
+        assert torch.isneginf(lse).all()
+
+
+def test_the_index_tables_hold_every_choice_once():
+    *_, cu_q, cu_k = drawn(8, 2, 2, 8, 8, [(30, 50), (10, 10), (0, 0)])
+    queries = tables.place_queries(cu_q, cu_k, 40, 16)
+    blocks = tables.cut(cu_k, 60, 16)
+    ids = tables.number_through(some_blocks(8, 2, 40, 4), queries, blocks)
+    table = tables.block_major(ids, blocks.first.numel())
+    assert (table.rows.diff() >= 0).all()
+    assert table.rows[-1] == (ids >= 0).sum()
+    kept = table.place[ids >= 0]
+    assert kept.sort().values.tolist() == list(range(len(kept)))
+    head, query, _ = (ids >= 0).nonzero().T
+    assert torch.equal(table.query[kept].long(), query)
+    rows = torch.searchsorted(table.rows, kept, right=True) - 1
+    assert torch.equal(rows, head * blocks.first.numel() + ids[ids >= 0])
+
+
+def test_items_cover_a_row_that_everybody_chose():
+    ids = torch.zeros(1, 1000, 1, dtype=torch.int64)
+    table = tables.block_major(ids, 8)
+    items = tables.schedule(table, group=3, rows_per_item=64)
+    assert items.row.tolist()[:47] == [0] * 47
+    assert items.chunk.tolist()[:47] == list(range(47))
+    assert (items.row[47:] == -1).all()
+
+
+def test_gathering_in_small_chunks_changes_nothing():
+    q, k, v, cu_q, cu_k = drawn(9, 4, 2, 8, 8, [(60, 60)], torch.float64)
+    queries, blocks = tables.place_queries(cu_q, cu_k, 60, 16), tables.cut(cu_k, 60, 16)
+    ids = tables.number_through(some_blocks(9, 2, 60, 4), queries, blocks)
+    whole, parts = (
+        gathered.forward(q, k, v, ids, 16, 0.3, queries, blocks, most) for most in (1 << 20, 64)
+    )
+    torch.testing.assert_close(whole, parts)
+
+
+def test_the_operators_keep_torchs_rules():
+    q, k, v, cu_q, cu_k = drawn(10, 4, 2, 8, 8, [(40, 40)])
+    indices = some_blocks(10, 2, 40, 3)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    operators = torch.ops.trimtab_sparse
+    torch.library.opcheck(operators.selected, (*leaves, indices, cu_q, cu_k, 16, 0.3, 1 << 20))
+    entries = naive.mean_compress(k.detach(), SMALL)
+    sizes = [8, 4, 16, 3, 1, 1]
+    arguments = (q.detach(), entries, cu_q, cu_k, ends([len(entries)]), sizes, 0.3)
+    torch.library.opcheck(operators.select, arguments)
+
+
+def test_selection_and_attention_compile_into_one_graph_with_equal_gradients():
+    q, k, v, cu_q, cu_k = drawn(11, 4, 2, 8, 8, [(48, 48)])
+    cu_entries = ends([SMALL.entries(48)])
+
+    def attend(q, k, v):
+        entries = k.unfold(0, SMALL.window, SMALL.stride).mean(-1)
+        chosen = select_blocks(q, entries, cu_q, cu_k, cu_entries, SMALL)
+        return selected_attention(q, k, v, chosen, cu_q, cu_k, block=16)[0].square().sum()
+
+    gradients = []
+    for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        function(*leaves).backward()
+        gradients.append([x.grad for x in leaves])
+    torch.testing.assert_close(*gradients)
+
+
+def test_checkpointing_chooses_the_same_blocks_again():
+    q, k, v, cu_q, cu_k = drawn(12, 4, 2, 8, 8, [(64, 64)])
+    seen = []
+
+    def attend(q, k, v):
+        entries = naive.mean_compress(k, SMALL)
+        chosen = select_blocks(q, entries, cu_q, cu_k, ends([len(entries)]), SMALL)
+        seen.append(chosen)
+        return selected_attention(q, k, v, chosen, cu_q, cu_k, block=16)[0]
+
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    torch.utils.checkpoint.checkpoint(attend, *leaves, use_reentrant=False).sum().backward()
+    assert len(seen) == 2
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda a: a.update(k=a["k"][:, :0]), "KV heads"),
+        (lambda a: a.update(v=a["v"][:-1]), "do not fit"),
+        (lambda a: a.update(k=a["k"].half()), "dtype"),
+        (lambda a: a.update(indices=a["indices"][:, :-1]), "indices is"),
+        (lambda a: a.update(block=24), "power of two"),
+        (lambda a: a.update(cu_keys=ends([10, 10])), "different numbers"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(change, what):
+    q, k, v, cu_q, cu_k = drawn(13, 4, 2, 8, 8, [(20, 20)])
+    arguments = {"q": q, "k": k, "v": v, "indices": some_blocks(13, 2, 20, 3), "block": 16}
+    arguments |= {"cu_queries": cu_q, "cu_keys": cu_k}
+    change(arguments)
+    with pytest.raises(ValueError, match=what):
+        selected_attention(**arguments)
+
+
+@pytest.mark.parametrize("sizes", [{"stride": 12}, {"top": 2}, {"window": 128}, {"block": 0}])
+def test_shapes_that_cannot_be_are_refused(sizes):
+    with pytest.raises(ValueError, match="SparseShape"):
+        SparseShape(**sizes)
+
+
+def test_the_gpu_kernels_interpreted_agree_with_the_mathematics():
+    script = Path(__file__).with_name("interpreted_kernels.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, script], env=environment, check=True, timeout=300)

@@ -1,0 +1,365 @@
+// Causal attention of query tiles to the 64-key blocks they share, on a CPU.
+//
+// One source, compiled once for each set of instructions; vectors are the compiler's own. Keys are
+// first packed into panels that the products read in order, whatever their layout in memory. The
+// threads are torch's: OpenMP's symbols are those that torch has loaded, so this links to none.
+
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int BLOCK = 64;   // keys of a block, and queries of a tile
+constexpr int ROWS = 4;     // rows of a register tile
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+constexpr int VECTORS = 4;  // vectors of a register tile
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+constexpr int VECTORS = 2;
+#else
+constexpr int WIDTH = 4;
+constexpr int VECTORS = 4;
+#endif
+constexpr float MASKED = -3e38f;
+constexpr float LEAST = -1e30f;
+
+typedef float vfloat __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef int32_t vint __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+inline float widen(fp16 x) {
+  _Float16 half;
+  std::memcpy(&half, &x.bits, 2);
+  return float(half);
+}
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(float x, bf16& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) {
+    out.bits = uint16_t((bits >> 16) | 0x40);
+    return;
+  }
+  out.bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void narrow(float x, fp16& out) {
+  _Float16 half = _Float16(x);
+  std::memcpy(&out.bits, &half, 2);
+}
+
+inline vfloat load(const float* p) { return *reinterpret_cast<const vfloat*>(p); }
+inline void store(float* p, vfloat x) { *reinterpret_cast<vfloat*>(p) = x; }
+
+// 2^x for x <= 0; less than 2^-125 is 0. Error below 2e-7.
+inline vfloat exp2_below(vfloat x) {
+  const vfloat magic = vfloat{} + 12582912.0f;
+  vint tiny = x < -125.0f;
+  x = tiny ? vfloat{} : x;
+  vfloat shifted = x + magic;
+  vint n = (vint)shifted - (vint)magic;
+  vfloat f = x - (shifted - magic);
+  vfloat p = 1.535336188319500e-4f * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.0f;
+  vfloat out = (vfloat)((vint)p + (n << 23));
+  return tiny ? vfloat{} : out;
+}
+
+// How a kind of operand lies in panels, and the product of ROWS rows with one of them.
+struct Float {
+  typedef float element;
+  static constexpr int PAIR = 1;
+  static void put(float x, element& out) { out = x; }
+  template <int N>
+  static void product(const element* a, int64_t lda, const element* b, int64_t ldb, int depth,
+                      vfloat (&acc)[ROWS][N]) {
+    for (int k = 0; k < depth; ++k) {
+      vfloat column[N];
+      for (int j = 0; j < N; ++j) column[j] = load(b + k * ldb + j * WIDTH);
+      for (int i = 0; i < ROWS; ++i) {
+        vfloat each = vfloat{} + a[i * lda + k];
+        for (int j = 0; j < N; ++j) acc[i][j] += each * column[j];
+      }
+    }
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Pairs of neighbours along the depth lie side by side, as the instruction takes them.
+struct Bfloat {
+  typedef bf16 element;
+  static constexpr int PAIR = 2;
+  static void put(float x, element& out) { narrow(x, out); }
+  template <int N>
+  static void product(const element* a, int64_t lda, const element* b, int64_t ldb, int depth,
+                      vfloat (&acc)[ROWS][N]) {
+    for (int k = 0; k < depth; k += 2) {
+      __m512bh column[N];
+      for (int j = 0; j < N; ++j)
+        column[j] = (__m512bh)_mm512_loadu_si512(b + k * ldb + j * WIDTH * 2);
+      for (int i = 0; i < ROWS; ++i) {
+        int32_t two;
+        std::memcpy(&two, a + i * lda + k, 4);
+        __m512bh each = (__m512bh)_mm512_set1_epi32(two);
+        for (int j = 0; j < N; ++j)
+          acc[i][j] = (vfloat)_mm512_dpbf16_ps((__m512)acc[i][j], each, column[j]);
+      }
+    }
+  }
+};
+#endif
+
+// C[rows, columns] = C * keep + A B, or A B where keep is null; columns are a multiple of WIDTH.
+template <class Kind, int N>
+inline void panel(const typename Kind::element* a, int64_t lda, const typename Kind::element* b,
+                  int64_t ldb, float* c, int64_t ldc, int depth, const float* keep) {
+  vfloat acc[ROWS][N];
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < N; ++j)
+      acc[i][j] = keep ? load(c + i * ldc + j * WIDTH) * keep[i] : vfloat{};
+  Kind::template product<N>(a, lda, b, ldb, depth, acc);
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < N; ++j) store(c + i * ldc + j * WIDTH, acc[i][j]);
+}
+
+template <class Kind>
+void multiply(const typename Kind::element* a, int64_t lda, const typename Kind::element* b,
+              int64_t ldb, float* c, int64_t ldc, int rows, int columns, int depth,
+              const float* keep) {
+  for (int at = 0; at < columns;) {
+    int vectors = (columns - at) / WIDTH;
+    int taken = vectors >= VECTORS ? VECTORS : 1;
+    for (int i = 0; i < rows; i += ROWS) {
+      const auto* left = a + i * lda;
+      const auto* right = b + at * Kind::PAIR;
+      const float* kept = keep ? keep + i : nullptr;
+      float* out = c + i * ldc + at;
+      if (taken == VECTORS)
+        panel<Kind, VECTORS>(left, lda, right, ldb, out, ldc, depth, kept);
+      else
+        panel<Kind, 1>(left, lda, right, ldb, out, ldc, depth, kept);
+    }
+    at += taken * WIDTH;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Sizes are in elements. A key's place is block_base + token_at[block_token + i] + its head and
+// dimension, so that any separable layout of a cache can be read where it lies.
+struct Problem {
+  const void *q, *k, *v;
+  void *out, *panels;
+  const int64_t *k_base, *v_base;                    // [blocks]
+  const int32_t *block_token, *block_length;         // [blocks]
+  const int64_t *k_token_at, *v_token_at;            // [tokens of a page]
+  const int64_t *k_dim_at, *v_dim_at;                // [d], [d_v]
+  const int64_t *tile_query, *tile_block;            // [tiles]: first packed query, first block
+  const int32_t *tile_queries, *tile_position;       // [tiles]: how many, position of the first
+  const int64_t* rows;                               // [heads * tiles + 1]
+  const int32_t* chosen;                             // ids within the sequence, ascending
+  uint8_t* needed;                                   // [kv_heads * blocks], zeros
+  int64_t q_token, q_head, out_token, out_head, k_head, v_head;
+  int64_t tiles, blocks, heads, kv_heads, d, d_v;
+  float scale;
+  int32_t dtype;    // 0 float32, 1 bfloat16, 2 float16
+  int32_t threads;
+};
+
+}  // extern "C"
+
+namespace {
+
+inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+
+template <class Kind>
+struct Panels {
+  typedef typename Kind::element element;
+  int64_t depth, wide;
+  element* base;
+  explicit Panels(const Problem& p)
+      : depth((p.d + 1) / 2 * 2), wide(padded(p.d_v)), base(static_cast<element*>(p.panels)) {}
+  int64_t size() const { return BLOCK * (depth + wide); }
+  element* keys(int64_t at) const { return base + at * size(); }
+  element* values(int64_t at) const { return keys(at) + BLOCK * depth; }
+};
+
+template <class Source, class Kind>
+void pack(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t block) {
+  typedef typename Kind::element element;
+  constexpr int PAIR = Kind::PAIR;
+  element* keys = panels.keys(head * p.blocks + block);
+  element* values = panels.values(head * p.blocks + block);
+  const int64_t length = p.block_length[block], first = p.block_token[block];
+  std::memset(static_cast<void*>(keys), 0, panels.size() * sizeof(element));
+  const auto* k = static_cast<const Source*>(p.k) + p.k_base[block] + head * p.k_head;
+  const auto* v = static_cast<const Source*>(p.v) + p.v_base[block] + head * p.v_head;
+  for (int64_t t = 0; t < length; ++t) {
+    const Source* row = k + p.k_token_at[first + t];
+    for (int64_t c = 0; c < p.d; ++c)
+      Kind::put(widen(row[p.k_dim_at[c]]), keys[(c / PAIR * BLOCK + t) * PAIR + c % PAIR]);
+  }
+  for (int64_t t = 0; t < length; ++t) {
+    const Source* row = v + p.v_token_at[first + t];
+    element* line = values + t / PAIR * panels.wide * PAIR + t % PAIR;
+    for (int64_t c = 0; c < p.d_v; ++c) Kind::put(widen(row[p.v_dim_at[c]]), line[c * PAIR]);
+  }
+}
+
+// One row of logits becomes weights; returns what the earlier sums shrink by.
+template <class Kind>
+inline float soften(float* logits, typename Kind::element* weights, float& top, float& total) {
+  vfloat most = load(logits);
+  for (int j = WIDTH; j < BLOCK; j += WIDTH) {
+    vfloat next = load(logits + j);
+    most = most > next ? most : next;
+  }
+  float highest = top;
+  for (int j = 0; j < WIDTH; ++j) highest = most[j] > highest ? most[j] : highest;
+  const vfloat shift = vfloat{} + highest;
+  vfloat sum = {};
+  for (int j = 0; j < BLOCK; j += WIDTH) {
+    vfloat x = exp2_below(load(logits + j) - shift);
+    sum += x;
+#if defined(__AVX512BF16__)
+    if (sizeof(weights[0]) == 2) {
+      __m256bh two = _mm512_cvtneps_pbh((__m512)x);
+      std::memcpy(weights + j, &two, 32);
+      continue;
+    }
+#endif
+    std::memcpy(static_cast<void*>(weights + j), &x, sizeof(x));
+  }
+  const float keep = highest == top ? 1.0f : exp2_below(vfloat{} + (top - highest))[0];
+  float added = 0;
+  for (int j = 0; j < WIDTH; ++j) added += sum[j];
+  total = total * keep + added;
+  top = highest;
+  return keep;
+}
+
+template <class Source, class Kind>
+void attend(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t tile,
+            float* scratch) {
+  typedef typename Kind::element element;
+  const int64_t kv_head = head / (p.heads / p.kv_heads);
+  const int queries = p.tile_queries[tile];
+  const int rows = (queries + ROWS - 1) / ROWS * ROWS;
+  float *logits = scratch, *acc = logits + BLOCK * BLOCK;
+  element* q = reinterpret_cast<element*>(acc + BLOCK * panels.wide);
+  element* weights = q + BLOCK * panels.depth;
+  float top[BLOCK], total[BLOCK], keep[BLOCK];
+  const float log2_e = 1.44269504088896f, scale = p.scale * log2_e;
+  std::memset(static_cast<void*>(q), 0, BLOCK * panels.depth * sizeof(element));
+  std::memset(acc, 0, BLOCK * panels.wide * sizeof(float));
+  const auto* source =
+      static_cast<const Source*>(p.q) + p.tile_query[tile] * p.q_token + head * p.q_head;
+  for (int i = 0; i < queries; ++i)
+    for (int64_t c = 0; c < p.d; ++c)
+      Kind::put(widen(source[i * p.q_token + c]), q[i * panels.depth + c]);
+  for (int i = 0; i < BLOCK; ++i) top[i] = LEAST, total[i] = 0;
+  const int64_t row = head * p.tiles + tile;
+  for (int64_t at = p.rows[row]; at < p.rows[row + 1]; ++at) {
+    const int64_t block = p.tile_block[tile] + p.chosen[at];
+    const int64_t panel_at = kv_head * p.blocks + block;
+    multiply<Kind>(q, panels.depth, panels.keys(panel_at), BLOCK, logits, BLOCK, rows, BLOCK,
+                   panels.depth, nullptr);
+    const int64_t offset = p.tile_position[tile] - int64_t(p.chosen[at]) * BLOCK;
+    for (int i = 0; i < rows; ++i) {
+      float* line = logits + i * BLOCK;
+      int64_t limit = offset + i + 1;
+      if (limit > p.block_length[block]) limit = p.block_length[block];
+      for (int j = 0; j < BLOCK; j += WIDTH) store(line + j, load(line + j) * scale);
+      for (int64_t j = limit < 0 ? 0 : limit; j < BLOCK; ++j) line[j] = MASKED;
+      keep[i] = soften<Kind>(line, weights + i * BLOCK, top[i], total[i]);
+    }
+    multiply<Kind>(weights, BLOCK, panels.values(panel_at), panels.wide, acc, panels.wide, rows,
+                   int(panels.wide), BLOCK, keep);
+  }
+  auto* out = static_cast<Source*>(p.out) + p.tile_query[tile] * p.out_token + head * p.out_head;
+  for (int i = 0; i < queries; ++i) {
+    const float share = total[i] > 0 ? 1.0f / total[i] : 0.0f;
+    for (int64_t c = 0; c < p.d_v; ++c)
+      narrow(acc[i * panels.wide + c] * share, out[i * p.out_token + c]);
+  }
+}
+
+template <class Source, class Kind>
+void run(const Problem& p) {
+  const Panels<Kind> panels(p);
+  const int64_t scratch =
+      BLOCK * (BLOCK + panels.wide) * 4 + BLOCK * (panels.depth + BLOCK) * sizeof(typename Kind::element);
+  const int64_t group_rows = p.heads / p.kv_heads * p.tiles;
+  for (int64_t row = 0; row < p.heads * p.tiles; ++row)
+    for (int64_t at = p.rows[row]; at < p.rows[row + 1]; ++at)
+      p.needed[row / group_rows * p.blocks + p.tile_block[row % p.tiles] + p.chosen[at]] = 1;
+#pragma omp parallel num_threads(p.threads)
+  {
+    float* own = static_cast<float*>(__builtin_malloc(scratch));
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t at = 0; at < p.kv_heads * p.blocks; ++at)
+      if (p.needed[at]) pack<Source, Kind>(p, panels, at / p.blocks, at % p.blocks);
+    // The last tiles of a sequence have the most keys: they come first.
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t at = 0; at < p.heads * p.tiles; ++at)
+      attend<Source, Kind>(p, panels, at % p.heads, p.tiles - 1 - at / p.heads, own);
+    __builtin_free(own);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Whether this machine has the instructions that this file was compiled for.
+__attribute__((visibility("default"))) int trimtab_supported() {
+#if defined(__AVX512BF16__)
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
+#elif defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return 1;
+#endif
+}
+
+// Bytes of one packed element.
+__attribute__((visibility("default"))) int trimtab_element_bytes(int dtype) {
+#if defined(__AVX512BF16__)
+  return dtype == 1 ? 2 : 4;
+#else
+  (void)dtype;
+  return 4;
+#endif
+}
+
+__attribute__((visibility("default"))) void trimtab_block_sparse(const Problem* p) {
+  if (p->dtype == 0) return run<float, Float>(*p);
+  if (p->dtype == 2) return run<fp16, Float>(*p);
+#if defined(__AVX512BF16__)
+  run<bf16, Bfloat>(*p);
+#else
+  run<bf16, Float>(*p);
+#endif
+}
+
+}  // extern "C"

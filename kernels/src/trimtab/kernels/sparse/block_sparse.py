@@ -1,0 +1,239 @@
+"""Prefill on a CPU: tiles of 64 queries attend to 64-key blocks that they share.
+
+Runs the compiled code of ``block_sparse.cpp`` where it was built, else the same in plain torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trimtab.kernels.sparse.tables import cut, place_queries
+
+TILE = 64
+"""Queries of a tile, and keys of a block."""
+
+_SETS = ("avx512bf16", "avx512", "avx2", "portable")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass(frozen=True, slots=True)
+class KeyStore:
+    """Keys and values where they lie, cut into blocks of 64 tokens.
+
+    Element ``(token i, dimension c)`` of a block is at ``base[block] + head * head_stride +
+    token_at[block_token[block] + i] + dim_at[c]`` of the flat storage, so that packed tensors and
+    the pages of a cache can both be read in place.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_base: Tensor
+    v_base: Tensor
+    block_token: Tensor
+    block_length: Tensor
+    k_token_at: Tensor
+    v_token_at: Tensor
+    k_dim_at: Tensor
+    v_dim_at: Tensor
+    k_head: int
+    v_head: int
+    kv_heads: int
+    before: Tensor
+    """Blocks of all earlier sequences, ``[sequences + 1]`` int64."""
+
+    @classmethod
+    def packed(cls, k: Tensor, v: Tensor, cu_keys: Tensor) -> KeyStore:
+        """Packed keys ``[keys, kv_heads, d]`` and values ``[keys, kv_heads, d_v]``."""
+        blocks = cut(cu_keys, k.shape[0], TILE)
+        at = torch.arange(TILE)
+        return cls(
+            k=k,
+            v=v,
+            k_base=blocks.first * k.stride(0),
+            v_base=blocks.first * v.stride(0),
+            block_token=torch.zeros(blocks.first.numel(), dtype=torch.int32),
+            block_length=blocks.length.int(),
+            k_token_at=at * k.stride(0),
+            v_token_at=at * v.stride(0),
+            k_dim_at=torch.arange(k.shape[2]) * k.stride(2),
+            v_dim_at=torch.arange(v.shape[2]) * v.stride(2),
+            k_head=k.stride(1),
+            v_head=v.stride(1),
+            kv_heads=k.shape[1],
+            before=blocks.before,
+        )
+
+    def read(self, block: int, head: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one block, ``[length, d]`` and ``[length, d_v]``."""
+        begin, length = int(self.block_token[block]), int(self.block_length[block])
+        found = []
+        for x, base, token_at, dim_at, stride in (
+            (self.k, self.k_base, self.k_token_at, self.k_dim_at, self.k_head),
+            (self.v, self.v_base, self.v_token_at, self.v_dim_at, self.v_head),
+        ):
+            tokens = token_at[begin : begin + length, None]
+            flat = int(base[block]) + head * stride + tokens + dim_at
+            found.append(_flat(x)[flat])
+        return found[0], found[1]
+
+
+def _flat(x: Tensor) -> Tensor:
+    """A tensor's storage from its first element on."""
+    size = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
+    return x.as_strided((size,), (1,))
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Tiles of packed queries, none across two sequences."""
+
+    query: Tensor
+    """The first packed query of each, ``[tiles]`` int64."""
+    queries: Tensor
+    """How many it has, ``[tiles]`` int32."""
+    position: Tensor
+    """The place of the first among its sequence's keys, ``[tiles]`` int32."""
+    sequence: Tensor
+
+    @classmethod
+    def of(cls, cu_queries: Tensor, cu_keys: Tensor, queries: int) -> Tiles:
+        """Cuts packed queries; the last query of a sequence belongs to its last key."""
+        blocks = cut(cu_queries, queries, TILE)
+        there = blocks.length > 0
+        first, sequence = blocks.first[there], blocks.sequence[there]
+        last = place_queries(cu_queries, cu_keys, queries, TILE).last
+        position = last[first] - cu_keys.long()[sequence]
+        return cls(first, blocks.length[there].int(), position.int(), sequence)
+
+    @property
+    def last_block(self) -> Tensor:
+        """The block of each tile's last query, ``[tiles]`` int64."""
+        return (self.position.long() + self.queries - 1) // TILE
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The blocks of each head's tiles, ids within their sequence, ascending and without repeats."""
+
+    rows: Tensor
+    """Where each list begins, ``[heads * tiles + 1]`` int64."""
+    blocks: Tensor
+    """int32."""
+
+    @classmethod
+    def of_mask(cls, chosen: Tensor) -> Choice:
+        """From a mask ``[heads, tiles, blocks]``."""
+        counts = chosen.sum(-1).flatten()
+        rows = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        return cls(rows, chosen.nonzero()[:, -1].int())
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The best compiled code that this machine can run, or None where none was built."""
+    folder = Path(__file__).parent
+    for name in _SETS:
+        for suffix in EXTENSION_SUFFIXES:
+            path = folder / f"block_sparse_{name}{suffix}"
+            try:
+                found = ctypes.CDLL(str(path))
+            except OSError:
+                continue
+            if found.trimtab_supported():
+                return found
+    return None
+
+
+class _Problem(ctypes.Structure):
+    """``Problem`` of ``block_sparse.cpp``, field for field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "panels")),
+        *((name, ctypes.c_void_p) for name in ("k_base", "v_base", "block_token", "block_length")),
+        *((name, ctypes.c_void_p) for name in ("k_token_at", "v_token_at", "k_dim_at", "v_dim_at")),
+        *((name, ctypes.c_void_p) for name in ("tile_query", "tile_block", "tile_queries")),
+        *((name, ctypes.c_void_p) for name in ("tile_position", "rows", "chosen", "needed")),
+        *((name, ctypes.c_int64) for name in ("q_token", "q_head", "out_token", "out_head")),
+        *((name, ctypes.c_int64) for name in ("k_head", "v_head", "tiles", "blocks")),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "d", "d_v")),
+        ("scale", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
+def tiled_attention(
+    q: Tensor, store: KeyStore, tiles: Tiles, choice: Choice, out: Tensor, scale: float
+) -> Tensor:
+    """Causal attention of each tile to its blocks, written into ``out``.
+
+    Args:
+        q: ``[queries, heads, d]``, its last dimension dense.
+        store: the keys.
+        tiles: the tiles of ``q``.
+        choice: their blocks; blocks past a tile's last query show nothing.
+        out: ``[queries, heads, d_v]`` as ``q``, its last dimension dense.
+        scale: of the logits.
+    """
+    compiled = library()
+    if compiled is None or q.dtype not in _DTYPES:
+        return tiled_attention_in_torch(q, store, tiles, choice, out, scale)
+    blocks, wide = store.k_base.numel(), store.v_dim_at.numel()
+    panel = TILE * (-(-q.shape[2] // 2) * 2 + -(-wide // 16) * 16)
+    bytes_each = compiled.trimtab_element_bytes(_DTYPES[q.dtype])
+    panels = torch.empty(store.kv_heads * blocks * panel * bytes_each, dtype=torch.uint8)
+    needed = torch.zeros(store.kv_heads * blocks, dtype=torch.uint8)
+    tensors = (
+        *(q, store.k, store.v, out, panels, store.k_base, store.v_base, store.block_token),
+        *(store.block_length, store.k_token_at, store.v_token_at, store.k_dim_at, store.v_dim_at),
+        *(tiles.query, store.before[tiles.sequence], tiles.queries, tiles.position),
+        *(choice.rows, choice.blocks, needed),
+    )
+    problem = _Problem(
+        *(x.data_ptr() for x in tensors),
+        *(q.stride(0), q.stride(1), out.stride(0), out.stride(1), store.k_head, store.v_head),
+        *(tiles.query.numel(), blocks, q.shape[1], store.kv_heads, q.shape[2], wide),
+        *(scale, _DTYPES[q.dtype], torch.get_num_threads()),
+    )
+    compiled.trimtab_block_sparse(ctypes.byref(problem))
+    return out
+
+
+def tiled_attention_in_torch(
+    q: Tensor, store: KeyStore, tiles: Tiles, choice: Choice, out: Tensor, scale: float
+) -> Tensor:
+    """What `tiled_attention` does, by gathering each tile's blocks; any dtype."""
+    group = q.shape[1] // store.kv_heads
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    bounds = choice.rows.tolist()
+    for tile, begin in enumerate(tiles.query.tolist()):
+        rows = slice(begin, begin + int(tiles.queries[tile]))
+        position = int(tiles.position[tile]) + torch.arange(rows.stop - rows.start)
+        before = int(store.before[tiles.sequence[tile]])
+        for head in range(q.shape[1]):
+            at = head * tiles.query.numel() + tile
+            ids = choice.blocks[bounds[at] : bounds[at + 1]].tolist()
+            if not ids:
+                out[rows, head] = 0
+                continue
+            parts = [store.read(before + block, head // group) for block in ids]
+            keys, values = (torch.cat(part).to(wide) for part in zip(*parts, strict=True))
+            place = torch.cat(
+                [
+                    block * TILE + torch.arange(len(k))
+                    for block, (k, _) in zip(ids, parts, strict=True)
+                ]
+            )
+            visible = place <= position[:, None]
+            logits = q[rows, head].to(wide) @ keys.T * scale
+            p = torch.softmax(logits.masked_fill(~visible, float("-inf")), -1)
+            p = p.masked_fill(~visible, 0.0)
+            out[rows, head] = (p @ values).to(out.dtype)
+    return out

@@ -1,0 +1,293 @@
+"""The torch operators ``trimtab_sparse::select`` and ``::selected``, with gradients.
+
+On a GPU they run Triton kernels; on a CPU plain torch, or the kernels too where Triton interprets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.kernels.sparse import gathered, launch, naive, tables
+from trimtab.kernels.sparse.shape import SparseShape
+
+WORKSPACE_BYTES = 256 * 2**20
+"""What partial results may take at most; longer inputs are done in segments."""
+
+_GATHERED_KEYS = 1 << 16
+
+
+def _on_triton(x: Tensor) -> bool:
+    return x.dtype != torch.float64 and (x.is_cuda or launch.interpreted())
+
+
+def _laid_out(
+    q: Tensor, k: Tensor, indices: Tensor, cu_q: Tensor, cu_k: Tensor, block: int
+) -> tuple[tables.Queries, tables.Blocks, Tensor]:
+    queries = tables.place_queries(cu_q, cu_k, q.shape[0], block)
+    blocks = tables.cut(cu_k, k.shape[0], block)
+    return queries, blocks, tables.number_through(indices, queries, blocks)
+
+
+@torch.library.custom_op("trimtab_sparse::selected", mutates_args=())
+def _selected(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    block: int,
+    scale: float,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    queries, blocks, ids = _laid_out(q, k, indices, cu_q, cu_k, block)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    if _on_triton(q):
+        return launch.selected_forward(q, k, v, ids, block, scale, queries, blocks, workspace_bytes)
+    return gathered.forward(q, k, v, ids, block, scale, queries, blocks, _GATHERED_KEYS)
+
+
+@_selected.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    block: int,
+    scale: float,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=wide)
+
+
+@torch.library.custom_op("trimtab_sparse::selected_backward", mutates_args=())
+def _selected_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    indices: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    block: int,
+    scale: float,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    queries, blocks, ids = _laid_out(q, k, indices, cu_q, cu_k, block)
+    gradient, q, k, v = (x.contiguous() for x in (gradient, q, k, v))
+    if _on_triton(q):
+        return launch.selected_backward(
+            *(gradient, q, k, v, out, lse, ids, block, scale, queries, blocks, workspace_bytes)
+        )
+    return gathered.backward(
+        *(gradient, q, k, v, out, lse, ids, block, scale, queries, blocks, _GATHERED_KEYS)
+    )
+
+
+@_selected_backward.register_fake
+def _(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    indices: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    block: int,
+    scale: float,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, indices, cu_q, cu_k, ctx.block, ctx.scale, ctx.workspace_bytes = inputs
+    ctx.save_for_backward(q, k, v, *output, indices, cu_q, cu_k)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, indices, cu_q, cu_k = ctx.saved_tensors
+    gradients = _selected_backward(
+        *(gradient, q, k, v, out, lse, indices, cu_q, cu_k),
+        *(ctx.block, ctx.scale, ctx.workspace_bytes),
+    )
+    return *gradients, *(None,) * 6
+
+
+_selected.register_autograd(_differentiate, setup_context=_keep)
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    *,
+    block: int = 64,
+    scale: float | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of packed queries to the blocks that each has chosen (NSA, section 3.3.2).
+
+    Args:
+        q: ``[queries, heads, d]``; head ``h`` reads KV head ``h // (heads / kv_heads)``.
+        k: ``[keys, kv_heads, d]``.
+        v: ``[keys, kv_heads, d_v]``; ``d_v`` may differ from ``d``.
+        indices: ids of blocks within their sequence ``[kv_heads, queries, top]`` int32, in any
+            order; negative, future and repeated ones do not count.
+        cu_queries: ends of the packed sequences ``[sequences + 1]`` int32, from 0.
+        cu_keys: the same of the keys; the last query of a sequence belongs to its last key.
+        block: tokens of a block, a power of two.
+        scale: of the logits; ``d ** -0.5`` by default.
+        workspace_bytes: what partial results may take.
+
+    Returns:
+        Output ``[queries, heads, d_v]`` as ``q``, and the natural logarithm of the sum of
+        exponentials ``[queries, heads]``; 0 and minus infinity where nothing is seen.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+    _check(q, k, v, indices, cu_queries, cu_keys, block)
+    if q.shape[0] == 0 or k.shape[0] == 0 or indices.shape[-1] == 0:
+        out, lse = q.new_zeros(*q.shape[:2], v.shape[-1]), q.new_zeros(q.shape[:2])
+        return out, lse.float().fill_(float("-inf"))
+    result: tuple[Tensor, Tensor] = _selected(
+        *(q, k, v, indices, cu_queries, cu_keys, block),
+        *(q.shape[-1] ** -0.5 if scale is None else scale, workspace_bytes),
+    )
+    return result
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, cu_q: Tensor, cu_k: Tensor, block: int
+) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v), ("indices", indices)):
+        if x.dim() != 3:
+            raise ValueError(f"{name} has {x.dim()} dimensions; it needs 3")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} heads do not divide into {k.shape[1]} KV heads")
+    if k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together"
+        )
+    if q.dtype != k.dtype or k.dtype != v.dtype:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; give one dtype")
+    if indices.shape[:2] != (k.shape[1], q.shape[0]):
+        raise ValueError(
+            f"indices is {tuple(indices.shape)}; it must be [{k.shape[1]}, {q.shape[0]}, top]"
+        )
+    if cu_q.shape != cu_k.shape:
+        raise ValueError("cu_queries and cu_keys name different numbers of sequences")
+    if block < 16 or block & (block - 1):
+        raise ValueError(f"a block of {block} tokens is no power of two from 16 on")
+
+
+@torch.library.custom_op("trimtab_sparse::select", mutates_args=())
+def _select(
+    q: Tensor,
+    entries: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    cu_entries: Tensor,
+    sizes: list[int],
+    scale: float,
+) -> Tensor:
+    shape = SparseShape(*sizes)
+    q, entries = q.contiguous(), entries.contiguous()
+    if _on_triton(q):
+        queries = tables.place_queries(cu_q, cu_k, q.shape[0], shape.block)
+        position = queries.last - cu_k.long()[queries.sequence]
+        seen = ((position + 1 - shape.window) // shape.stride + 1).clamp(min=0)
+        return launch.select(q, entries, cu_q, cu_entries, seen, queries, shape, scale)
+    return _select_by_sequence(q, entries, cu_q, cu_k, cu_entries, shape, scale)
+
+
+def _select_by_sequence(
+    q: Tensor,
+    entries: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    cu_entries: Tensor,
+    shape: SparseShape,
+    scale: float,
+) -> Tensor:
+    """Plain torch, some queries at a time so that scores take little memory."""
+    kv_heads = entries.shape[1]
+    out = torch.full((kv_heads, q.shape[0], shape.top), -1, dtype=torch.int32, device=q.device)
+    bounds = (cu_q.tolist(), cu_k.diff().tolist(), cu_entries.tolist())
+    for number, keys in enumerate(bounds[1]):
+        begin, end = bounds[0][number : number + 2]
+        own = entries[bounds[2][number] : bounds[2][number + 1]]
+        step = max(1, (1 << 22) // max(1, q.shape[1] * max(1, own.shape[0])))
+        for at in range(begin, end, step):
+            stop = min(end, at + step)
+            until = keys - (end - stop)
+            known = own[: shape.entries(until)].to(q.dtype)
+            if q.dtype in (torch.float16, torch.bfloat16):
+                chosen = naive.select(q[at:stop].float(), known.float(), until, shape, scale)
+            else:
+                chosen = naive.select(q[at:stop], known, until, shape, scale)
+            out[:, at:stop] = chosen
+    return out
+
+
+@_select.register_fake
+def _(
+    q: Tensor,
+    entries: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    cu_entries: Tensor,
+    sizes: list[int],
+    scale: float,
+) -> Tensor:
+    return q.new_empty(entries.shape[1], q.shape[0], sizes[3], dtype=torch.int32)
+
+
+def select_blocks(
+    q: Tensor,
+    entries: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    cu_entries: Tensor,
+    shape: SparseShape,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """The blocks that packed queries choose by their attention to compressed keys (NSA, 3.3.2).
+
+    Scores are summed over all heads of a group; among equal ones the lower block wins. The result
+    has no gradient, and is the same at every run.
+
+    Args:
+        q: ``[queries, heads, d]``.
+        entries: compressed keys ``[entries, kv_heads, d]``, packed like the sequences.
+        cu_queries: ends of the packed sequences ``[sequences + 1]`` int32, from 0.
+        cu_keys: the same of the raw keys.
+        cu_entries: the same of the compressed keys.
+        shape: sizes.
+        scale: of the logits; ``d ** -0.5`` by default.
+
+    Returns:
+        Ids within their sequence, ascending, -1 behind them: ``[kv_heads, queries, top]`` int32.
+    """
+    sizes = [shape.window, shape.stride, shape.block, shape.top, shape.first, shape.recent]
+    chosen: Tensor = _select(
+        *(q.detach(), entries.detach(), cu_queries, cu_keys, cu_entries, sizes),
+        q.shape[-1] ** -0.5 if scale is None else scale,
+    )
+    return chosen

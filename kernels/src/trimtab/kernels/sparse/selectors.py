@@ -1,0 +1,133 @@
+"""Which blocks a dense model's prefill needs: estimates of attention, and how many blocks to keep.
+
+An estimate gives each tile of 64 queries and head the share of its attention that falls on each
+block of 64 keys. `Selection` keeps the fewest blocks that hold a share of it, or a fixed number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from trimtab.kernels.sparse.block_sparse import TILE
+
+Estimate = Callable[[Tensor, Tensor, int, float], Tensor]
+"""From ``q [queries, heads, d]``, ``k [keys, kv_heads, d]``, the first query's position and the
+scale to shares ``[heads, tiles, blocks]`` whose last dimension adds up to 1."""
+
+_QUERY_STEP = 4
+_POOL = 16
+_STRIDE = 16
+
+
+def _shares(logits: Tensor, visible: Tensor, per_block: int, rows: int) -> Tensor:
+    """From logits ``[heads, samples, groups of keys]`` to mean shares of tiles and blocks."""
+    p = torch.softmax(logits.masked_fill_(~visible, float("-inf")), -1)
+    p = p.nan_to_num_(0.0)
+    short = -p.shape[-1] % per_block
+    by_block = pad(p, (0, short)).unflatten(-1, (-1, per_block)).sum(-1)
+    missing = -by_block.shape[1] % rows
+    tiles = pad(by_block, (0, 0, 0, missing)).unflatten(1, (-1, rows)).sum(2)
+    shares: Tensor = tiles / tiles.sum(-1, keepdim=True).clamp(min=1e-30)
+    return shares
+
+
+def _by_head(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """``[kv_heads, group * queries, d]`` and ``[kv_heads, d, keys]``, for one product a KV head."""
+    group = q.shape[1] // k.shape[1]
+    queries = q.unflatten(1, (k.shape[1], group)).permute(1, 2, 0, 3).flatten(1, 2)
+    return queries, k.permute(1, 2, 0)
+
+
+def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    queries, keys = _by_head(q, k)
+    logits: Tensor = (queries @ keys).float().unflatten(1, (-1, q.shape[0])).flatten(0, 1)
+    return logits.mul_(scale)
+
+
+def pooled(q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
+    """Every fourth query against means of 16 keys: a hundredth of the work of attention."""
+    means = pad(k, (0, 0, 0, 0, 0, -k.shape[0] % _POOL)).unflatten(0, (-1, _POOL)).mean(1)
+    at = position + torch.arange(0, q.shape[0], _QUERY_STEP)
+    begins = torch.arange(means.shape[0]) * _POOL
+    logits = _logits(q[::_QUERY_STEP], means, scale)
+    return _shares(logits, begins <= at[:, None], TILE // _POOL, TILE // _QUERY_STEP)
+
+
+def antidiagonal(q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
+    """Means of logits along antidiagonals of 16 by 16 squares (XAttention, arXiv 2503.16428)."""
+    queries = pad(q, (0, 0, 0, 0, 0, -q.shape[0] % _STRIDE)).unflatten(0, (-1, _STRIDE))
+    keys = pad(k, (0, 0, 0, 0, 0, -k.shape[0] % _STRIDE)).unflatten(0, (-1, _STRIDE)).flip(1)
+    folded_q, folded_k = (x.permute(0, 2, 1, 3).flatten(2) for x in (queries, keys))
+    logits = _logits(folded_q, folded_k, scale / _STRIDE)
+    at = position + torch.arange(queries.shape[0]) * _STRIDE + _STRIDE - 1
+    begins = torch.arange(keys.shape[0]) * _STRIDE
+    return _shares(logits, begins <= at[:, None], TILE // _STRIDE, TILE // _STRIDE)
+
+
+def oracle(q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
+    """The attention itself: what no estimate can beat, at the price of dense attention."""
+    at = position + torch.arange(q.shape[0])
+    visible = torch.arange(k.shape[0]) <= at[:, None]
+    parts = [
+        _shares(_logits(q[:, h : h + 1], k[:, g : g + 1], scale), visible, TILE, TILE)
+        for h, g in _heads(q, k)
+    ]
+    return torch.cat(parts)
+
+
+def _heads(q: Tensor, k: Tensor) -> list[tuple[int, int]]:
+    group = q.shape[1] // k.shape[1]
+    return [(head, head // group) for head in range(q.shape[1])]
+
+
+ESTIMATES: Mapping[str, Estimate] = {
+    "mass": pooled,
+    "antidiagonal": antidiagonal,
+    "top": pooled,
+    "oracle": oracle,
+}
+"""The estimate behind each selector."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """How many blocks each tile keeps of an estimate; always the first ones and the latest."""
+
+    selector: Literal["mass", "antidiagonal", "top", "oracle"] = "mass"
+    mass: float = 0.95
+    """Share of the estimated attention that the kept blocks hold; not for ``top``."""
+    top: int = 16
+    """Blocks that ``top`` keeps."""
+    first: int = 1
+    recent: int = 2
+
+    def blocks(self, q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
+        """The blocks of each tile, a mask ``[heads, tiles, blocks]``.
+
+        Args:
+            q: queries of one sequence ``[queries, heads, d]``.
+            k: all its keys up to the last query's ``[keys, kv_heads, d]``.
+            position: the first query's place among them.
+            scale: of the logits.
+        """
+        shares = ESTIMATES[self.selector](q, k, position, scale)
+        ids = torch.arange(shares.shape[-1])
+        ends = position + torch.arange(TILE - 1, shares.shape[1] * TILE, TILE)
+        own = ends.clamp(max=k.shape[0] - 1)[:, None] // TILE
+        begin = (position + torch.arange(0, shares.shape[1] * TILE, TILE))[:, None] // TILE
+        forced = (ids < self.first) | (ids > begin - self.recent)
+        ranked = shares.masked_fill(forced, 2.0).sort(dim=-1, descending=True, stable=True)
+        if self.selector == "top":
+            keep = (ids < self.top).expand_as(shares)
+        else:
+            sorted_shares = shares.gather(-1, ranked.indices)
+            before = sorted_shares.cumsum(-1) - sorted_shares
+            keep = before < self.mass
+        chosen = torch.zeros_like(keep).scatter(-1, ranked.indices, keep)
+        return (chosen | forced) & (ids <= own)

@@ -1,0 +1,132 @@
+"""Index tables: packed sequences cut into blocks, and lists of blocks turned into lists of queries.
+
+Nothing here depends on the values of its input in shape, nor waits for a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Packed sequences cut into blocks, numbered through; padded to a length known beforehand."""
+
+    first: Tensor
+    """Where each block begins in the packed tokens, ``[blocks]`` int64."""
+    length: Tensor
+    """Its tokens, 0 where there is no block, ``[blocks]`` int64."""
+    sequence: Tensor
+    """Its sequence, ``[blocks]`` int64."""
+    before: Tensor
+    """Blocks of all earlier sequences, ``[sequences + 1]`` int64."""
+
+
+def cut(cumulative: Tensor, tokens: int, block: int) -> Blocks:
+    """Cuts packed sequences, whose ends are ``cumulative [sequences + 1]``, into blocks."""
+    ends = cumulative.long()
+    counts = (ends.diff() + block - 1) // block
+    before = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    most = tokens // block + counts.numel()
+    ids = torch.arange(most, device=ends.device)
+    sequence = torch.searchsorted(before[1:], ids, right=True).clamp(max=counts.numel() - 1)
+    first = ends[sequence] + (ids - before[sequence]) * block
+    length = (ends[sequence + 1] - first).clamp(0, block)
+    return Blocks(first, length, sequence, before)
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """What each packed query sees."""
+
+    last: Tensor
+    """Its own key among the packed ones, ``[queries]`` int64."""
+    own: Tensor
+    """Its own block within its sequence, ``[queries]`` int64."""
+    sequence: Tensor
+
+
+def place_queries(cu_queries: Tensor, cu_keys: Tensor, queries: int, block: int) -> Queries:
+    """Lays queries beside keys: the last query of a sequence belongs to its last key."""
+    ends, key_ends = cu_queries.long(), cu_keys.long()
+    at = torch.arange(queries, device=ends.device)
+    sequence = torch.searchsorted(ends[1:], at, right=True).clamp(max=ends.numel() - 2)
+    last = key_ends[sequence + 1] - (ends[sequence + 1] - at)
+    return Queries(last, (last - key_ends[sequence]).clamp(min=0) // block, sequence)
+
+
+def number_through(indices: Tensor, queries: Queries, blocks: Blocks) -> Tensor:
+    """Turns ids within sequences into ids of `Blocks`, ascending; -1 for what is none.
+
+    Negative, future and repeated ids are dropped.
+
+    Args:
+        indices: ``[kv_heads, queries, top]``, any order.
+        queries: where the queries lie.
+        blocks: where the blocks lie.
+
+    Returns:
+        ``[kv_heads, queries, top]`` int64, the absent ones last.
+    """
+    none = blocks.first.numel()
+    ids = indices.long()
+    wrong = (ids < 0) | (ids > queries.own[:, None])
+    known = (
+        (ids + blocks.before[queries.sequence][:, None]).masked_fill(wrong, none).sort(-1).values
+    )
+    repeated = torch.zeros_like(known, dtype=torch.bool)
+    repeated[..., 1:] = known[..., 1:] == known[..., :-1]
+    return known.masked_fill(repeated | (known == none), -1)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMajor:
+    """The queries of each block in compressed rows, a row for each KV head and block.
+
+    Two integers for each query and slot, where dense tables have four for each query and block.
+    """
+
+    rows: Tensor
+    """Where each row begins, ``[kv_heads * blocks + 1]`` int64."""
+    query: Tensor
+    """The queries, ascending in each row, ``[kv_heads * queries * top]`` int32."""
+    place: Tensor
+    """Where each slot of each query went, -1 if it is empty; ``[kv_heads, queries, top]`` int64."""
+
+
+def block_major(ids: Tensor, blocks: int) -> BlockMajor:
+    """Inverts lists of blocks ``ids [kv_heads, queries, top]`` (-1 is none); a stable sort."""
+    kv_heads, queries, top = ids.shape
+    head = torch.arange(kv_heads, device=ids.device)[:, None, None] * blocks
+    row = torch.where(ids < 0, kv_heads * blocks, ids + head).flatten()
+    ordered = row.sort(stable=True)
+    starts = torch.arange(kv_heads * blocks + 1, device=ids.device)
+    rows = torch.searchsorted(ordered.values, starts)
+    place = torch.empty_like(row)
+    place[ordered.indices] = torch.arange(row.numel(), device=ids.device)
+    place = place.masked_fill(row == kv_heads * blocks, -1).view(ids.shape)
+    query = ((ordered.indices // top) % max(queries, 1)).int()
+    return BlockMajor(rows, query, place)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Work items of equal size: the row of each, -1 beyond the last, and its chunk of the row."""
+
+    row: Tensor
+    chunk: Tensor
+
+
+def schedule(table: BlockMajor, group: int, rows_per_item: int) -> Schedule:
+    """Cuts rows of ``group`` heads a query into items; as many as can be needed at most."""
+    counts = (table.rows.diff() * group + rows_per_item - 1) // rows_per_item
+    ends = counts.cumsum(0)
+    most = table.query.numel() * group // rows_per_item + counts.numel()
+    items = torch.arange(most, device=ends.device)
+    row = torch.searchsorted(ends, items, right=True)
+    inside = row.clamp(max=counts.numel() - 1)
+    chunk = items - (ends - counts)[inside]
+    return Schedule(row.masked_fill(row == counts.numel(), -1).int(), chunk.int())

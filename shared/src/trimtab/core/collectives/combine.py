@@ -105,11 +105,32 @@ def even_sizes(count: int, factor: int) -> list[int]:
 
 
 def _in_groups(parties: Sequence[Layout], sizes: Sequence[int]) -> tuple[list[Layout], list[Step]]:
+    if (
+        len(set(sizes)) == 1
+        and sizes[0] > 1
+        and all(p.bounds is parties[0].bounds for p in parties)
+    ):
+        return _in_equal_groups(parties, sizes[0])
     begin, done = 0, []
     for size in sizes:
         done.append(_group(parties[begin : begin + size]))
         begin += size
     return [layout for _, layout in done], merged(steps for steps, _ in done)
+
+
+def _in_equal_groups(parties: Sequence[Layout], size: int) -> tuple[list[Layout], list[Step]]:
+    """As `_in_groups`, at once: all groups cut the same stretches alike."""
+    bounds = parties[0].bounds
+    cuts = _cuts(bounds, size, None)
+    count, stretches = len(parties) // size, len(bounds) - 1
+    owners = np.stack([p.owners for p in parties]).reshape(count, size, stretches)
+    owners = owners.transpose(0, 2, 1).reshape(count * stretches, size)
+    step = _step(owners, np.tile(cuts, (count, 1)), ring=False)
+    begin, end = cuts[:, :-1].ravel(), cuts[:, 1:].ravel()
+    kept = begin < end
+    finer = np.append(begin[kept], UNIT).astype(np.int64)
+    rows = owners.reshape(count, stretches * size)[:, kept]
+    return [Layout(finer, row) for row in rows], [step]
 
 
 def _group(parties: Sequence[Layout]) -> tuple[list[Step], Layout]:
@@ -122,7 +143,7 @@ def _group(parties: Sequence[Layout]) -> tuple[list[Step], Layout]:
 def _refined(parties: Sequence[Layout]) -> tuple[Ints, Ints]:
     """The common refinement of the layouts (M + 1), and the owners by stretch and party (M, K)."""
     bounds = parties[0].bounds
-    if any(not np.array_equal(p.bounds, bounds) for p in parties[1:]):
+    if any(p.bounds is not bounds and not np.array_equal(p.bounds, bounds) for p in parties[1:]):
         bounds = np.unique(np.concatenate([p.bounds for p in parties]))
         return bounds, np.stack([p.at(bounds) for p in parties], axis=1)
     return bounds, np.stack([p.owners for p in parties], axis=1)

@@ -209,9 +209,11 @@ def _middle(graph: nx.Graph) -> str:
     """The switch in the middle of the longest path, so that the tree is as flat as it can be."""
     start = next(iter(graph))
     for _ in range(2):
-        distances = nx.single_source_shortest_path(graph, start)
-        start = max(distances, key=lambda name: len(distances[name]))
-        longest = distances[start]
+        before = dict(nx.bfs_predecessors(graph, start))
+        start = next(reversed(before))  # the last one found is the farthest
+    longest = [start]
+    while longest[-1] in before:
+        longest.append(before[longest[-1]])
     candidates = [longest[len(longest) // 2], longest[(len(longest) - 1) // 2]]
     switches = [name for name in candidates if graph.nodes[name]["kind"] == "switch"]
     return str((switches or candidates)[0])

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from math import lcm
 
 import numpy as np
@@ -29,6 +29,8 @@ UNIT = lcm(*range(1, 41))
 """Into so many parts the payload is cut: a multiple of every number to 40."""
 
 Ints = NDArray[np.int64]
+
+_EVERYTHING = np.array([0, UNIT], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Layout:
     @classmethod
     def whole(cls, rank: int) -> Layout:
         """Everything belongs to one rank."""
-        return cls(np.array([0, UNIT], dtype=np.int64), np.array([rank], dtype=np.int64))
+        return cls(_EVERYTHING, np.array([rank], dtype=np.int64))
 
     def shifted(self, by: int) -> Layout:
         """The same for ranks whose numbers are higher by so many."""
@@ -85,6 +87,17 @@ class Step:
     def senders_in(self) -> Ints:
         """How many senders each group has."""
         return np.bincount(self.sender_group, minlength=self.groups)
+
+    @cached_property
+    def is_even(self) -> bool:
+        """Whether each group is a direct exchange of equal parts among its senders."""
+        if self.ring.any() or not np.array_equal(self.sender, self.owner):
+            return False
+        if not np.array_equal(self.sender_group, self.owner_group):
+            return False
+        size, place = self.end - self.begin, np.cumsum(self.senders_in) - self.senders_in
+        first: Ints = size[place][self.owner_group]
+        return bool((np.abs(size - first) <= 1).all())
 
     @cached_property
     def rounds(self) -> int:
@@ -136,12 +149,10 @@ class Step:
 
 
 def merged(parallel: Iterable[Sequence[Step]]) -> list[Step]:
-    """The steps of plans that run at the same time among different ranks, the ends in line."""
-    plans = [list(steps) for steps in parallel]
-    longest = max(map(len, plans), default=0)
+    """The steps of plans that begin at the same time among different ranks."""
     return [
-        Step.together([p[len(p) - longest + i] for p in plans if len(p) - longest + i >= 0])
-        for i in range(longest)
+        Step.together([step for step in steps if step is not None])
+        for steps in zip_longest(*parallel)
     ]
 
 

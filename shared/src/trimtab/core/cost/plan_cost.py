@@ -9,7 +9,7 @@ read in three ways here, see `Constants.width`, which are the same on one switch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal
@@ -119,6 +119,7 @@ class PlanEvaluator:
         self.tree, self.constants = tree, constants
         self._widths = Widths(tree, constants.width)
         self._epsilon = constants.epsilon_ratio
+        self._symmetric = np.array_equal(tree.up_s_per_byte, tree.down_s_per_byte)
 
     def cost(self, steps: Sequence[Step]) -> PlanCost:
         """What an AllReduce costs: the steps of its reduce-scatter, and their mirror."""
@@ -126,7 +127,19 @@ class PlanEvaluator:
 
     def both(self, step: Step) -> tuple[ExchangeCost, ExchangeCost]:
         """What a step costs in the reduce-scatter and, mirrored, in the all-gather."""
-        return self.step(step), self.step(step, gather=True)
+        reduce = self.step(step)
+        if not (self._symmetric and step.is_even):
+            return reduce, self.step(step, gather=True)
+        # The same messages the other way round, and the same widths; only the sums fall away.
+        sums_s_per_byte = float(reduce.memory_busy.max())
+        gather = replace(
+            reduce,
+            seconds_per_byte=reduce.seconds_per_byte - sums_s_per_byte,
+            up_busy=reduce.down_busy,
+            down_busy=reduce.up_busy,
+            memory_busy=np.zeros(self.tree.size),
+        )
+        return reduce, gather
 
     def step(self, step: Step, *, gather: bool = False) -> ExchangeCost:
         """What one step costs."""

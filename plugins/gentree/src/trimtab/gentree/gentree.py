@@ -1,0 +1,364 @@
+"""GenTree: an AllReduce plan grown from the leaves of a network up (arXiv:2409.04202).
+
+At each switch every basic plan type is tried on what its children left, after every rearrangement
+of their data, and GenModel chooses. The paper's recursion keeps the best at each switch; the search
+here also keeps what is second best for now, tries plans that ignore the switches below, and lets
+chunks of the payload follow one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimtab.core.collectives import Layout, NetworkTree, Step
+from trimtab.core.collectives.combine import concentrated
+from trimtab.core.collectives.schedule import merged
+from trimtab.core.cost import Constants, ExchangeCost, GenModel, PlanCost, PlanEvaluator
+from trimtab.gentree.schemes import Scheme, schemes
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How far the search goes.
+
+    Attributes:
+        kept: plans that are kept for each kind of subtree.
+        flat: whether plans that ignore the switches below are tried.
+        chunks: whether chunks of the payload may follow one another.
+    """
+
+    kept: int = 3
+    flat: bool = True
+    chunks: bool = True
+
+
+LARGE = 1024
+"""Networks of more ranks are searched less widely."""
+
+TRIED, TRIED_LARGE = 12, 6
+"""Staged plans that are tried at each switch."""
+
+PAPER = Search(kept=1, flat=False, chunks=False)
+"""The paper's recursion."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A plan for the ranks below one point, which are numbered from 0.
+
+    Attributes:
+        steps: of its reduce-scatter.
+        layout: who owns what behind them.
+        choices: what each switch does, by name, from the lowest.
+        cost: of the steps and their mirror.
+        up, down: how long the links below the point are busy for each byte, the point's own
+            first, which is 0.
+        memory: likewise each rank's memory.
+    """
+
+    steps: list[Step]
+    layout: Layout
+    choices: tuple[tuple[str, str], ...]
+    cost: PlanCost
+    up: Floats
+    down: Floats
+    memory: Floats
+
+    def seconds(self, payload_bytes: float, chunks: bool) -> float:
+        """How long it takes."""
+        count = self.cost.best_chunks(payload_bytes) if chunks else 1
+        return self.cost.seconds(payload_bytes, count)
+
+
+class GenTree:
+    """Grows plans for one network and one size of the payload.
+
+    Args:
+        tree: the network.
+        constants: of GenModel.
+        payload_bytes: on each rank.
+        search: how far it goes.
+    """
+
+    def __init__(
+        self,
+        tree: NetworkTree,
+        constants: Constants,
+        payload_bytes: float,
+        search: Search | None = None,
+    ) -> None:
+        self._tree, self._constants, self._payload = tree, constants, payload_bytes
+        self._search = search or Search()
+        self._evaluator = PlanEvaluator(tree, constants)
+        self._grown: dict[int, list[Growth]] = {}
+
+    def best(self) -> Growth:
+        """The best plan for all ranks."""
+        return self._grow(0)[0]
+
+    def _grow(self, point: int) -> list[Growth]:
+        """The best plans for the ranks below a point, the best one first."""
+        kind = self._kinds[point]
+        if kind not in self._grown:
+            self._grown[kind] = self._best(self._candidates(point))
+        return self._grown[kind]
+
+    def _candidates(self, point: int) -> Iterator[Growth]:
+        children = self._tree.children[point]
+        if not children:
+            yield _leaf(self._constants.alpha_s)
+            return
+        plans = [self._grow(child) for child in children]
+        for choice in range(max(map(len, plans))):
+            chosen = [p[min(choice, len(p) - 1)] for p in plans]
+            for together in self._rearranged(point, chosen):
+                yield from self._joined(point, together)
+        if self._search.flat and any(self._tree.children[child] for child in children):
+            yield from self._flat(point)
+
+    def _joined(self, point: int, below: _Together) -> Iterator[Growth]:
+        """Each basic plan type at one switch, behind what its children do."""
+        children = self._tree.children[point]
+        if len(children) == 1:
+            yield below.growth(below.parties[0])
+            return
+        beta = self._tree.up_s_per_byte
+        for scheme in self._schemes([float(beta[child]) for child in children]):
+            yield self._behind(point, below, scheme, scheme.name)
+
+    def _flat(self, point: int) -> Iterator[Growth]:
+        """Plans of the ranks below a point as if they hung on one switch, in depth-first order."""
+        first, last = self._tree.spans[point]
+        parties = [Layout.whole(rank) for rank in range(last - first)]
+        below = _Together.of_leaves(parties, self._size(point), self._constants.alpha_s)
+        beta = self._tree.up_s_per_byte
+        betas = [float(beta[leaf]) for leaf in self._tree.leaves[first:last]]
+        for scheme in self._schemes(betas):
+            yield self._behind(point, below, scheme, f"flat {scheme.name}")
+
+    def _schemes(self, betas: Sequence[float]) -> list[Scheme]:
+        given = self._constants
+        beta = max(betas)
+        model = GenModel(
+            given.alpha_s,
+            beta,
+            given.gamma_s_per_byte,
+            given.delta_s_per_byte or 0.0,
+            beta * given.epsilon_ratio,
+            given.incast_threshold,
+        )
+        most = TRIED if self._tree.size <= LARGE else TRIED_LARGE
+        return schemes(len(betas), self._payload, model, betas, most)
+
+    def _behind(self, point: int, below: _Together, scheme: Scheme, name: str) -> Growth:
+        steps, layout = scheme.build(below.parties)
+        return self._with(point, below, steps, layout, name)
+
+    def _with(
+        self, point: int, below: _Together, steps: Sequence[Step], layout: Layout, name: str
+    ) -> Growth:
+        first, _ = self._tree.spans[point]
+        size = self._size(point)
+        costs = [cost for step in steps for cost in self._evaluator.both(step.shifted(first))]
+        return below.grown(
+            steps,
+            layout,
+            (*below.choices, (self._tree.names[point], name)),
+            costs,
+            point,
+            size,
+            first,
+        )
+
+    def _rearranged(self, point: int, chosen: Sequence[Growth]) -> Iterator[_Together]:
+        """What the children do, as it is, and with the data of each moved to fewer of its ranks."""
+        children = self._tree.children[point]
+        first, _ = self._tree.spans[point]
+        offsets = [self._tree.spans[child][0] - first for child in children]
+        yield _Together.of(chosen, offsets, self._constants.alpha_s)
+        smallest = min(len(set(growth.layout.owners.tolist())) for growth in chosen)
+        counts = [self._fewest(child) for child in children] + [smallest]
+        for few in sorted(set(counts)):
+            moved = [
+                self._concentrated(child, growth, few)
+                for child, growth in zip(children, chosen, strict=True)
+            ]
+            if any(after is not before for after, before in zip(moved, chosen, strict=True)):
+                yield _Together.of(moved, offsets, self._constants.alpha_s)
+
+    def _fewest(self, child: int) -> int:
+        """The fewest ranks that fill a point's link up; all if its own ranks are no faster."""
+        first, last = self._tree.spans[child]
+        slowest = max(
+            float(self._tree.up_s_per_byte[leaf]) for leaf in self._tree.leaves[first:last]
+        )
+        own = float(self._tree.up_s_per_byte[child])
+        if own <= 0 or slowest <= 0 or last - first < 2:
+            return last - first
+        return max(1, min(last - first, round(slowest / own)))
+
+    def _concentrated(self, child: int, growth: Growth, few: int) -> Growth:
+        owners = sorted(set(growth.layout.owners.tolist()))
+        if len(owners) <= few:
+            return growth
+        spread = [owners[len(owners) * index // few] for index in range(few)]
+        moved = concentrated(growth.layout, spread)
+        if moved is None:
+            return growth
+        step, layout = moved
+        below = _Together.of([growth], [0], self._constants.alpha_s, own_point=False)
+        name = f"concentrate on {few}"
+        return self._with(child, below, [step], layout, name)
+
+    def _best(self, candidates: Iterator[Growth]) -> list[Growth]:
+        """The fastest plans, of which no two own and cost the same."""
+        payload, chunks = self._payload, self._search.chunks
+        seen: dict[tuple[int, float], Growth] = {}
+        for growth in candidates:
+            time_s = growth.seconds(payload, chunks)
+            seen.setdefault((len(growth.layout.owners), round(time_s, 12)), growth)
+        ranked = sorted(seen.values(), key=lambda g: (g.seconds(payload, chunks), g.cost.rounds))
+        large = self._tree.size > LARGE
+        found = ranked[: 1 if large else self._search.kept]
+        if self._search.kept > 1:
+            # One that is best alone, without chunks, may be best below other switches.
+            alone = min(ranked, key=lambda g: g.seconds(payload, chunks=False))
+            found += [] if any(alone is growth for growth in found) else [alone]
+        return found
+
+    def _size(self, point: int) -> int:
+        """How many points there are at and below a point."""
+        return self._sizes[point]
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        sizes = [1] * len(self._tree.names)
+        for point in range(len(sizes) - 1, 0, -1):
+            sizes[self._tree.parents[point]] += sizes[point]
+        return sizes
+
+    @cached_property
+    def _kinds(self) -> list[int]:
+        """A number for each point, the same for points below which all is alike."""
+        tree, numbers = self._tree, dict[object, int]()
+        memory = dict(zip(tree.leaves, tree.memory_bytes_per_s, strict=False))
+        kinds = [0] * len(tree.names)
+        for point in range(len(tree.names) - 1, -1, -1):
+            key: object = memory.get(point, 0.0)
+            if tree.children[point]:
+                key = tuple(
+                    (
+                        kinds[child],
+                        float(tree.up_s_per_byte[child]),
+                        float(tree.down_s_per_byte[child]),
+                        float(tree.latency_s[child]),
+                    )
+                    for child in tree.children[point]
+                )
+            kinds[point] = numbers.setdefault(key, len(numbers))
+        return kinds
+
+
+@dataclass(frozen=True)
+class _Together:
+    """What the children of a point do at the same time.
+
+    Attributes:
+        steps: of all of them.
+        parties: their layouts.
+        choices: of one of each kind.
+        latency_s, slope, rounds, width: of the slowest.
+        alpha_s: of a further chunk.
+        up, down, memory: as in `Growth`, of the point above.
+    """
+
+    steps: list[Step]
+    parties: list[Layout]
+    choices: tuple[tuple[str, str], ...]
+    latency_s: float
+    slope: float
+    rounds: int
+    width: int
+    alpha_s: float
+    up: Floats
+    down: Floats
+    memory: Floats
+
+    @classmethod
+    def of(
+        cls,
+        chosen: Sequence[Growth],
+        offsets: Sequence[int],
+        alpha_s: float,
+        *,
+        own_point: bool = True,
+    ) -> _Together:
+        above = [np.zeros(1)] if own_point else []
+        return cls(
+            merged(
+                [step.shifted(by) for step in growth.steps]
+                for growth, by in zip(chosen, offsets, strict=True)
+            ),
+            [growth.layout.shifted(by) for growth, by in zip(chosen, offsets, strict=True)],
+            tuple(dict.fromkeys(c for growth in chosen for c in growth.choices)),
+            max(growth.cost.latency_s for growth in chosen),
+            max(growth.cost.seconds_per_byte for growth in chosen),
+            max(growth.cost.rounds for growth in chosen),
+            max(growth.cost.width for growth in chosen),
+            alpha_s,
+            np.concatenate([*above, *(growth.up for growth in chosen)]),
+            np.concatenate([*above, *(growth.down for growth in chosen)]),
+            np.concatenate([growth.memory for growth in chosen]),
+        )
+
+    @classmethod
+    def of_leaves(cls, parties: list[Layout], points: int, alpha_s: float) -> _Together:
+        nothing = np.zeros(points)
+        idle = np.zeros(len(parties))
+        return cls([], parties, (), 0.0, 0.0, 0, 1, alpha_s, nothing, nothing, idle)
+
+    def growth(self, layout: Layout) -> Growth:
+        busy = max(self.up.max(), self.down.max(), self.memory.max())
+        cost = PlanCost(
+            self.rounds, self.latency_s, self.slope, float(busy), self.alpha_s, self.width
+        )
+        return Growth(self.steps, layout, self.choices, cost, self.up, self.down, self.memory)
+
+    def grown(
+        self,
+        steps: Sequence[Step],
+        layout: Layout,
+        choices: tuple[tuple[str, str], ...],
+        costs: Sequence[ExchangeCost],
+        point: int,
+        size: int,
+        first: int,
+    ) -> Growth:
+        """With more steps behind, whose costs are those on the whole network."""
+        points = slice(point, point + size)
+        ranks = slice(first, first + len(self.memory))
+        later = replace(
+            self,
+            steps=[*self.steps, *steps],
+            choices=choices,
+            latency_s=self.latency_s + sum(c.latency_s for c in costs),
+            slope=self.slope + sum(c.seconds_per_byte for c in costs),
+            rounds=self.rounds + sum(c.rounds for c in costs),
+            width=max(self.width, *(c.width for c in costs)),
+            up=self.up + sum(c.up_busy[points] for c in costs),
+            down=self.down + sum(c.down_busy[points] for c in costs),
+            memory=self.memory + sum(c.memory_busy[ranks] for c in costs),
+        )
+        return later.growth(layout)
+
+
+def _leaf(alpha_s: float) -> Growth:
+    cost = PlanCost(0, 0.0, 0.0, 0.0, alpha_s, 1)
+    return Growth([], Layout.whole(0), (), cost, np.zeros(1), np.zeros(1), np.zeros(1))

@@ -18,7 +18,7 @@ from trimtab.core.errors import BadInput, Unsupported
 from trimtab.core.kubernetes_emitter import topology_annotations
 from trimtab.core.plan import Objective, Plan, Slot
 from trimtab.hosts.deepspeed.launching import read_hostfile
-from trimtab.hosts.host_order import PLAN_VARIABLE
+from trimtab.hosts.job_variables import PLAN_VARIABLE
 from trimtab.hosts.torch.launching import BACKEND
 
 OBJECTIVE = Objective(metric="weighted_spread", unit="1", better="lower", value=1)

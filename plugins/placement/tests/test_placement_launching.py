@@ -95,6 +95,13 @@ def test_a_plan_that_was_made_is_followed() -> None:
     assert change.environment == {"TRIMTAB_PLAN": path, "TRIMTAB_STRICT": "1"}
 
 
+def test_the_check_inside_the_job_can_be_left_out() -> None:
+    planned()
+    change = launch_change(PlacementConfig(plan="plan.json", check=False), request("abcd"))
+    assert change is not None
+    assert change.environment["TRIMTAB_CHECK"] == "0"
+
+
 def test_the_plan_on_the_command_line_goes_before() -> None:
     plan = planned()
     applied = LaunchRequest(

@@ -61,6 +61,11 @@ def trimtab_launch(config: BaseModel, launch: LaunchRequest) -> LaunchChange | N
 
 
 @hookspec
+def trimtab_first_step() -> None:
+    """Looks at a job with a plan from inside: on every rank, before its first optimizer step."""
+
+
+@hookspec
 def trimtab_benchmarks() -> Sequence[Benchmark]:
     """The benchmarks under ``trimtab bench``."""
     raise NotImplementedError
@@ -114,6 +119,10 @@ class Plugin:
             config=self.configure(options), launch=request
         )
         return change
+
+    def look_inside(self) -> None:
+        """Lets the plugin look at the training job that this process is a rank of."""
+        self.manager.hook.trimtab_first_step()
 
     def configure(self, options: object) -> BaseModel:
         """Validates the plugin's block of options.

@@ -12,18 +12,10 @@ from typing import TYPE_CHECKING
 from trimtab.core.documents import read_text
 from trimtab.core.errors import BadInput, Unsupported
 from trimtab.hosts.deepspeed.launching import read_hostfile
+from trimtab.hosts.job_variables import HOST_VARIABLE
 
 if TYPE_CHECKING:
     from trimtab.core.plan import Plan
-
-HOST_VARIABLE = "TRIMTAB_HOST"
-"""The name by which a plan knows this machine, where it is not its host name."""
-
-PLAN_VARIABLE = "TRIMTAB_PLAN"
-"""The plan that a job was launched with; it is set on every host."""
-
-STRICT_VARIABLE = "TRIMTAB_STRICT"
-"""Set to 1, a job that does not lie where its plan says is refused."""
 
 
 def hosts_of(plan: Plan) -> dict[str, int]:

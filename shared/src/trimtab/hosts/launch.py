@@ -10,6 +10,7 @@ from trimtab.core.launch import LaunchChange, Launcher, LaunchRequest
 from trimtab.hosts import host_order, launcher_command, slurm, versions
 from trimtab.hosts.deepspeed import launching as deepspeed
 from trimtab.hosts.deepspeed.config import find, read_block, training_plugins
+from trimtab.hosts.job_variables import PLAN_VARIABLE
 from trimtab.hosts.launcher_command import LauncherCommand
 from trimtab.hosts.torch import launching as torch
 
@@ -85,7 +86,7 @@ def changed(request: LaunchRequest, change: LaunchChange) -> LaunchRequest:
 def _planned(plan: Path) -> LaunchChange:
     """What a plan changes: the order of the hosts, and a variable by which the job can check it."""
     return LaunchChange(
-        environment={host_order.PLAN_VARIABLE: str(plan.absolute())},
+        environment={PLAN_VARIABLE: str(plan.absolute())},
         hosts=host_order.read_order(plan),
     )
 

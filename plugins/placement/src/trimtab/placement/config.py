@@ -26,3 +26,8 @@ class PlacementConfig(BaseModel):
     strict: bool = Field(
         False, description="refuse to go on where the live job differs from the plan"
     )
+    check: bool = Field(
+        True,
+        description="compare the live job with the plan before its first optimizer step; every rank"
+        " must then take one",
+    )

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
-from trimtab.core.documents import parse_json, read_text, validate
-from trimtab.core.errors import BadInput
+from trimtab.core.documents import parse_json, validate
+from trimtab.core.errors import BadInput, TrimtabError
 from trimtab.core.plan import Plan
-from trimtab.hosts.deepspeed.groups import topology_groups, topology_of
-from trimtab.hosts.host_order import PLAN_VARIABLE, STRICT_VARIABLE, lookup
-from trimtab.hosts.torch.job_check import (
-    LiveRank,
-    from_first_rank,
-    gather,
-    is_first_rank,
-    mesh_groups,
-)
+from trimtab.hosts.deepspeed.groups import live_topology, topology_groups, topology_of
+from trimtab.hosts.host_order import lookup
+from trimtab.hosts.job_variables import PLAN_VARIABLE, STRICT_VARIABLE
+from trimtab.hosts.torch.job_check import LiveRank, is_first_rank, judged, mesh_groups
 from trimtab.placement.job import GroupKind, TrainingJob
 
 log = logging.getLogger("trimtab")
@@ -88,7 +84,8 @@ def check_job(
     Args:
         layouts: what the framework made its groups from: a ``DeviceMesh``, a DeepSpeed
             ``ProcessTopology``, ``PipelineParallelGrid`` or pipeline engine, or a mapping from the
-            name of a kind to groups of global ranks.
+            name of a kind to groups of global ranks; by default the job's meshes whose dimensions
+            have names, and the topology of its DeepSpeed engine.
         plan: the plan file, which the first rank reads; by default the launch's own.
         strict: whether a difference is an error; by default what the launch was told.
 
@@ -98,13 +95,18 @@ def check_job(
     Raises:
         BadInput: there is no plan; a layout's groups are not in ascending order, which loses
             checkpoints and mixes up tensors; or the job differs and ``strict`` is set.
+        TrimtabError: a rank did not come.
     """
     given = [groups_of(layout) for layout in layouts]
     for groups in given:
         require_ascending(groups)
     where = str(plan or os.environ.get(PLAN_VARIABLE, ""))
-    live, planned = gather(), _shared_plan(where)
-    found = compare(planned, live, given)
+    told = parse_json(judged(lambda live: _verdict(where, live, given)), where=where)
+    if "error" in told:
+        raise BadInput(told["error"])
+    found = JobCheck(
+        tuple(told["misplaced"]), tuple(told["regrouped"]), told["spreads"], told["planned_spreads"]
+    )
     if found.differences:
         sentence = "; ".join(found.differences)
         if _is_strict(strict):
@@ -114,6 +116,22 @@ def check_job(
         if is_first_rank():
             log.warning("trimtab: %s: %s.", where, sentence)
     return found
+
+
+def check_first_step() -> None:
+    """What a job with a plan does by itself before its first optimizer step.
+
+    Raises:
+        BadInput: the launch was told to be strict, and the job differs from its plan or cannot be
+            compared with it.
+    """
+    try:
+        check_job()
+    except TrimtabError as error:
+        if _is_strict(None):
+            raise
+        if is_first_rank():
+            log.warning("trimtab: the job was not compared with its plan: %s", error)
 
 
 def groups_of(layout: Any) -> Groups:
@@ -176,21 +194,32 @@ def compare(plan: Plan, live: Sequence[LiveRank], layouts: Iterable[Groups] = ()
     )
 
 
-def _shared_plan(where: str) -> Plan:
-    """The plan that the first rank reads, on every rank; a failure is every rank's too."""
-    text = from_first_rank(_text_or_error(where) if is_first_rank() else None)
-    if text.startswith("!"):
-        raise BadInput(text[1:])
-    return validate(Plan, parse_json(text, where=where), where=where)
-
-
-def _text_or_error(where: str) -> str:
-    if not where:
-        return f"!no plan is named; launch with trimtab launch --plan, or set {PLAN_VARIABLE}"
+def _verdict(where: str, live: Sequence[LiveRank], given: Sequence[Groups]) -> str:
+    """What the first rank has to say to all: a `JobCheck`, or why there is none, as JSON."""
     try:
-        return read_text(where)
+        found = compare(_plan_of(where), live, given or _made_groups(live))
     except BadInput as error:
-        return f"!{error}".removesuffix(".")
+        return json.dumps({"error": str(error).removesuffix(".")})
+    return json.dumps(asdict(found))
+
+
+def _plan_of(where: str) -> Plan:
+    if not where:
+        raise BadInput(
+            "no plan is named", fix=f"launch with trimtab launch --plan, or set {PLAN_VARIABLE}"
+        )
+    return Plan.read(where)
+
+
+def _made_groups(live: Sequence[LiveRank]) -> list[Groups]:
+    """The groups that the job has made by now, as far as their kind is known."""
+    meshes: dict[str, list[list[int]]] = {}
+    for rank in live:
+        for name, ranks in rank.groups.items():
+            if list(ranks) not in (known := meshes.setdefault(name, [])):
+                known.append(list(ranks))
+    topology = live_topology()
+    return [meshes] if topology is None else [meshes, topology_groups(topology)]
 
 
 def _is_strict(strict: bool | None) -> bool:

@@ -10,7 +10,8 @@ from trimtab.core.errors import BadInput
 from trimtab.core.launch import LaunchChange, LaunchRequest
 from trimtab.core.plan import Plan
 from trimtab.core.topology import read_topology
-from trimtab.hosts.host_order import PLAN_VARIABLE, STRICT_VARIABLE, hosts_of, read_order
+from trimtab.hosts.host_order import hosts_of, read_order
+from trimtab.hosts.job_variables import CHECK_VARIABLE, PLAN_VARIABLE, STRICT_VARIABLE
 from trimtab.hosts.slurm import allocated
 from trimtab.placement.config import PlacementConfig
 from trimtab.placement.job import TrainingJob
@@ -26,9 +27,11 @@ def launch_change(config: PlacementConfig, request: LaunchRequest) -> LaunchChan
         BadInput: the plan is none for this job, or the hosts to order are not known.
         Infeasible: the hosts do not hold the job.
     """
-    strict = {STRICT_VARIABLE: "1"} if config.strict else {}
+    told = {STRICT_VARIABLE: "1"} if config.strict else {}
+    if not config.check:
+        told[CHECK_VARIABLE] = "0"
     if _has_plan(request):
-        return LaunchChange(environment=strict)
+        return LaunchChange(environment=told)
     if config.plan is not None:
         path = Path(config.plan)
         hosts = _hosts_of(_checked(path, config.cluster), config.plan)
@@ -40,7 +43,7 @@ def launch_change(config: PlacementConfig, request: LaunchRequest) -> LaunchChan
             where="trimtab.placement",
             fix="give plan, or cluster and job",
         )
-    return LaunchChange(environment={PLAN_VARIABLE: str(path.absolute()), **strict}, hosts=hosts)
+    return LaunchChange(environment={PLAN_VARIABLE: str(path.absolute()), **told}, hosts=hosts)
 
 
 def _has_plan(request: LaunchRequest) -> bool:

@@ -33,6 +33,14 @@ def trimtab_launch(config: PlacementConfig, launch: LaunchRequest) -> LaunchChan
 
 
 @hookimpl
+def trimtab_first_step() -> None:
+    """Compares a job that has a plan with it."""
+    from trimtab.placement.job_check import check_first_step
+
+    check_first_step()
+
+
+@hookimpl
 def trimtab_commands(app: Typer) -> None:
     """Adds ``trimtab plan placement`` and ``trimtab simulate cluster``."""
     from trimtab.placement.command import placement

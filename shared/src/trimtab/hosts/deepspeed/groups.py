@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 
@@ -16,6 +17,13 @@ def topology_of(layout: Any) -> Any | None:
         return layout.topology()
     grid = getattr(layout, "grid", None)
     return None if grid is None else topology_of(grid)
+
+
+def live_topology() -> Any | None:
+    """The ``ProcessTopology`` of the engine that this process has made; None where it made none."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    units = getattr(groups, "mpu", None)
+    return None if units is None else topology_of(units)
 
 
 def topology_groups(topology: Any) -> dict[str, list[list[int]]]:

@@ -5,6 +5,7 @@ A plugin declares one by an entry point of `GROUP`: its name is the backend's na
 ``register_backend(..., extended_api=True)``. torch calls `register` at the end of ``import torch``
 (entry point group ``torch.backends``; ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` prevents that), which is
 why this module imports nothing that may be missing, and no plugin before its backend is used.
+In a job with a plan it also arms `trimtab.hosts.torch.first_step`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import logging
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
+
+from trimtab.hosts.torch import first_step
 
 GROUP = "trimtab.torch_backends"
 
@@ -23,7 +26,7 @@ DEVICES = ["cpu", "cuda"]
 def register() -> None:
     """Registers the backends of all installed plugins; a failure is logged and never raised."""
     try:
-        found = entry_points(group=GROUP)
+        found = list(entry_points(group=GROUP))
     except Exception as error:
         _warn("the plugins cannot be listed", error)
         return
@@ -32,6 +35,10 @@ def register() -> None:
             _register(entry_point)
         except Exception as error:
             _warn(f"the backend {entry_point.name!r} is not registered", error)
+    try:
+        first_step.arm()
+    except Exception as error:
+        _warn("the job will not be checked against its plan", error)
 
 
 def _register(entry_point: EntryPoint) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from trimtab.core.cache import keep
 from trimtab.core.errors import BadInput, Unsupported
-from trimtab.hosts.host_order import HOST_VARIABLE, lookup, own_host
+from trimtab.hosts.host_order import lookup, own_host
+from trimtab.hosts.job_variables import HOST_VARIABLE
 from trimtab.hosts.launcher_command import LauncherCommand
 
 BACKEND = "trimtab"

@@ -23,14 +23,8 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from trimtab.core.errors import BadInput
-from trimtab.hosts.host_order import (
-    PLAN_VARIABLE,
-    STRICT_VARIABLE,
-    difference,
-    new_ranks,
-    own_host,
-    read_order,
-)
+from trimtab.hosts.host_order import difference, new_ranks, own_host, read_order
+from trimtab.hosts.job_variables import PLAN_VARIABLE, STRICT_VARIABLE
 from trimtab.hosts.torch.launching import BACKEND, PLAN_SETTING
 
 log = logging.getLogger("trimtab")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from statistics import mean
 
 from trimtab.core.benchmark import Benchmark, Case, Options, Progress
@@ -258,9 +260,10 @@ def run(options: Options, progress: Progress) -> list[Case]:
         cases += _spread_cases(name, [_solved(demand, options.seed)])
     count = 5 if options.quick else 150
     solved: list[_Instance] = []
-    for number, demand in enumerate(fragmented(options.seed, count)):
-        progress("fragmented clusters", number / count)
-        solved.append(_solved(demand, options.seed))
+    with ProcessPoolExecutor() as pool:
+        for instance in pool.map(_solved, fragmented(options.seed, count), repeat(options.seed)):
+            solved.append(instance)
+            progress("fragmented clusters", len(solved) / count)
     cases += _spread_cases("fragmented", solved)
     cases += _certified_cases("fragmented", solved)
     names = _QUICK_SIZES if options.quick else tuple(SIZES)

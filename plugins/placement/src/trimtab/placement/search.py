@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from trimtab.placement.certificate import Frontier, frontier, least_data
 from trimtab.placement.grid import Candidate, Demand, Spread, pareto
 from trimtab.placement.packing import packings
+from trimtab.placement.priced_columns import priced_columns
+from trimtab.placement.prices import market
 from trimtab.placement.row_paths import even_cuts, row_paths, useful_ranges
 from trimtab.placement.strips import strip_covers
 
@@ -16,9 +19,11 @@ _NODES = 300
 """Of each search tree; a count and not a time, so that every machine finds the same."""
 
 _MOST_SHAPES = 400
-_FEW_SHAPES = 30
-"""Ways to cut a line of the grid up to which the tighter bound is asked for; fewer for columns,
-whose programmes are large and seldom decide."""
+"""Ways to cut a row up to which the tighter bound is asked for."""
+
+_ROUNDS = 100
+_FEW_ROUNDS = 40
+"""Of pricing, to prove that there is no placement, and to find one."""
 
 _COARSE = 8
 """Ranges of columns that are tried first where there are more columns."""
@@ -76,16 +81,17 @@ def search(demand: Demand, alphas: Sequence[float]) -> Front | None:
     front = quick_search(demand)
     if front is None:
         return None
-    known: set[tuple[str, int]] = set()
+    cut: set[int] = set()
+    priced: set[Spread] = set()
     tried: set[Spread] = set()
     for alpha in alphas:
         while spread := next(_open(front, alpha, tried), None):
-            if ("rows", spread.pipeline) not in known:
-                known.add(("rows", spread.pipeline))
+            if spread.pipeline not in cut:
+                cut.add(spread.pipeline)
                 front = _tightened(demand, front, spread.pipeline)
-            elif ("columns", spread.data) not in known:
-                known.add(("columns", spread.data))
-                front = _tightened_across(demand, front, spread.data)
+            elif spread not in priced:
+                priced.add(spread)
+                front = Front(front.candidates, _priced(demand, front.bound, spread))
             else:
                 tried.add(spread)
                 front = _widened(demand, front, spread)
@@ -113,11 +119,19 @@ def _tightened(demand: Demand, front: Front, pipeline: int) -> Front:
     )
 
 
-def _tightened_across(demand: Demand, front: Front, data: int) -> Front:
-    """The same bound on the transposed grid: the least pipeline spread for a data spread."""
-    pipeline = least_data(demand.transposed, data, nodes=_NODES, shapes=_FEW_SHAPES)
-    most = len(front.bound.least_data) if pipeline is None else pipeline - 1
-    return Front(front.candidates, front.bound.raised(most, data + 1))
+def _priced(demand: Demand, bound: Frontier, spread: Spread) -> Frontier:
+    """The bound with what prices say of a spread, of columns and of rows."""
+    by_column = market(
+        demand, spread.data, rounds=_ROUNDS, decided=demand.rows * spread.pipeline
+    ).rows_touched
+    # What is bounded is a number of rows, hence whole.
+    pipeline = math.ceil(math.ceil(by_column) / demand.rows)
+    if pipeline > spread.pipeline:
+        bound = bound.raised(min(pipeline - 1, len(bound.least_data)), spread.data + 1)
+    by_row = market(
+        demand.transposed, spread.pipeline, rounds=_ROUNDS, decided=demand.columns * spread.data
+    ).rows_touched
+    return bound.raised(spread.pipeline, math.ceil(math.ceil(by_row) / demand.columns))
 
 
 def _widened(demand: Demand, front: Front, spread: Spread) -> Front:
@@ -128,29 +142,50 @@ def _widened(demand: Demand, front: Front, spread: Spread) -> Front:
 
 
 def _find(demand: Demand, spread: Spread) -> Candidate | None:
-    """A placement of at most the given spreads, by row paths of either orientation."""
+    """A placement of at most the given spreads: priced columns or row paths, of either kind."""
+    if spread.data == 2:
+        return _price(demand, spread) or _turned(_walk, demand, spread)
+    if spread.pipeline == 2:
+        found = _turned(_price, demand, spread)
+        if found is not None:
+            return found
     for parts in (_COARSE, demand.columns):
         found = _walk(demand, spread, parts)
         if found is not None:
             return found
         if demand.columns <= parts:
             break
-    turned = _walk(demand.transposed, spread.swapped, demand.rows)
-    if turned is not None:
-        return turned.transposed
-    ranges = len(useful_ranges(demand.columns, spread.pipeline))
-    if len(demand.classes) * ranges > _MOST_RAGGED:
-        return None
-    return _walk(demand, spread, demand.columns, ragged=True)
+    return _turned(_walk, demand, spread) or _ragged(demand, spread)
 
 
-def _walk(demand: Demand, spread: Spread, parts: int, *, ragged: bool = False) -> Candidate | None:
+def _turned(
+    find: Callable[[Demand, Spread], Candidate | None], demand: Demand, spread: Spread
+) -> Candidate | None:
+    """What is found with rows and columns swapped."""
+    found = find(demand.transposed, spread.swapped)
+    return None if found is None else found.transposed
+
+
+def _price(demand: Demand, spread: Spread) -> Candidate | None:
+    offers = market(demand, spread.data, rounds=_FEW_ROUNDS)
+    return priced_columns(demand, offers, spread.pipeline, nodes=_NODES)
+
+
+def _walk(demand: Demand, spread: Spread, parts: int | None = None) -> Candidate | None:
     """Row paths with at most so many cuts, and with fewer where the programme would be large."""
     kinds = len(demand.classes)
-    parts = min(parts, demand.columns)
+    parts = min(parts or demand.columns, demand.columns)
     while kinds * len(useful_ranges(parts, spread.pipeline)) > _MOST_RANGES:
         parts -= 1
     cuts = even_cuts(demand.columns, parts)
     if parts <= 1:
         return None
-    return row_paths(demand, spread, cuts=cuts, nodes=_NODES, ragged=ragged)
+    return row_paths(demand, spread, cuts=cuts, nodes=_NODES)
+
+
+def _ragged(demand: Demand, spread: Spread) -> Candidate | None:
+    ranges = len(useful_ranges(demand.columns, spread.pipeline))
+    if len(demand.classes) * ranges > _MOST_RAGGED:
+        return None
+    cuts = even_cuts(demand.columns, demand.columns)
+    return row_paths(demand, spread, cuts=cuts, nodes=_NODES, ragged=True)

@@ -1,0 +1,107 @@
+"""Prices, the columns made from them, and a second formulation of what they bound."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimtab.placement.grid import Demand, Spread, fits, spread_of
+from trimtab.placement.priced_columns import priced_columns
+from trimtab.placement.prices import market
+from trimtab.placement.programme import Programme
+from trimtab.placement.row_choices import rows_for
+
+
+def small(draw: random.Random) -> Demand:
+    rows, columns = draw.choice([(2, 2), (2, 3), (3, 2), (4, 2), (2, 4)])
+    pods = draw.randint(1, 3)
+    room = [draw.randint(1, rows * columns) for _ in range(pods)]
+    room[0] = max(room[0], rows * columns - sum(room[1:]))
+    return Demand(rows, columns, tuple(room))
+
+
+def fewest_rows_touched(demand: Demand, parts: int) -> float:
+    """The truth: over all placements whose columns have at most so many pods."""
+    least = float("inf")
+    for choice in itertools.product(range(len(demand.capacities)), repeat=demand.cells):
+        grid = np.array(choice).reshape(demand.rows, demand.columns)
+        if fits(demand, grid) and spread_of(grid).data <= parts:
+            least = min(least, sum(len(np.unique(row)) for row in grid))
+    return least
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_no_placement_touches_fewer_rows_than_the_prices_say(seed: int) -> None:
+    demand = small(random.Random(seed))
+    for parts in (1, 2, 3):
+        bound = market(demand, parts, rounds=50).rows_touched
+        assert bound <= fewest_rows_touched(demand, parts) + 1e-9
+
+
+def explicit(demand: Demand, spread: Spread) -> Programme:
+    """Another formulation, cell by cell: it has a solution where a placement does."""
+    programme, pods = Programme(), range(len(demand.capacities))
+    cell = {
+        (i, j, k): programme.variable(upper=1, whole=True)
+        for i in range(demand.rows)
+        for j in range(demand.columns)
+        for k in pods
+    }
+    for i, j in itertools.product(range(demand.rows), range(demand.columns)):
+        programme.constrain([(cell[i, j, k], 1) for k in pods], low=1, high=1)
+    for k in pods:
+        held = [(cell[i, j, kk], 1) for i, j, kk in cell if kk == k]
+        programme.constrain(held, high=demand.capacities[k])
+    for lines, of, most in (
+        (range(demand.rows), 0, spread.pipeline),
+        (range(demand.columns), 1, spread.data),
+    ):
+        for line in lines:
+            touched = [programme.variable(upper=1, whole=True) for _ in pods]
+            programme.constrain([(variable, 1) for variable in touched], high=most)
+            for at, variable in cell.items():
+                if at[of] == line:
+                    programme.constrain([(variable, 1), (touched[at[2]], -1)], high=0)
+    return programme
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_prices_forbid_has_no_solution_in_another_formulation(seed: int) -> None:
+    draw = random.Random(seed)
+    demand = Demand(8, 4, tuple(draw.randint(5, 12) for _ in range(5)))
+    for spread in (Spread(r, c) for r in (1, 2, 3) for c in (1, 2, 3)):
+        touched = market(demand, spread.data, rounds=50).rows_touched
+        turned = market(demand.transposed, spread.pipeline, rounds=50).rows_touched
+        if touched > demand.rows * spread.pipeline or turned > demand.columns * spread.data:
+            assert not explicit(demand, spread).solve(nodes=2000).feasible
+
+
+def test_a_placement_that_neither_strips_nor_row_paths_have() -> None:
+    capacities = (28, 14, 52, 43, 49, 30, 20, 32, 58, 57, 57, 39, 15, 11, 47, 52, 37, 47, 48, 29)
+    demand = Demand(41, 16, (*capacities, 49, 15, 51, 53))
+    found = priced_columns(demand, market(demand, 2, rounds=40), 7, nodes=300)
+    assert found is not None
+    assert fits(demand, found.grid)
+    assert found.spread == Spread(pipeline=7, data=2)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10**6))
+def test_rows_are_found_for_the_columns_of_any_placement(seed: int) -> None:
+    draw = random.Random(seed)
+    rows, columns = draw.randint(1, 8), draw.randint(1, 5)
+    grid = np.array([[draw.randrange(4) for _ in range(columns)] for _ in range(rows)])
+    demand = Demand(rows, columns, tuple(np.bincount(grid.ravel(), minlength=4).tolist()))
+    kinds = [frozenset(column) for column in grid.T.tolist()]
+    most = spread_of(grid).pipeline
+    found = rows_for(demand, kinds, most, nodes=300, method="rows")
+    assert found is not None
+    assert found.spread.pipeline <= most
+    assert all(
+        set(column) <= kind for column, kind in zip(found.grid.T.tolist(), kinds, strict=True)
+    )

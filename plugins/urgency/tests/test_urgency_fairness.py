@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import random
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +7,7 @@ from hypothesis import strategies as st
 from trimtab.core.policy import Call, Outcome
 from trimtab.urgency.config import UrgencyConfig
 from trimtab.urgency.estimate import Estimator
-from trimtab.urgency.policy import Lane, Share, UrgencyPolicy
+from trimtab.urgency.policy import Lane, Share, UrgencyPolicy, extended_s
 
 
 def knowing(service_s: float) -> Estimator:
@@ -18,63 +16,56 @@ def knowing(service_s: float) -> Estimator:
     return estimator
 
 
-def test_a_call_that_cannot_be_in_time_goes_behind_those_that_can():
+def test_a_workflow_that_cannot_be_in_time_is_due_at_the_next_date_that_it_can_keep():
     policy = UrgencyPolicy(UrgencyConfig(), knowing(10.0))
-    hopeless = Call("1", 0.0, 1, 1, {"deadline_s": 5.0})
-    timely = Call("2", 0.0, 1, 1, {"deadline_s": 500.0})
-    silent = Call("3", 0.0, 1, 1)
-    for call in (hopeless, timely, silent):
+    first, hopeless, timely, silent = (
+        Call(str(number), 0.0, 1, 1, {} if deadline_s is None else {"deadline_s": deadline_s})
+        for number, deadline_s in enumerate((1.0, 5.0, 10.5, None))
+    )
+    for call in (first, hopeless, timely, silent):
         policy.on_arrival(call, 0.0)
-    assert sorted([hopeless, timely], key=lambda c: policy.key(c, 0.0)) == [timely, hopeless]
-    assert policy.key(hopeless, 0.0) == (Lane.LATE, 10.0)
+    assert policy.key(first, 0.0)[0] == Lane.PROMOTED  # the share of the late
+    assert policy.key(hopeless, 0.0) == (Lane.DUE, pytest.approx(5.0 * 1.5**2))
+    assert policy.key(timely, 0.0) == (Lane.DUE, 10.5)
 
 
-def test_a_waiting_call_becomes_late_by_timer_and_aged_by_another():
-    policy = UrgencyPolicy(UrgencyConfig(age_cap=3.0, aged_share=0.5), knowing(10.0))
+def test_later_dates_follow_by_timer_while_a_call_waits():
+    policy = UrgencyPolicy(UrgencyConfig(age_cap=3.0), knowing(10.0))
+    policy.on_arrival(Call("0", 0.0, 1, 1, {"deadline_s": 1.0}), 0.0)
     call = Call("1", 0.0, 1, 1, {"deadline_s": 20.0})
     policy.on_arrival(call, 0.0)
-    places = [(0.0, *policy.key(call, 0.0))]
+    places = [(0.0, policy.key(call, 0.0)[1])]
     while (now_s := policy.next_timer_s()) < 100.0:
         policy.stale.clear()
         policy.on_timer(now_s)
-        lane, order = policy.key(call, now_s)
-        if lane != places[-1][1]:
-            places.append((now_s, lane, order))
-            assert policy.stale == {call}
-    late_s = pytest.approx(11.0)  # 0.9 of its length before the deadline
-    assert places[:2] == [(0.0, Lane.TIMELY, 20.0), (late_s, Lane.LATE, 10.0)]
-    assert [place[:2] for place in places[2:]] == [(60.0, Lane.PROMOTED)]
+        due_s = policy.key(call, now_s)[1]
+        if due_s != places[-1][1]:
+            places.append((now_s, due_s))
+            assert call in policy.stale
+    # Each time 0.9 of its length before it is due.
+    assert places == [(0.0, 20.0), (pytest.approx(11.0), 60.0), (pytest.approx(51.0), 180.0)]
 
 
 @given(
-    seed=st.integers(0, 1000),
-    longest_s=st.floats(0.5, 2.0),
-    share=st.sampled_from([0.3, 0.5, 0.9]),
+    allowed_s=st.floats(0.01, 100),
+    age_cap=st.floats(1.1, 10),
+    needed_s=st.floats(-1, 1000),
 )
-def test_a_late_call_is_served_once_it_has_aged_whatever_else_arrives(
-    make_job, make_server, seed, longest_s, share
-):
-    """Adversary: the server is always full, and every newcomer can still be in time."""
-    rng = random.Random(seed)
-    policy = UrgencyPolicy(UrgencyConfig(aged_share=share), knowing(longest_s))
-    victim = make_job(longest_s, {"deadline_s": longest_s / 2}, arrival_s=1.0)
-    flood, at_s = [], 0.0
-    while at_s < 60.0:
-        at_s += rng.uniform(0.1, 0.6) * longest_s  # more work than the server can do
-        flood.append(make_job(rng.uniform(0.5, 1.0) * longest_s, {"deadline_s": 50.0}, at_s))
-    make_server(policy).serve([victim, *flood])
-    aged_s = 1.0 + 1.5 * (longest_s / 2)
-    assert victim.started_s - aged_s <= longest_s
+def test_what_is_allowed_grows_until_it_suffices_and_no_further(allowed_s, age_cap, needed_s):
+    extended = extended_s(allowed_s, age_cap, needed_s)
+    assert extended >= needed_s * (1 - 1e-9)
+    assert extended == allowed_s or extended <= age_cap * needed_s * (1 + 1e-9)
+    assert extended >= allowed_s
 
 
-def test_aged_calls_share_the_admissions_with_timely_ones(make_job, make_server):
-    policy = UrgencyPolicy(UrgencyConfig(aged_share=0.5), knowing(1.0))
-    aged = [make_job(1.0, {"deadline_s": 0.25, "stage": "#1"}) for _ in range(20)]
-    timely = [make_job(1.0, {"deadline_s": 1000.0, "stage": "#1"}) for _ in range(20)]
-    server = make_server(policy)
-    started = server.serve([*timely, *aged])
-    first_half = started[2:22]
-    assert 9 <= sum(job in aged for job in first_half) <= 11
+def test_a_late_workflow_is_served_whatever_else_arrives(make_job, make_server):
+    """Adversary: more work than the server can do, all of it due before the victim ever is."""
+    estimator = knowing(1.0)
+    estimator.learn_service("default", "long", 30.0, 10)
+    victim = make_job(30.0, {"deadline_s": 20.0, "stage": "long"}, 5.0)
+    flood = [make_job(1.0, {"deadline_s": 4.0}, 0.9 * number) for number in range(200)]
+    started = make_server(UrgencyPolicy(UrgencyConfig(), estimator)).serve([*flood, victim])
+    assert started.index(victim) <= 60
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
@@ -196,4 +187,4 @@ def test_nothing_is_left_behind_once_every_call_has_gone(data):
     assert not len(policy._timers)
     assert not len(policy._triage.workflows)
     assert not policy._moving
-    assert policy._timely == 0
+    assert policy._bound == 0

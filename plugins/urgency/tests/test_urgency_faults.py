@@ -17,7 +17,7 @@ from trimtab.core.workload import Request
 from trimtab.urgency.config import UrgencyConfig
 from trimtab.urgency.estimate import Estimator
 from trimtab.urgency.fields import FIELDS, parse
-from trimtab.urgency.policy import Lane, UrgencyPolicy
+from trimtab.urgency.policy import _LATE_SHARE, Lane, UrgencyPolicy
 from trimtab.urgency.workflows import WorkflowTable
 
 WRONG = [0, 0.0, -1.0, -math.inf, math.inf, math.nan, 1e12, 1e9, "5", True, None, [5]]
@@ -171,9 +171,9 @@ def test_workflows_that_never_end_are_forgotten_and_their_records_bounded():
 def test_every_call_is_admitted_within_a_bound_whatever_arrives(make_job, make_server, seed):
     """One server, a crowd that never leaves it idle, newcomers that can always still be in time.
 
-    A late call becomes an aged one at ``age_cap`` deadlines; aged ones go by age and get their
-    share, so it waits for those that are older, each of which takes one turn in ``aged_share``. A
-    call without a deadline waits for those before it, one turn in ``min_share`` each.
+    A call with a deadline waits at most until it is the oldest of the late ones, which have their
+    share of the turns. A call without a deadline waits for those before it, one turn in
+    ``min_share`` each.
     """
     rng = random.Random(seed)
     config = UrgencyConfig()
@@ -192,16 +192,14 @@ def test_every_call_is_admitted_within_a_bound_whatever_arrives(make_job, make_s
             ahead = sum(j.started_s >= job.arrival_s for j in waiting)
             bound_s = (ahead + 2) / config.min_share * longest_s
         else:
-            aged_s = job.arrival_s + config.age_cap * deadline_s
+            late_s = job.arrival_s + deadline_s
             older = [
                 j
                 for j in jobs
-                if j.fields
-                and j.arrival_s + config.age_cap * j.fields["deadline_s"] <= aged_s
-                and j.started_s >= aged_s
+                if j.fields and j.arrival_s <= job.arrival_s and j.started_s >= late_s
             ]
-            rest = config.aged_share * (1 - config.min_share)
-            bound_s = aged_s - job.arrival_s + (len(older) + 3) / rest * longest_s
+            rest = _LATE_SHARE * (1 - config.min_share)
+            bound_s = deadline_s + (len(older) + 3) / rest * longest_s
         assert job.started_s - job.arrival_s <= bound_s
 
 
@@ -261,4 +259,5 @@ def test_ten_thousand_waiting_cost_each_step_a_bounded_part():
         policy.on_finish(call, Outcome.COMPLETED, now_s + 1.0)
     assert most_stale <= 60
     assert most_looks <= 100
-    assert {policy.key(call, now_s)[0] for call in calls} <= {Lane.LATE, Lane.AGED, Lane.PROMOTED}
+    places = [policy.key(call, now_s) for call in calls]
+    assert not any(lane == Lane.DUE and due_s <= 27.0 for lane, due_s in places)

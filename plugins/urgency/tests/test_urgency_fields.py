@@ -79,7 +79,7 @@ def test_the_deadline_header_is_in_milliseconds():
 
 @pytest.mark.parametrize(
     "options",
-    [{"order": "lifo"}, {"min_share": 0.9}, {"age_cap": 0.5}, {"aged_share": 0}, {"ordr": "edd"}],
+    [{"order": "lifo"}, {"min_share": 0.9}, {"age_cap": 0.5}, {"ordr": "edd"}],
 )
 def test_wrong_options_are_refused(options):
     with pytest.raises(ValidationError):

@@ -215,7 +215,7 @@ def test_deadlines_are_counted_from_the_workflows_first_call():
     first, second = Call("1", 0.0, 1, 1, fields), Call("2", 4.0, 1, 1, fields)
     policy.on_arrival(first, 0.0)
     policy.on_arrival(second, 4.0)
-    assert policy.key(second, 4.0) == (Lane.TIMELY, 10.0)
+    assert policy.key(second, 4.0) == (Lane.DUE, 10.0)
 
 
 def test_a_changed_deadline_moves_the_workflows_waiting_calls():
@@ -225,7 +225,7 @@ def test_a_changed_deadline_moves_the_workflows_waiting_calls():
     policy.on_arrival(first, 0.0)
     policy.on_arrival(second, 1.0)
     assert first in policy.stale
-    assert policy.key(first, 1.0) == policy.key(second, 1.0) == (Lane.TIMELY, 5.0)
+    assert policy.key(first, 1.0) == policy.key(second, 1.0) == (Lane.DUE, 5.0)
 
 
 def test_the_default_and_the_least_deadline_come_from_the_options():
@@ -233,5 +233,5 @@ def test_the_default_and_the_least_deadline_come_from_the_options():
     silent, greedy = Call("1", 0.0, 1, 1), Call("2", 0.0, 1, 1, {"deadline_s": 0.5})
     for call in (silent, greedy):
         policy.on_arrival(call, 0.0)
-    assert policy.key(silent, 0.0) == (Lane.TIMELY, 60.0)
-    assert policy.key(greedy, 0.0) == (Lane.TIMELY, 8.0)
+    assert policy.key(silent, 0.0) == (Lane.DUE, 60.0)
+    assert policy.key(greedy, 0.0) == (Lane.DUE, 8.0)

@@ -161,8 +161,8 @@ def test_in_a_burst_some_workflows_are_in_time_where_by_due_date_hardly_any_is(
         make_server(policy, seats=2).serve(itertools.chain(*workflows))
         return sum(jobs[-1].finished_s <= 20.0 for jobs in workflows)
 
-    assert in_time("fcfs") == 0
-    assert in_time("edd") >= 10
+    assert in_time("fcfs") == in_time("llf") == 0
+    assert in_time("edd") >= 8
 
 
 def test_the_pace_counts_stages_as_long_as_they_are_now_believed_to_be(

@@ -127,12 +127,12 @@ def test_dispatch_rules_are_searched_where_there_are_several_engines():
 
 
 def test_halving_keeps_the_best_and_looks_little_at_the_rest():
-    field = [TunedOptions(age_cap=1.0 + number) for number in range(16)]
+    field = [TunedOptions(age_cap=2.0 + number) for number in range(16)]
     asked = []
 
     def loss_of(options: TunedOptions, window: int) -> float:
         asked.append((options, window))
-        return abs(options.age_cap - 6.0) + 0.1 * window
+        return abs(options.age_cap - 7.0) + 0.1 * window
 
     assert tuning.halve(field, loss_of, 8) == field[5]
     assert len(set(asked)) <= 16 + 16 + 16 + 16
@@ -140,7 +140,7 @@ def test_halving_keeps_the_best_and_looks_little_at_the_rest():
 
 
 def test_halving_cut_short_takes_the_best_of_the_last_whole_round():
-    field = [TunedOptions(age_cap=1.0 + number) for number in range(8)]
+    field = [TunedOptions(age_cap=2.0 + number) for number in range(8)]
     asked = 0
 
     def loss_of(options: TunedOptions, window: int) -> float:
@@ -148,7 +148,7 @@ def test_halving_cut_short_takes_the_best_of_the_last_whole_round():
         asked += 1
         if asked > most:
             raise tuning.OutOfTime
-        return abs(options.age_cap - 6.0)
+        return abs(options.age_cap - 7.0)
 
     most = 10
     assert tuning.halve(field, loss_of, 8) == field[5]
@@ -168,7 +168,7 @@ def test_only_sure_gains_count():
 
 def test_the_fields_of_candidates_are_whole():
     assert len(tuning.alpha_candidates()) == 2 * 11
-    assert len(set(tuning.queue_candidates())) == 40
+    assert len(set(tuning.queue_candidates())) == 22
     for options in tuning.dispatch_candidates() + tuning.alpha_candidates():
         seen = chains(4, 1.0, seed=0)
         assert tuning.Replays(seen, [PROFILE, SLOW], UrgencyConfig()).loss(options, 0) >= 0

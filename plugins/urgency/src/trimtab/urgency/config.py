@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Order = Literal["edd", "urgency", "llf", "srpt", "fcfs"]
-AgeCap = Annotated[float, Field(ge=1, le=100)]
-AgedShare = Annotated[float, Field(gt=0, le=0.9)]
+AgeCap = Annotated[float, Field(ge=1.1, le=100)]
 BestCase = Annotated[float, Field(gt=0, le=2)]
 Quantile = Annotated[float, Field(ge=0.5, le=0.99)]
 
@@ -23,8 +22,8 @@ class UrgencyConfig(BaseModel):
 
     order: Order = Field(
         "edd",
-        description="edd: earliest modified due date, with workflows that are late already set "
-        "aside; urgency: the paper's; llf: least slack; srpt: least remaining work; "
+        description="edd: earliest modified due date, with later ones for workflows that are late "
+        "already; urgency: the paper's; llf: least slack; srpt: least remaining work; "
         "fcfs: by arrival",
     )
     default_deadline_s: float | None = Field(
@@ -55,12 +54,8 @@ class UrgencyConfig(BaseModel):
     )
     age_cap: AgeCap = Field(
         1.5,
-        description="a workflow that can no longer meet its deadline is set aside until this many "
-        "times its deadline have passed",
-    )
-    aged_share: AgedShare = Field(
-        0.67,
-        description="share of admissions that workflows past age_cap get while they wait",
+        description="a workflow that can no longer meet its deadline, or that would make others "
+        "late, is due anew after this many times its deadline",
     )
     best_case: BestCase = Field(
         0.9,
@@ -105,7 +100,6 @@ class TunedOptions(BaseModel):
     version: Literal[1] = 1
     order: Order | None = None
     age_cap: AgeCap | None = None
-    aged_share: AgedShare | None = None
     best_case: BestCase | None = None
     work_quantile: Quantile | None = None
     dispatch: TunedDispatch | None = None

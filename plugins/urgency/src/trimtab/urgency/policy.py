@@ -10,10 +10,10 @@ Least slack, which this is, does not minimise lateness: of two jobs of lengths 1
 10 it runs the long one first and is late by 9, where by due date it is late by 1; and once a
 workflow is late, its budget is negative and its longest calls come before everybody else's. The
 default order is therefore that of modified due dates (`due_s`), which is optimal for chains on one
-server (Lawler), applied to the workflows that can still be in time without making others late; the
-others are set aside, until they have aged. Due dates also delay whoever has much time, for nothing
-where all are in time: so they count only within a horizon, that of the work at hand, and beyond it
-workflows go by arrival.
+server (Lawler). A workflow that cannot be in time any more, or that would make others late, is due
+anew at a later date: so it gives way to those that can be in time, yet not to all who come. Due
+dates also delay whoever has much time, for nothing where all are in time: so they count only within
+a horizon, that of the work at hand, and beyond it workflows go by arrival.
 """
 
 from __future__ import annotations
@@ -45,13 +45,16 @@ _SHIFT = 0.2
 
 _PATIENCE_S = 60.0
 
-_FEWEST_MOVES, _MOVES_PER_CALL = 16, 0.0015
-_FEWEST_LOOKS, _LOOKS_PER_CALL = 24, 0.006
+_FEWEST_MOVES, _MOVES_PER_CALL = 8, 0.001
+_FEWEST_LOOKS, _LOOKS_PER_CALL = 24, 0.004
 """What is done in one step at most, and how that grows with the calls: places found anew, and
 workflows reviewed. The rest is left to the next steps."""
 
 _HORIZON = 1.5
 """By how much the horizon exceeds the time in which all timely work could be done; see `Lane`."""
+
+_LATE_SHARE = 0.05
+"""Of the admissions, for the oldest late workflows: so that none waits for ever."""
 
 _SIBLINGS = 32
 """Calls of a workflow that are looked at to know how much of its stage is left."""
@@ -69,22 +72,15 @@ class Lane(IntEnum):
     """Preempted calls, which hold up a workflow that was served already."""
     PROMOTED = 1
     """Calls whose lane has a share of the admissions that is due."""
-    TIMELY = 2
-    """Calls of workflows that can be in time."""
+    DUE = 2
+    """Calls of workflows with a deadline, by due date."""
     EASY = 3
     """Calls of workflows that will be in time in any order; by their workflows' arrival."""
-    AGED = 4
-    """Calls of late workflows that have waited for ``age_cap`` deadlines, oldest first."""
-    LATE = 5
-    """Calls of workflows that cannot be in time any more, least remaining work first.
-
-    Somebody waits for them who said so; only those who can wait, and have their share, do longer.
-    """
-    PATIENT = 6
+    PATIENT = 4
     """Calls without a deadline, by arrival."""
 
 
-_TIMELY = (Lane.TIMELY, Lane.EASY)
+_BOUND = (Lane.DUE, Lane.EASY)
 
 
 @dataclass(slots=True, eq=False)
@@ -97,6 +93,8 @@ class Waiting:
         after_s: expected service time of the workflow's stages after this one.
         reserve_s: what a due date leaves room for beyond that.
         lane: what kind of call it is.
+        late: whether its workflow is due later than it was to be.
+        due_s: its due date, in the order of due dates.
         order_s: its place among the calls of its lane.
         key: its place in the queue; that of a promoted call is ahead of its lane.
         timer_s: when the place must be looked at again.
@@ -110,6 +108,8 @@ class Waiting:
     state: str = ""
     reserve_s: float = 0.0
     lane: Lane = Lane.PATIENT
+    late: bool = False
+    due_s: float = math.inf
     order_s: float = 0.0
     key: Key = (Lane.PATIENT, 0.0)
     timer_s: float = math.inf
@@ -129,6 +129,13 @@ class Waiting:
 def due_s(waiting: Waiting, deadline_s: float) -> float:
     """Modified due date: when this call must end for the stages after it to end in time."""
     return deadline_s - waiting.after_s - waiting.reserve_s
+
+
+def extended_s(allowed_s: float, age_cap: float, needed_s: float) -> float:
+    """What a workflow is allowed, times ``age_cap`` until it is more than it needs."""
+    if needed_s < allowed_s:
+        return allowed_s
+    return allowed_s * age_cap ** (math.floor(math.log(needed_s / allowed_s, age_cap)) + 1)
 
 
 def latest_start_s(waiting: Waiting, deadline_s: float) -> float:
@@ -199,13 +206,13 @@ class UrgencyPolicy(ServingPolicy):
         self._timers: ByTime[Waiting] = ByTime()
         self._numbers = count()
         self._triage: Triage[Workflow] = Triage()
-        self._timely = 0
+        self._bound = 0
         self._horizon_s = math.inf
         self._moving: dict[object, list[Waiting]] = {}
         self._resume_s = math.inf
         self._tenants: Tenants[Waiting] = Tenants(config.max_share)
         self._courtesy: Waiting | None = None
-        self._shares = {Lane.PATIENT: Share(config.min_share), Lane.AGED: Share(config.aged_share)}
+        self._patient, self._late = Share(config.min_share), Share(_LATE_SHARE)
         self._configure(config)
         self._tuned = None if config.tuned is None else TunedFile(config.tuned)
 
@@ -213,7 +220,6 @@ class UrgencyPolicy(ServingPolicy):
         self._config = config
         self._order = _ORDERS[config.order]
         self._deviations = NormalDist().inv_cdf(config.work_quantile)
-        self._shares[Lane.AGED].share = config.aged_share
 
     def key(self, call: Call, now_s: float) -> Key:
         """``(lane, order within the lane)``."""
@@ -223,12 +229,10 @@ class UrgencyPolicy(ServingPolicy):
         """The place of a call that has just arrived, for an engine that takes one number once.
 
         All lanes share one time scale, so that nobody starves although no key will change: a call
-        without a deadline counts as due in a minute, a late one as due when it will have aged.
+        without a deadline counts as due in a minute.
         """
         waiting = self._calls[call]
-        if waiting.lane is Lane.PATIENT:
-            return waiting.order_s + _PATIENCE_S
-        return waiting.timer_s if waiting.lane is Lane.LATE else waiting.order_s
+        return waiting.order_s + (_PATIENCE_S if waiting.lane is Lane.PATIENT else 0.0)
 
     def on_arrival(self, call: Call, now_s: float) -> None:
         """Finds the call's workflow and stage, and its place in the queue."""
@@ -253,17 +257,17 @@ class UrgencyPolicy(ServingPolicy):
         self._place(waiting, now_s)
 
     def on_admission(self, call: Call, now_s: float) -> None:
-        """Counts the admission towards the other lanes' shares."""
+        """Counts the admission towards the shares of those who may have to wait for long."""
         waiting = self._calls[call]
         if waiting.key[0] == Lane.RESUMED:
             return
-        lane = waiting.lane
         if waiting.key[0] > Lane.EASY:
             self._triage.note_spare()
         self._withdraw(waiting, now_s)
-        for other, share in self._shares.items():
-            if other is not lane:
-                share.note_other()
+        if waiting.lane is not Lane.PATIENT:
+            self._patient.note_other()
+        if not waiting.late:
+            self._late.note_other()
         self._promote_due()
         self._promote_deprived(waiting.workflow.tenant)
 
@@ -281,14 +285,14 @@ class UrgencyPolicy(ServingPolicy):
             self._estimator.learn_service(
                 workflow.class_, waiting.stage, service_s, call.output_tokens
             )
-            if waiting.lane in _TIMELY and not workflow.calls:
+            if waiting.lane in _BOUND and not workflow.calls:
                 # As long as such a stage is now believed to be: so is the work that is left.
                 self._triage.note_stage(self._estimator.service_s(workflow.class_, waiting.stage))
             self._leave_stage(workflow, waiting.state, now_s)
             self._follow_estimates(workflow.class_, now_s)
 
     def next_timer_s(self) -> float:
-        """When a call is late or has aged, or something that was begun goes on; cheap."""
+        """When a call is late, or something that was begun goes on; cheap."""
         due_s = min(self._triage.due_s, self._resume_s)
         if self._tuned is not None:
             due_s = min(due_s, self._tuned.due_s)
@@ -307,39 +311,38 @@ class UrgencyPolicy(ServingPolicy):
             self._review(now_s)
 
     def _review(self, now_s: float) -> None:
-        """Gives up the workflows that would make others late, and takes back those that fit."""
+        """Gives up the workflows that would make others late, and takes back those that fit.
+
+        In the same round calls follow the horizon, which is another after each.
+        """
         verdicts = self._triage.review(
             now_s,
             _FEWEST_LOOKS + int(_LOOKS_PER_CALL * len(self._calls)),
-            queued=self._timely > 0,
+            queued=self._bound > 0,
             rest_s=lambda workflow: self._rest_s(workflow, now_s),
         )
+        self._horizon_s = _HORIZON * self._triage.drain_s
         for workflow, saved in verdicts:
-            if workflow.given_up is saved:
+            if workflow.given_up is saved or self._misplaced(workflow, now_s):
                 workflow.given_up = not saved
-                self._moving[workflow] = [self._calls[call] for call in workflow.calls]
-                self._resume_s = math.nextafter(now_s, math.inf)
+                self._move(workflow, [self._calls[call] for call in workflow.calls], now_s)
 
-        self._follow_horizon(now_s)
+    def _misplaced(self, workflow: Workflow, now_s: float) -> bool:
+        """Whether a call of it waits in a lane in which the horizon does not put it now."""
+        some = (self._calls[call] for call in islice(workflow.calls, _SIBLINGS))
+        return any(
+            one.key[0] in _BOUND and (one.key[0] is Lane.EASY) != (now_s < self._urgent_s(one))
+            for one in some
+        )
 
-    def _follow_horizon(self, now_s: float) -> None:
-        """Moves the horizon up at once, and down when it has become much too far."""
-        horizon_s = _HORIZON * self._triage.drain_s
-        if self._horizon_s / _HORIZON**3 <= horizon_s <= self._horizon_s:
-            return
-        self._horizon_s = horizon_s * _HORIZON
-        timely = [waiting for waiting in self._calls.values() if waiting.key[0] in _TIMELY]
-        self._move(self._triage, timely, now_s)
+    def _urgent_s(self, waiting: Waiting) -> float:
+        """When its due date comes within the horizon."""
+        return waiting.due_s - waiting.service_s - self._horizon_s
 
-    def _rest_s(self, workflow: Workflow, now_s: float) -> float | None:
-        """Expected rest of a workflow that can be in time if it is alone."""
-        rest_s = -1.0
-        for call in islice(workflow.calls, _SIBLINGS):
-            waiting = self._calls[call]
-            if waiting.lane is not Lane.AGED:
-                rest_s = max(rest_s, waiting.left_s(now_s))
-        hopeful = rest_s >= 0 and now_s < workflow.deadline_s - self._config.best_case * rest_s
-        return rest_s if hopeful else None
+    def _rest_s(self, workflow: Workflow, now_s: float) -> float:
+        """Expected rest of a workflow that has calls here."""
+        some = islice(workflow.calls, _SIBLINGS)
+        return max(self._calls[call].left_s(now_s) for call in some)
 
     def _take_tuned(self, tuned: TunedFile, now_s: float) -> None:
         """Takes over what a tuned file says since it changed."""
@@ -415,32 +418,34 @@ class UrgencyPolicy(ServingPolicy):
         workflow = waiting.workflow
         deadline_s = workflow.deadline_s
         if self._config.order in _IGNORING_DEADLINES:
-            self._assign(waiting, Lane.TIMELY, self._order(waiting, deadline_s))
+            self._assign(waiting, Lane.DUE, self._order(waiting, deadline_s))
         elif workflow.allowed_s is None:
             self._assign(waiting, Lane.PATIENT, waiting.call.arrival_s)
         elif self._config.order == "edd":
             self._place_by_hope(waiting, workflow.allowed_s, now_s)
         else:
-            self._assign(waiting, Lane.TIMELY, self._order(waiting, deadline_s))
+            self._assign(waiting, Lane.DUE, self._order(waiting, deadline_s))
 
     def _place_by_hope(self, waiting: Waiting, allowed_s: float, now_s: float) -> None:
-        """By due date while the workflow can be in time and is not given up; else aside."""
-        workflow = waiting.workflow
-        late_s = workflow.deadline_s - self._config.best_case * waiting.remaining_s
-        aged_s = workflow.arrival_s + self._config.age_cap * allowed_s
-        self._triage.workflows.put(workflow, workflow.deadline_s)
+        """By due date; while the workflow is late or given up, by a later one."""
+        workflow, age_cap = waiting.workflow, self._config.age_cap
+        least_s = self._config.best_case * waiting.remaining_s
+        allowed_s = extended_s(allowed_s, age_cap, now_s + least_s - workflow.arrival_s)
+        late_s = workflow.arrival_s + allowed_s - least_s
+        self._triage.workflows.put(workflow, workflow.arrival_s + allowed_s)
         self._triage.expect(now_s)
-        if now_s < late_s and not workflow.given_up:
-            due = self._order(waiting, workflow.deadline_s)
-            urgent_s = due - waiting.service_s - self._horizon_s
-            if now_s < urgent_s:
-                self._assign(waiting, Lane.EASY, workflow.arrival_s, min(urgent_s, late_s))
-            else:
-                self._assign(waiting, Lane.TIMELY, due, late_s)
-        elif now_s < aged_s:
-            self._assign(waiting, Lane.LATE, waiting.remaining_s, aged_s)
+        if workflow.given_up:
+            allowed_s *= age_cap
+        waiting.late = allowed_s > (workflow.allowed_s or 0.0)
+        waiting.due_s = self._order(waiting, workflow.arrival_s + allowed_s)
+        urgent_s = self._urgent_s(waiting)
+        if now_s < urgent_s:
+            self._assign(waiting, Lane.EASY, workflow.arrival_s, min(urgent_s, late_s))
         else:
-            self._assign(waiting, Lane.AGED, aged_s)
+            self._assign(waiting, Lane.DUE, waiting.due_s, late_s)
+        if waiting.late:
+            self._late.join(waiting.call, workflow.arrival_s)
+            self._promote_due()
 
     def _assign(
         self, waiting: Waiting, lane: Lane, order_s: float, timer_s: float = math.inf
@@ -451,30 +456,29 @@ class UrgencyPolicy(ServingPolicy):
             self._timers.put(waiting, timer_s)
         else:
             self._timers.discard(waiting)
-        if lane in self._shares:
-            self._shares[lane].join(waiting.call, order_s)
+        if lane is Lane.PATIENT:
+            self._patient.join(waiting.call, order_s)
             self._promote_due()
 
     def _replace(self, waiting: Waiting, now_s: float) -> None:
         """Finds a new place for a call that waits; one that runs or was promoted keeps its own."""
         if waiting.key[0] in (Lane.RESUMED, Lane.PROMOTED):
             return
-        if waiting.lane in self._shares:
-            self._shares[waiting.lane].leave(waiting.call)
+        self._leave_shares(waiting)
         self._foresee(waiting, self._groups[waiting.workflow.class_].by_state[waiting.state].work)
         self._place(waiting, now_s)
         self.stale.add(waiting.call)
 
     def _replace_all(self, workflow: Workflow, now_s: float) -> None:
-        self._move(workflow, [self._calls[call] for call in workflow.calls], now_s)
-
-    def _move(self, whose: object, waiting: list[Waiting], now_s: float) -> None:
-        """Finds new places for calls: for a few at once, for the others in the next steps."""
-        self._moving.pop(whose, None)
+        waiting = [self._calls[call] for call in workflow.calls]
         for one in waiting[:_FEWEST_MOVES]:
             self._replace(one, now_s)
-        if len(waiting) > _FEWEST_MOVES:
-            self._moving[whose] = waiting[: _FEWEST_MOVES - 1 : -1]
+        self._move(workflow, waiting[_FEWEST_MOVES:], now_s)
+
+    def _move(self, whose: object, waiting: list[Waiting], now_s: float) -> None:
+        """Finds new places for calls in the next steps, a part in each."""
+        if waiting:
+            self._moving[whose] = waiting[::-1]
             self._resume_s = math.nextafter(now_s, math.inf)
 
     def _go_on_moving(self, moves: int, now_s: float) -> None:
@@ -488,7 +492,7 @@ class UrgencyPolicy(ServingPolicy):
         self._resume_s = math.nextafter(now_s, math.inf) if self._moving else math.inf
 
     def _set_key(self, waiting: Waiting, key: Key) -> None:
-        self._timely += (key[0] in _TIMELY) - (waiting.key[0] in _TIMELY)
+        self._bound += (key[0] in _BOUND) - (waiting.key[0] in _BOUND)
         waiting.key = key
 
     def _withdraw(self, waiting: Waiting, now_s: float) -> None:
@@ -497,8 +501,7 @@ class UrgencyPolicy(ServingPolicy):
         self._set_key(waiting, (Lane.RESUMED, now_s))
         if waiting is self._courtesy:
             self._courtesy = None
-        if waiting.lane in self._shares:
-            self._shares[waiting.lane].leave(waiting.call)
+        self._leave_shares(waiting)
         self._tenants.leave(waiting.workflow.tenant, waiting)
         groups = self._groups.get(waiting.workflow.class_)
         group = groups.by_state.get(waiting.state) if groups is not None else None
@@ -509,8 +512,12 @@ class UrgencyPolicy(ServingPolicy):
             if not groups.by_state:
                 del self._groups[waiting.workflow.class_]
 
+    def _leave_shares(self, waiting: Waiting) -> None:
+        self._patient.leave(waiting.call)
+        self._late.leave(waiting.call)
+
     def _promote_due(self) -> None:
-        for share in self._shares.values():
+        for share in (self._patient, self._late):
             call = share.take_due()
             if call is not None:
                 self._promote(self._calls[call])
@@ -522,8 +529,7 @@ class UrgencyPolicy(ServingPolicy):
             first = min(others, key=lambda waiting: waiting.key)
             self._courtesy = first
             if first.key[0] > Lane.PROMOTED:
-                if first.lane in self._shares:
-                    self._shares[first.lane].leave(first.call)
+                self._leave_shares(first)
                 self._promote(first)
 
     def _promote(self, waiting: Waiting) -> None:

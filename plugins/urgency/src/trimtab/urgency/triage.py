@@ -20,8 +20,6 @@ _PERIOD_S_PER_WORKFLOW = 0.0005
 
 _FEWEST_STAGES = 8
 _MOST_STAGES = 64
-_VERDICTS_PER_LOOK = 4
-"""To hand on what was decided of a workflow costs less than to look at it."""
 
 
 def savable(candidates: Iterable[Candidate[W]], now_s: float, rate: float) -> set[W]:
@@ -111,7 +109,7 @@ class Triage(Generic[W]):
         self._spare = True
 
     def review(
-        self, now_s: float, part: int, *, queued: bool, rest_s: Callable[[W], float | None]
+        self, now_s: float, part: int, *, queued: bool, rest_s: Callable[[W], float]
     ) -> list[tuple[W, bool]]:
         """Goes on with a review, or begins one.
 
@@ -119,7 +117,7 @@ class Triage(Generic[W]):
             now_s: the present.
             part: how many workflows to look at.
             queued: whether calls of timely workflows wait.
-            rest_s: the expected remaining work of a workflow; None for one that is no candidate.
+            rest_s: the expected remaining work of a workflow.
 
         Returns:
             Workflows, and whether each is to be saved.
@@ -134,7 +132,7 @@ class Triage(Generic[W]):
         verdicts: list[tuple[W, bool]] = []
         if self._looked is None:
             self.drain_s = selection.drain_s
-            told = self._told + part * _VERDICTS_PER_LOOK
+            told = self._told + 2 * part
             some = selection.considered[self._told : told]
             verdicts = [(workflow, workflow not in selection.given_up) for workflow in some]
             self._told = told
@@ -146,14 +144,12 @@ class Triage(Generic[W]):
         selection: Selection[W],
         place: tuple[float, float],
         part: int,
-        rest_s: Callable[[W], float | None],
+        rest_s: Callable[[W], float],
     ) -> int:
         """Looks at a part of the workflows; returns how many there were."""
         entries = self.workflows.after(place, part)
         for deadline_s, _, workflow in entries:
-            left_s = rest_s(workflow)
-            if left_s is not None:
-                selection.consider(deadline_s, left_s, workflow)
+            selection.consider(deadline_s, rest_s(workflow), workflow)
         self._looked = entries[-1][:2] if len(entries) == part else None
         return len(entries)
 

@@ -222,17 +222,15 @@ def surely_better(before: Sequence[float], after: Sequence[float]) -> bool:
 
 def queue_candidates() -> list[TunedOptions]:
     """The orders, and the shapes of the default one."""
-    shapes = product((1.5, 3.0), (0.33, 0.67, 0.85), (0.7, 0.9, 1.1), (0.5, 0.8))
+    shapes = product((1.25, 1.5, 2.0), (0.7, 0.9, 1.1), (0.5, 0.8))
     return [
         TunedOptions(order="urgency"),
         TunedOptions(order="llf"),
         TunedOptions(order="srpt"),
         TunedOptions(order="fcfs"),
         *(
-            TunedOptions(
-                order="edd", age_cap=cap, aged_share=aged, best_case=best, work_quantile=quantile
-            )
-            for cap, aged, best, quantile in shapes
+            TunedOptions(order="edd", age_cap=cap, best_case=best, work_quantile=quantile)
+            for cap, best, quantile in shapes
         ),
     ]
 

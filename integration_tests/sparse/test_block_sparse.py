@@ -114,7 +114,7 @@ def test_a_paged_cache_with_keys_laid_crosswise_is_read_where_it_lies():
         v_base=base + cache.stride(2),
         block_token=(first % page).int(),
         block_length=(300 - first).clamp(max=64).int(),
-        k_token_at=torch.arange(page),
+        k_token_at=torch.arange(page).repeat_interleave(2)[::2],
         v_token_at=torch.arange(page) * 32,
         k_dim_at=torch.arange(32) * page,
         v_dim_at=torch.arange(32),

@@ -190,12 +190,13 @@ def tiled_attention(
     bytes_each = compiled.trimtab_element_bytes(_DTYPES[q.dtype])
     panels = torch.empty(store.kv_heads * blocks * panel * bytes_each, dtype=torch.uint8)
     needed = torch.zeros(store.kv_heads * blocks, dtype=torch.uint8)
-    tensors = (
-        *(q, store.k, store.v, out, panels, store.k_base, store.v_base, store.block_token),
-        *(store.block_length, store.k_token_at, store.v_token_at, store.k_dim_at, store.v_dim_at),
+    offsets = (
+        *(store.k_base, store.v_base, store.block_token, store.block_length),
+        *(store.k_token_at, store.v_token_at, store.k_dim_at, store.v_dim_at),
         *(tiles.query, store.before[tiles.sequence], tiles.queries, tiles.position),
         *(choice.rows, choice.blocks, needed),
     )
+    tensors = (q, store.k, store.v, out, panels, *(x.contiguous() for x in offsets))
     problem = _Problem(
         *(x.data_ptr() for x in tensors),
         *(q.stride(0), q.stride(1), out.stride(0), out.stride(1), store.k_head, store.v_head),

@@ -21,10 +21,16 @@ from trimtab.kernels.sparse.selectors import Selection
 LEAST_GAIN = 1.1
 """Predicted speed-up below which dense attention is kept."""
 
-_SPEED: Mapping[str, float] = {"dense": 1.0, "compiled": 1.0, "torch": 0.08}
+_SPEED: Mapping[str, float] = {"dense": 1.0, "compiled": 1.3, "torch": 0.08}
 """Work done in a time in which dense attention does 1."""
 
-_SELECTION: Mapping[str, float] = {"mass": 0.03, "top": 0.03, "antidiagonal": 0.05, "oracle": 1.0}
+_SELECTION: Mapping[str, float] = {
+    "mass": 0.1,
+    "pooled": 0.03,
+    "top": 0.03,
+    "antidiagonal": 0.05,
+    "oracle": 1.0,
+}
 """Work of each selector for a query and key, where attention is 1."""
 
 _PACKING = 24.0

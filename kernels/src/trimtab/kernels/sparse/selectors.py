@@ -23,6 +23,7 @@ scale to shares ``[heads, tiles, blocks]`` whose last dimension adds up to 1."""
 _QUERY_STEP = 4
 _POOL = 16
 _STRIDE = 16
+_SAMPLE_STEP = 8
 
 
 def _shares(logits: Tensor, visible: Tensor, per_block: int, rows: int) -> Tensor:
@@ -70,6 +71,23 @@ def antidiagonal(q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
     return _shares(logits, begins <= at[:, None], TILE // _STRIDE, TILE // _STRIDE)
 
 
+def sampled(q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
+    """Every eighth query against all keys: a sixteenth of the work of attention."""
+    step = _SAMPLE_STEP
+    at = position + torch.arange(step - 1, q.shape[0] + step - 1, step).clamp(max=q.shape[0] - 1)
+    visible = torch.arange(k.shape[0]) <= at[:, None]
+    parts = [
+        _shares(
+            _logits(q[at - position, h : h + 1], k[:, g : g + 1], scale),
+            visible,
+            TILE,
+            TILE // step,
+        )
+        for h, g in _heads(q, k)
+    ]
+    return torch.cat(parts)
+
+
 def oracle(q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
     """The attention itself: what no estimate can beat, at the price of dense attention."""
     at = position + torch.arange(q.shape[0])
@@ -87,7 +105,8 @@ def _heads(q: Tensor, k: Tensor) -> list[tuple[int, int]]:
 
 
 ESTIMATES: Mapping[str, Estimate] = {
-    "mass": pooled,
+    "mass": sampled,
+    "pooled": pooled,
     "antidiagonal": antidiagonal,
     "top": pooled,
     "oracle": oracle,
@@ -99,8 +118,8 @@ ESTIMATES: Mapping[str, Estimate] = {
 class Selection:
     """How many blocks each tile keeps of an estimate; always the first ones and the latest."""
 
-    selector: Literal["mass", "antidiagonal", "top", "oracle"] = "mass"
-    mass: float = 0.95
+    selector: Literal["mass", "pooled", "antidiagonal", "top", "oracle"] = "mass"
+    mass: float = 0.97
     """Share of the estimated attention that the kept blocks hold; not for ``top``."""
     top: int = 16
     """Blocks that ``top`` keeps."""

@@ -1,0 +1,79 @@
+"""Sparse prefill in transformers, on a small random model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trimtab.sparse import SparseConfig
+from trimtab.sparse.in_transformers import register
+
+pytestmark = pytest.mark.integration
+
+ALL_BLOCKS = SparseConfig(selector="top", top=1000, min_prompt=64)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 200}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, pad_token_id=0)).eval()
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return torch.randint(1, 200, (1, 300), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model, name, ids, **options):
+    model.set_attn_implementation(name)
+    return model(ids, **options).logits
+
+
+def test_all_blocks_give_the_logits_of_dense_attention(model, prompt):
+    kept = []
+    ours = logits(model, register(ALL_BLOCKS, kept.append), prompt)
+    torch.testing.assert_close(ours, logits(model, "sdpa", prompt), atol=1e-4, rtol=1e-4)
+    assert kept == [1.0, 1.0]
+
+
+def test_fewer_blocks_change_late_tokens_and_leave_the_first_tiles_alone(model, prompt):
+    few = SparseConfig(selector="top", top=1, first=0, recent=1, min_prompt=64)
+    ours, dense = logits(model, register(few), prompt), logits(model, "sdpa", prompt)
+    torch.testing.assert_close(ours[:, :64], dense[:, :64], atol=1e-4, rtol=1e-4)
+    assert (ours[:, 200:] - dense[:, 200:]).abs().max() > 1e-3
+
+
+def test_generation_decodes_densely(model, prompt):
+    kept = []
+    model.set_attn_implementation(register(ALL_BLOCKS, kept.append))
+    ours = model.generate(prompt, max_new_tokens=5, do_sample=False)
+    assert len(kept) == 2
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(ours, model.generate(prompt, max_new_tokens=5, do_sample=False))
+
+
+def test_padded_and_several_and_short_prompts_stay_dense(model, prompt):
+    kept = []
+    name = register(ALL_BLOCKS, kept.append)
+    padded = torch.ones_like(prompt)
+    padded[:, :40] = 0
+    for ids, options in (
+        (prompt, {"attention_mask": padded}),
+        (prompt.repeat(2, 1), {}),
+        (prompt[:, :63], {}),
+    ):
+        dense = logits(model, "sdpa", ids, **options)
+        torch.testing.assert_close(logits(model, name, ids, **options), dense)
+    assert kept == []
+
+
+def test_training_stays_dense_and_has_gradients(model, prompt):
+    kept = []
+    model.set_attn_implementation(register(ALL_BLOCKS, kept.append))
+    model(prompt, labels=prompt).loss.backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+    assert kept == []

@@ -1,0 +1,95 @@
+"""A real vLLM server on the CPU with sparse prefill, beside one without."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from trimtab.core.errors import BadInput
+from trimtab.hosts.vllm.attention import prefiller
+from trimtab.hosts.vllm.server import Server, small_cpu_environment
+from trimtab.hosts.vllm.small_model import small_model
+from trimtab.sparse.vllm_prefill import make
+
+pytestmark = pytest.mark.integration
+
+PAGE_BYTES = 30 * 128 * 2 * 3 * 64 * 4
+"""A page of 128 tokens in all layers of the small model, in float32."""
+
+ENGINE = (
+    *("--max-model-len", "1024", "--max-num-batched-tokens", "512", "--max-num-seqs", "4"),
+    *("--dtype", "float32", "--kv-cache-memory-bytes", str(12 * PAGE_BYTES)),
+    "--enforce-eager",
+)
+"""Prompts come in chunks, and two of them with their answers do not fit the cache: one waits or is
+preempted."""
+
+ALL_BLOCKS = {"sparse": {"selector": "top", "top": 1000, "min_prompt": 128}}
+"""Everything goes through the block path, and nothing is left out."""
+
+TEXT = (Path(__file__).parents[2] / "docs" / "design.md").read_text()
+PROMPTS = [
+    TEXT[at : at + length] for at, length in ((0, 2300), (900, 2300), (3000, 300), (500, 1500))
+]
+
+
+def ask(server, prompt):
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    answer = client.completions.create(model="model", prompt=prompt, max_tokens=24, temperature=0)
+    return answer.choices[0].text
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    """One with sparse prefill of all blocks, one as vLLM is."""
+    folder = tmp_path_factory.mktemp("logs")
+    with ExitStack() as running:
+        started = []
+        for name, plugins in (("sparse", ALL_BLOCKS), ("plain", {})):
+            arguments = [*ENGINE, "--additional-config", json.dumps({"trimtab": plugins})]
+            if plugins:
+                arguments += ["--attention-backend", "CUSTOM"]
+            log = folder / f"{name}.log"
+            server = Server(small_model(), log, arguments, small_cpu_environment())
+            started.append(running.enter_context(server))
+        yield [server.wait_ready() for server in started]
+
+
+@pytest.fixture(scope="module")
+def plain_texts(servers):
+    return [ask(servers[1], prompt) for prompt in PROMPTS]
+
+
+def test_prompts_in_chunks_get_the_texts_of_dense_attention(servers, plain_texts):
+    assert [ask(servers[0], prompt) for prompt in PROMPTS] == plain_texts
+    assert "sparse prefill of" in servers[0].log.read_text()
+    assert "sparse prefill of" not in servers[1].log.read_text()
+
+
+def test_prompts_that_the_cache_knows_and_several_at_once_get_them_too(servers, plain_texts):
+    with ThreadPoolExecutor(len(PROMPTS)) as crowd:
+        together = list(crowd.map(lambda prompt: ask(servers[0], prompt), PROMPTS))
+    assert together == plain_texts
+    longer = PROMPTS[0] + TEXT[2300:2600]
+    assert ask(servers[0], longer) == ask(servers[1], longer)
+
+
+def test_a_wrong_option_is_named_before_a_layer_is_made():
+    with pytest.raises(BadInput, match=r"trimtab\.sparse.*selector.*best"):
+        prefiller({"trimtab": {"sparse": {"selector": "best"}}})
+    assert prefiller({"trimtab": {}}) is None
+    assert prefiller({}) is None
+
+
+def test_short_chunks_odd_pages_and_full_shares_are_left_to_vllm():
+    usual = make({})
+    assert usual.wants(queries=4096, keys=4096, group=3, page=128)
+    assert not usual.wants(queries=4096, keys=4096, group=3, page=96)
+    assert not usual.wants(queries=1, keys=4096, group=3, page=128)
+    assert not usual.wants(queries=1024, keys=1024, group=3, page=128)
+    assert not make({"mass": 1}).wants(queries=4096, keys=4096, group=3, page=128)

@@ -1,0 +1,129 @@
+"""``trimtab bench sparse``: prefill on the CPU, index tables, quality, and a real server's TTFT."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from trimtab.core.benchmark import Case, Options, Progress
+from trimtab.kernels.sparse import tables
+from trimtab.kernels.sparse.block_sparse import TILE, Choice, KeyStore, Tiles, tiled_attention
+from trimtab.sparse.quality_bench import quality_cases
+from trimtab.sparse.server_bench import server_cases
+
+HEADS, HEAD_SIZE, KEPT_BLOCKS = 8, 64, 8
+
+
+def run(options: Options, progress: Progress) -> list[Case]:
+    """All cases; ``quick`` leaves out long prompts and the server."""
+    torch.manual_seed(options.seed)
+    lengths = (4096,) if options.quick else (4096, 8192, 16384)
+    repeats = 3 if options.quick else 5
+    cases: list[Case] = []
+    for tokens in lengths:
+        for dtype in (torch.float32, torch.bfloat16):
+            for group in (4,) if options.quick else (1, 4):
+                progress(f"prefill of {tokens} tokens in {dtype}, {group} heads a KV head")
+                cases.append(_prefill_case(tokens, dtype, group, repeats))
+    for tokens in (4096,) if options.quick else (16_384, 65_536):
+        progress(f"index tables of {tokens} tokens")
+        cases += _table_cases(tokens, repeats)
+    cases += quality_cases(options, progress)
+    if not options.quick:
+        cases += server_cases(progress)
+    return cases
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _prefill_case(tokens: int, dtype: torch.dtype, group: int, repeats: int) -> Case:
+    """Eight blocks for each tile and head, against the better of two calls of dense SDPA."""
+    kv_heads = HEADS // group
+    q, k, v = (
+        torch.randn(tokens, heads, HEAD_SIZE).to(dtype) for heads in (HEADS, kv_heads, kv_heads)
+    )
+    ends = torch.tensor([0, tokens], dtype=torch.int32)
+    store, tiles = KeyStore.packed(k, v, ends), Tiles.of(ends, ends, tokens)
+    choice, density = _random_choice(tokens // TILE)
+    out = torch.empty_like(q)
+    queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
+    all_keys, all_values = (x.repeat_interleave(group, 1) for x in (keys, values))
+    rivals: Mapping[str, Callable[[], object]] = {
+        "grouped": lambda: scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, enable_gqa=True
+        ),
+        "repeated": lambda: scaled_dot_product_attention(
+            queries, all_keys, all_values, is_causal=True
+        ),
+    }
+
+    def ours() -> Tensor:
+        return tiled_attention(q, store, tiles, choice, out, HEAD_SIZE**-0.5)
+
+    for work in (*rivals.values(), ours):
+        work()
+    times = [(min(_timed(r) for r in rivals.values()), _timed(ours)) for _ in range(repeats)]
+    name = str(dtype).removeprefix("torch.")
+    return Case.compare(
+        f"real/prefill/{tokens}/{name}/group-{group}",
+        "time",
+        "s",
+        "lower",
+        "best of two dense SDPA calls",
+        times,
+        lower_bound=None,
+        notes=f"{KEPT_BLOCKS} blocks a tile, {density:.1%} of the causal blocks,"
+        f" {torch.get_num_threads()} threads",
+    )
+
+
+def _random_choice(blocks: int) -> tuple[Choice, float]:
+    """First, own and random other blocks of each tile; and the share of the causal ones kept."""
+    ids = torch.arange(blocks)
+    causal = ids[:, None] >= ids
+    rank = torch.rand(HEADS, blocks, blocks).masked_fill(ids[:, None] == ids, 2.0)
+    rank[..., 0] = 3.0
+    best = rank.masked_fill(~causal, -1.0).argsort(-1, descending=True)[..., :KEPT_BLOCKS]
+    mask = torch.zeros(HEADS, blocks, blocks, dtype=torch.bool).scatter(-1, best, True) & causal
+    return Choice.of_mask(mask), int(mask.sum()) / int(causal.sum() * HEADS)
+
+
+def _dense_tables(ids: Tensor, blocks: int) -> list[Tensor]:
+    """The published index tables of one KV head, dense over blocks and tokens (FSA's code)."""
+    tokens, top = ids.shape
+    chosen = torch.zeros(blocks, tokens, dtype=torch.bool)
+    chosen[ids.T, torch.arange(tokens).expand(top, tokens)] = True
+    slot = (chosen.cumsum(1, dtype=torch.int32) - 1).masked_fill_(~chosen, -1)
+    order = chosen.int().argsort(dim=1, descending=True, stable=True).int()
+    maxima = torch.zeros(blocks, tokens)
+    scales = torch.zeros(blocks, tokens)
+    return [slot, order, maxima, scales]
+
+
+def _table_cases(tokens: int, repeats: int) -> Iterator[Case]:
+    top, blocks = 16, tokens // TILE
+    own = torch.arange(tokens)[:, None] // TILE
+    ids = (torch.rand(tokens, top) * (own + 1)).long()
+    made: dict[str, int] = {}
+
+    def dense() -> None:
+        made["theirs"] = sum(x.nbytes for x in _dense_tables(ids, blocks))
+
+    def rows() -> None:
+        table = tables.block_major(ids[None], blocks)
+        made["ours"] = table.rows.nbytes + table.query.nbytes + table.place.nbytes
+
+    times = [(_timed(dense), _timed(rows)) for _ in range(repeats)]
+    baseline = "the published dense tables, in torch"
+    case = f"real/tables/{tokens}"
+    yield Case.compare(case, "time", "s", "lower", baseline, times)
+    sizes = [(float(made["theirs"]), float(made["ours"]))]
+    yield Case.compare(case, "memory", "B", "lower", baseline, sizes)

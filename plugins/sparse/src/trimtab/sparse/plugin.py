@@ -1,0 +1,44 @@
+"""The plugin's hooks: what trimtab finds under the name ``sparse``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trimtab.core.hooks import PluginInfo, hookimpl
+from trimtab.sparse.config import SparseConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from trimtab.core.benchmark import Benchmark, Case, Options, Progress
+
+
+@hookimpl
+def trimtab_info() -> PluginInfo:
+    """Says what the plugin is, and how it is switched on."""
+    return PluginInfo(
+        summary="fills in long prompts of dense models by attending to the blocks that matter",
+        enable='--additional-config \'{"trimtab": {"sparse": {}}}\'',
+        config=SparseConfig,
+    )
+
+
+@hookimpl
+def trimtab_benchmarks() -> Sequence[Benchmark]:
+    """The benchmarks; what they need is imported when they run."""
+    from trimtab.core.benchmark import Benchmark
+
+    def sparse(options: Options, progress: Progress) -> list[Case]:
+        from trimtab.sparse import bench
+
+        return bench.run(options, progress)
+
+    def static(options: Options, progress: Progress) -> list[Case]:
+        from trimtab.sparse import static_bench
+
+        return static_bench.run(options, progress)
+
+    return [
+        Benchmark("sparse", "sparse prefill on the CPU: speed, quality, a server's TTFT", sparse),
+        Benchmark("sparse-static", "the sparse GPU kernels' resources, without a GPU", static),
+    ]

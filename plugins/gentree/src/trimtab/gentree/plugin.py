@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from typer import Typer
 
+from trimtab.core.benchmark import Benchmark
 from trimtab.core.command_groups import command_group
 from trimtab.core.hooks import PluginInfo, hookimpl
+from trimtab.core.launch import LaunchChange, LaunchRequest
+from trimtab.gentree.config import GentreeConfig
 
 
 @hookimpl
@@ -13,8 +18,18 @@ def trimtab_info() -> PluginInfo:
     """Says what the plugin is, and how it is switched on."""
     return PluginInfo(
         summary="plans AllReduce on tree networks with a cost model that knows incast and memory",
-        enable="trimtab plan allreduce --cluster FILE --size 64MiB --out PLAN",
+        enable='init_process_group("gentree"), with {"trimtab": {"gentree": {"topology": FILE}}} in'
+        " the DeepSpeed configuration or TRIMTAB_GENTREE_TOPOLOGY=FILE",
+        config=GentreeConfig,
     )
+
+
+@hookimpl
+def trimtab_launch(config: GentreeConfig, launch: LaunchRequest) -> LaunchChange | None:
+    """Tells the ranks of a training launch the network."""
+    from trimtab.gentree.launching import launch_change
+
+    return launch_change(config, launch)
 
 
 @hookimpl
@@ -23,3 +38,11 @@ def trimtab_commands(app: Typer) -> None:
     from trimtab.gentree.command import allreduce
 
     command_group(app, "plan").command("allreduce")(allreduce)
+
+
+@hookimpl
+def trimtab_benchmarks() -> Sequence[Benchmark]:
+    """The benchmark of plans by the model and on real hosts."""
+    from trimtab.gentree.bench import BENCHMARK
+
+    return [BENCHMARK]

@@ -123,8 +123,8 @@ def _in_equal_groups(parties: Sequence[Layout], size: int) -> tuple[list[Layout]
     bounds = parties[0].bounds
     cuts = _cuts(bounds, size, None)
     count, stretches = len(parties) // size, len(bounds) - 1
-    owners = np.stack([p.owners for p in parties]).reshape(count, size, stretches)
-    owners = owners.transpose(0, 2, 1).reshape(count * stretches, size)
+    by_group = np.stack([p.owners for p in parties]).reshape(count, size, stretches)
+    owners = by_group.transpose(0, 2, 1).reshape(count * stretches, size)
     step = _step(owners, np.tile(cuts, (count, 1)), ring=False)
     begin, end = cuts[:, :-1].ravel(), cuts[:, 1:].ravel()
     kept = begin < end

@@ -30,6 +30,9 @@ Width = Literal["rate", "ports", "sources"]
 
 MOST_CHUNKS = 64
 
+LEAST_GAIN = 0.002
+"""What a doubling of the chunks must gain."""
+
 
 class Constants(Document):
     """The constants of GenModel beside what the tree's links say.
@@ -102,9 +105,13 @@ class PlanCost:
         return self.latency_s + part * self.seconds_per_byte + following
 
     def best_chunks(self, payload_bytes: float) -> int:
-        """How many chunks are fastest, a power of two."""
-        counts = [1 << power for power in range(MOST_CHUNKS.bit_length())]
-        return min(counts, key=lambda chunks: self.seconds(payload_bytes, chunks))
+        """How many chunks are fastest, a power of two; more only where they gain something."""
+        best = 1
+        for power in range(1, MOST_CHUNKS.bit_length()):
+            gained = self.seconds(payload_bytes, 1 << power)
+            if gained < (1 - LEAST_GAIN) * self.seconds(payload_bytes, best):
+                best = 1 << power
+        return best
 
 
 class PlanEvaluator:

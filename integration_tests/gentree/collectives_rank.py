@@ -1,0 +1,198 @@
+"""One rank that goes through every collective; rank 0 prints what it has seen to be right."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+
+import torch
+from torch import distributed as dist
+
+Op = dist.ReduceOp
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gentree", timeout=timedelta(seconds=60))
+    everything = (
+        sums,
+        dtypes,
+        operations,
+        shapes,
+        futures,
+        scattered,
+        gathered,
+        passed_on,
+        subgroups,
+        coalesced,
+        identical,
+        functional,
+    )
+    for check in [c for c in everything if not sys.argv[1:] or c.__name__ in sys.argv[1:]]:
+        check(dist.get_rank(), dist.get_world_size())
+        dist.barrier()
+        if dist.get_rank() == 0:
+            print(f"right: {check.__name__}", flush=True)
+    dist.destroy_process_group()
+
+
+def values(rank: int, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(*shape, generator=generator)
+
+
+def exact(size: int, *shape: int) -> torch.Tensor:
+    return torch.stack([values(rank, *shape).double() for rank in range(size)]).sum(0)
+
+
+def sums(rank: int, size: int) -> None:
+    for length in (0, 1, size - 1, size, 37, 1000, 65536, 300_001):
+        ours = values(rank, length)
+        dist.all_reduce(ours)
+        wide = torch.stack([values(r, length).abs() for r in range(size)]).sum(0)
+        wrong = (ours - exact(size, length)).abs()
+        assert (wrong <= 3 * size * 2**-24 * wide).all(), (length, wrong.max())
+
+
+def dtypes(rank: int, size: int) -> None:
+    for dtype in (
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int8,
+        torch.int32,
+        torch.int64,
+        torch.uint8,
+    ):
+        ours = torch.full((41,), rank + 1, dtype=dtype)
+        dist.all_reduce(ours)
+        assert ours.dtype == dtype
+        assert ours.tolist() == [size * (size + 1) // 2] * 41, dtype
+
+
+def operations(rank: int, size: int) -> None:
+    expected = {
+        Op.SUM: size * (size + 1) / 2,
+        Op.AVG: (size + 1) / 2,
+        Op.MIN: 1,
+        Op.MAX: size,
+        Op.PRODUCT: float(torch.arange(1, size + 1).prod()),
+    }
+    for op, value in expected.items():
+        ours = torch.full((23,), rank + 1.0)
+        dist.all_reduce(ours, op)
+        assert ours.tolist() == [value] * 23, op
+    for op, start in ((Op.BOR, 0), (Op.BAND, -1), (Op.BXOR, 0)):
+        ours = torch.full((9,), 1 << rank, dtype=torch.int32)
+        dist.all_reduce(ours, op)
+        value = start
+        for other in range(size):
+            one = 1 << other
+            value = {Op.BOR: value | one, Op.BAND: value & one, Op.BXOR: value ^ one}[op]
+        assert ours.tolist() == [value] * 9, op
+
+
+def shapes(rank: int, size: int) -> None:
+    base = values(rank, 12, 14)
+    strided, single = base.t()[::2], torch.tensor(float(rank))
+    expected = exact(size, 12, 14).t()[::2].float()
+    dist.all_reduce(strided)
+    dist.all_reduce(single)
+    torch.testing.assert_close(strided, expected)
+    assert single.item() == size * (size - 1) / 2
+    assert torch.equal(base[:, 1], values(rank, 12, 14)[:, 1]), "what is not in the view changed"
+
+
+def futures(rank: int, size: int) -> None:
+    many = [values(rank + 10 * index, 5000) for index in range(8)]
+    works = [dist.all_reduce(tensor, async_op=True) for tensor in many]
+    halves = [work.get_future().then(lambda f: f.value()[0] / 2) for work in works]
+    for index, (work, half) in enumerate(zip(works, halves, strict=True)):
+        work.wait()
+        assert work.is_completed()
+        expected = torch.stack([values(r + 10 * index, 5000) for r in range(size)]).sum(0)
+        torch.testing.assert_close(many[index], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(half.wait(), many[index] / 2)
+
+
+def scattered(rank: int, size: int) -> None:
+    for length in (0, 1, 6, 1001):
+        whole, ours = values(rank, size * length), torch.empty(length)
+        expected = exact(size, size * length)[rank * length : (rank + 1) * length].float()
+        dist.reduce_scatter_single(ours, whole.clone())
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        parts = [whole[r * length : (r + 1) * length] for r in range(size)]
+        dist.reduce_scatter(ours.zero_(), parts, Op.AVG)
+        torch.testing.assert_close(ours, expected / size, rtol=1e-5, atol=1e-5)
+
+
+def gathered(rank: int, size: int) -> None:
+    for length in (1, 6, 1001):
+        whole = torch.empty(size * length)
+        dist.all_gather_single(whole, values(rank, length))
+        assert torch.equal(whole, torch.cat([values(r, length) for r in range(size)]))
+        parts = [torch.empty(length) for _ in range(size)]
+        dist.all_gather(parts, values(rank, length))
+        assert all(torch.equal(part, values(r, length)) for r, part in enumerate(parts))
+
+
+def passed_on(rank: int, size: int) -> None:
+    tensor = torch.full((3,), float(rank))
+    dist.broadcast(tensor, 1)
+    assert tensor.tolist() == [1.0] * 3
+    said = [None] * size
+    dist.all_gather_object(said, f"rank {rank}")
+    assert said == [f"rank {r}" for r in range(size)]
+    out = torch.empty(size)
+    dist.all_to_all_single(out, torch.full((size,), float(rank)))
+    assert out.tolist() == [float(r) for r in range(size)]
+    total = torch.tensor([1.0])
+    dist.reduce(total, 0)
+    assert rank or total.item() == size
+    yes = torch.tensor([rank == 0])
+    dist.all_reduce(yes, Op.MAX)
+    assert yes.item()
+
+
+def subgroups(rank: int, size: int) -> None:
+    pair = [rank, (rank + size // 2) % size]
+    groups = {first: dist.new_group([first, first + size // 2]) for first in range(size // 2)}
+    ours = torch.full((100,), rank + 1.0)
+    dist.all_reduce(ours, group=groups[min(pair)])
+    assert ours.tolist() == [sum(pair) + 2.0] * 100
+    alone = [dist.new_group([r]) for r in range(size)][rank]
+    dist.all_reduce(ours, group=alone)
+    assert ours.tolist() == [sum(pair) + 2.0] * 100
+    for group in (*groups.values(), alone):
+        if group is not dist.GroupMember.NON_GROUP_MEMBER:
+            dist.destroy_process_group(group)
+
+
+def coalesced(rank: int, size: int) -> None:
+    tensors = [values(rank, 7), values(rank + 50, 3, 5)]
+    dist.all_reduce_coalesced(tensors)
+    torch.testing.assert_close(tensors[0], exact(size, 7).float())
+    expected = torch.stack([values(r + 50, 3, 5) for r in range(size)]).sum(0)
+    torch.testing.assert_close(tensors[1], expected)
+
+
+def identical(rank: int, size: int) -> None:
+    results = []
+    for _ in range(3):
+        ours = values(rank, 10_007)
+        dist.all_reduce(ours)
+        results.append(ours)
+    everywhere = [torch.empty(10_007) for _ in range(size)]
+    dist.all_gather(everywhere, results[0])
+    assert all(torch.equal(other, results[0]) for other in (*everywhere, *results))
+
+
+def functional(rank: int, size: int) -> None:
+    from torch.distributed import _functional_collectives as collectives
+
+    total = collectives.all_reduce(values(rank, 11), "sum", dist.group.WORLD)
+    torch.testing.assert_close(collectives.wait_tensor(total), exact(size, 11).float())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""One rank of a job in which something goes wrong; it prints what it is told, and when."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+
+import torch
+from torch import distributed as dist
+
+
+def main(fault: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gentree", timeout=timedelta(seconds=5))
+    rank = dist.get_rank()
+    tensor = torch.ones(100_000)
+    dist.all_reduce(tensor)
+    began_s = time.monotonic()
+    try:
+        if rank == 2:
+            spoil(fault, tensor)
+        else:
+            dist.all_reduce(tensor)
+    except RuntimeError as error:
+        print(f"after {time.monotonic() - began_s:.1f} s: {error}", flush=True)
+    time.sleep(5 if rank == 0 else 1)  # the first rank has the store, which the others still ask
+    os._exit(0)
+
+
+def spoil(fault: str, tensor: torch.Tensor) -> None:
+    if fault == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == "size":
+        dist.all_reduce(tensor[:50_000])
+    else:
+        time.sleep(9)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

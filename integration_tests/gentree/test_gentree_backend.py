@@ -1,0 +1,66 @@
+"""The backend ``gentree`` with real processes: every collective, training, and faults."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+
+def right(shown: list[tuple[int, str, str]]) -> list[str]:
+    assert [status for status, _, _ in shown] == [0] * len(shown), shown
+    return re.findall(r"right: (\w+)", shown[0][1])
+
+
+def test_every_collective(job) -> None:
+    assert right(job("collectives_rank.py")) == [
+        "sums",
+        "dtypes",
+        "operations",
+        "shapes",
+        "futures",
+        "scattered",
+        "gathered",
+        "passed_on",
+        "subgroups",
+        "coalesced",
+        "identical",
+        "functional",
+    ]
+
+
+def test_a_rank_alone(job) -> None:
+    ((status, _, errors),) = job("collectives_rank.py", "sums", ranks=1)
+    assert status == 0, errors
+
+
+def test_training_loses_as_over_gloo(job) -> None:
+    shown = job("train_rank.py")
+    assert [status for status, _, _ in shown] == [0] * 4, shown
+    lines = [line.split() for line in shown[0][1].splitlines()]
+    losses = {(kind, group): list(map(float, values)) for kind, group, *values in lines}
+    for kind in ("sgd", "zero1"):
+        gloo, ours = losses[kind, "gloo"], losses[kind, "gentree"]
+        assert len(gloo) == 12
+        assert gloo[-1] < 0.9 * gloo[0]
+        assert ours == pytest.approx(gloo, rel=1e-6)
+        assert ours == losses[kind, "again"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("killed", "rank 2 on h2 failed or did not take part"),
+        ("late", "rank 2 on h2 failed or did not take part"),
+        ("size", "rank 2 on h2 passed 200000 bytes to a collective to which"),
+    ],
+)
+def test_a_fault_names_the_rank_within_the_timeout(job, fault: str, told: str) -> None:
+    shown = job("faults_rank.py", fault)
+    for rank in (0, 1, 3):
+        status, printed, errors = shown[rank]
+        assert status == 0, errors
+        assert told in printed, (rank, shown)
+        assert float(re.findall(r"after (\S+) s", printed)[0]) < 30

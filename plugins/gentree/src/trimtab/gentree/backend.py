@@ -1,0 +1,202 @@
+"""The torch.distributed backend ``gentree``: plans for the group's ranks on the network they share.
+
+``init_process_group("gentree")`` needs no import; the network comes from the environment, which
+``trimtab launch`` sets.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.core.cluster import Cluster
+from trimtab.core.collectives import NetworkTree, Schedule
+from trimtab.core.collectives.combine import ring
+from trimtab.core.collectives.schedule import Layout
+from trimtab.core.cost import Constants, PlanEvaluator
+from trimtab.core.documents import digest
+from trimtab.core.errors import BadInput
+from trimtab.core.topology import read_topology
+from trimtab.gentree.constants_file import read_constants
+from trimtab.gentree.planner import choose, leaf_order
+from trimtab.hosts.host_order import own_host, short
+
+TOPOLOGY_VARIABLE = "TRIMTAB_GENTREE_TOPOLOGY"
+CONSTANTS_VARIABLE = "TRIMTAB_GENTREE_CONSTANTS"
+ALWAYS_VARIABLE = "TRIMTAB_GENTREE_ALWAYS"
+
+MARGIN = 0.03
+"""By how much a plan must be faster than the base backend; the model is not more exact."""
+
+log = logging.getLogger("trimtab")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the plans of a job are made for.
+
+    Attributes:
+        cluster: the network.
+        constants: of GenModel.
+        always: whether plans are run even where the model finds the base backend faster.
+    """
+
+    cluster: Cluster
+    constants: Constants
+    always: bool = False
+
+    @classmethod
+    def of_environment(cls, environment: Mapping[str, str] = os.environ) -> Network | None:
+        """The network that the environment names, if any.
+
+        Raises:
+            BadInput: a file cannot be read, or says what is no network.
+        """
+        path = environment.get(TOPOLOGY_VARIABLE)
+        if not path:
+            return None
+        constants = environment.get(CONSTANTS_VARIABLE)
+        return cls(
+            read_topology(path),
+            read_constants(constants) if constants else Constants(),
+            environment.get(ALWAYS_VARIABLE, "0") not in ("", "0"),
+        )
+
+
+class GroupPlans:
+    """The plans of one process group, made when a payload of their size first comes.
+
+    Payloads between two powers of two have one plan; all ranks come to the same one, as they have
+    the same network, constants and code.
+
+    Args:
+        tree: the network.
+        order: the leaf of each rank.
+        constants: of GenModel.
+        always: whether the base backend is never preferred.
+    """
+
+    def __init__(
+        self, tree: NetworkTree, order: Sequence[int], constants: Constants, *, always: bool
+    ) -> None:
+        self._tree, self._order = tree, list(order)
+        self._constants, self._always = constants, always
+        self._base = PlanEvaluator(tree, constants).cost(
+            [ring([Layout.whole(leaf) for leaf in self._order])[0]] if tree.size > 1 else []
+        )
+        self._schedules: dict[int, Schedule | None] = {}
+
+    def schedule(self, payload_bytes: int) -> Schedule | None:
+        """The plan for a payload; None where the base backend's ring is as fast."""
+        if payload_bytes <= 0 or self._tree.size < 2:
+            return None
+        bucket = (payload_bytes - 1).bit_length()
+        if bucket not in self._schedules:
+            self._schedules[bucket] = self._choose(1 << bucket)
+        return self._schedules[bucket]
+
+    def _choose(self, payload_bytes: int) -> Schedule | None:
+        choice = choose(self._tree, payload_bytes, self._constants, order=self._order)
+        base_s = self._base.seconds(payload_bytes)
+        chosen = self._always or choice.seconds < (1 - MARGIN) * base_s
+        log.info(
+            "trimtab: %d bytes go by %s (%.3g s by the model, the base backend %.3g s)",
+            payload_bytes,
+            choice.switches[-1][1] if chosen else "the base backend",
+            choice.seconds,
+            base_s,
+        )
+        return choice.schedule if chosen else None
+
+
+class BasePlans:
+    """No plans: everything is the base backend's."""
+
+    def schedule(self, payload_bytes: int) -> Schedule | None:
+        """No plan."""
+        del payload_bytes
+        return None
+
+
+def create(options: Any, backend_options: Any) -> Any:
+    """Makes the process group of one rank, as torch's ``register_backend`` wants it.
+
+    Raises:
+        BadInput: the network is malformed, does not hold the job, or differs between ranks.
+    """
+    del backend_options
+    from trimtab.hosts.torch.planned_group import PlannedGroup
+
+    network = Network.of_environment()
+    rank, size = options.group_rank, options.group_size
+    places = _places(options.store, rank, size, network)
+    plans: GroupPlans | BasePlans = BasePlans()
+    if network is None:
+        log.warning(
+            "trimtab: no network is known, so the base backend does all; name a cluster file in %s",
+            TOPOLOGY_VARIABLE,
+        )
+    elif size > 1:
+        slots = _slots(network.cluster, places)
+        tree = NetworkTree.of_cluster(network.cluster, slots)
+        order = leaf_order(tree, slots)
+        plans = GroupPlans(tree, order, network.constants, always=network.always)
+    ranks = list(options.global_ranks_in_group) or list(range(size))
+    names = [f"rank {ranks[i]} on {place.names[0]}" for i, place in enumerate(places)]
+    return PlannedGroup(options.store, rank, size, options.timeout, plans, names)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a rank runs: names of its machine, its number there, and what it plans for."""
+
+    names: tuple[str, ...]
+    local: int
+    network: str
+
+
+def _places(store: Any, rank: int, size: int, network: Network | None) -> list[_Place]:
+    """Where each rank of the group runs, in the order of the group."""
+    own = {
+        "names": list(dict.fromkeys([own_host(), socket.gethostname()])),
+        "local": int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0),
+        "network": "" if network is None else digest([network.cluster, network.constants]),
+    }
+    store.set(f"trimtab/place/{rank}", json.dumps(own))
+    found = []
+    for other in range(size):
+        said = json.loads(store.get(f"trimtab/place/{other}"))
+        found.append(_Place(tuple(said["names"]), said["local"], said["network"]))
+    odd = next((i for i, place in enumerate(found) if place.network != found[0].network), None)
+    if odd is not None:
+        raise BadInput(
+            f"rank {odd} of the group plans for another network than rank 0",
+            where=TOPOLOGY_VARIABLE,
+            fix="give every host the same cluster and constants",
+        )
+    return found
+
+
+def _slots(cluster: Cluster, places: Sequence[_Place]) -> list[tuple[str, int]]:
+    """Node and device of each rank."""
+    by_name = {node.name: node.name for node in cluster.nodes}
+    by_short = {short(node.name): node.name for node in cluster.nodes}
+    slots = []
+    for rank, place in enumerate(places):
+        node = next(
+            (found for name in place.names if (found := by_name.get(name))),
+            next((found for name in place.names if (found := by_short.get(short(name)))), None),
+        )
+        if node is None:
+            raise BadInput(
+                f"rank {rank} runs on {place.names[0]!r}, which is no node of {cluster.name}",
+                where=TOPOLOGY_VARIABLE,
+                fix="name the nodes as the hosts are called, or set TRIMTAB_HOST on each",
+            )
+        slots.append((node, place.local))
+    return slots

@@ -1,0 +1,138 @@
+"""``trimtab bench gentree``: plans by the model on large trees, and real ones on hosts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from trimtab.core.benchmark import Benchmark, Case, Options, Progress
+from trimtab.core.cluster import Cluster, Link, Node
+from trimtab.core.collectives import NetworkTree
+from trimtab.core.cost import Constants
+from trimtab.gentree.gentree import PAPER
+from trimtab.gentree.planner import choose
+from trimtab.gentree.real_bench import real_cases
+
+Shape = tuple[int, ...]
+
+SHAPES: dict[str, Shape] = {
+    "24": (24,),
+    "32": (32,),
+    "4x4": (4,) * 4,
+    "8x8": (8,) * 8,
+    "16x24": (24,) * 16,
+    "16x32": (32,) * 16,
+    "8x32+8x16": (32,) * 8 + (16,) * 8,
+}
+QUICK = ("24", "4x4", "8x8", "16x24")
+
+FLOATS = (1e6, 1e7, 1e8)
+ALPHAS = {"4ms": 4e-3, "50us": 50e-6}
+WIDTHS = ("rate", "ports", "sources")
+
+# Constants of a public cost model of this family, for floats of 4 bytes: 3.2 ns each on a host's
+# link and a tenth of that above, .4 ns to add or to access, a sixteenth more for each sender
+# beyond nine.
+HOST_S_PER_BYTE = 0.8e-9
+UPLINKS_FASTER = 10
+PER_BYTE_S = 1e-10
+
+
+def two_tiers(hosts: Shape) -> Cluster:
+    """Hosts below leaf switches below a core, or below one switch."""
+    links, names = [], iter(range(sum(hosts)))
+    for leaf, count in enumerate(hosts):
+        links += [
+            _link(f"n{next(names)}", f"leaf{leaf}", 1 / HOST_S_PER_BYTE) for _ in range(count)
+        ]
+    switches = [f"leaf{leaf}" for leaf in range(len(hosts))]
+    if len(hosts) > 1:
+        links += [_link(leaf, "core", UPLINKS_FASTER / HOST_S_PER_BYTE) for leaf in switches]
+        switches.append("core")
+    nodes = tuple(Node(name=f"n{i}", device="cpu") for i in range(sum(hosts)))
+    return Cluster(nodes=nodes, switches=tuple(switches), links=tuple(links))
+
+
+def _link(a: str, b: str, bandwidth_bytes_per_s: float) -> Link:
+    return Link(a=a, b=b, bandwidth_bytes_per_s=bandwidth_bytes_per_s, latency_s=0)
+
+
+def constants(alpha_s: float, width: str) -> Constants:
+    """The constants of the cases on paper."""
+    return Constants.model_validate(
+        {
+            "alpha_s": alpha_s,
+            "gamma_s_per_byte": PER_BYTE_S,
+            "delta_s_per_byte": PER_BYTE_S,
+            "width": width,
+        }
+    )
+
+
+def simulator_cases(options: Options, progress: Progress) -> Iterator[Case]:
+    """Times by the model on trees: ours against algorithms of libraries and the best of them."""
+    names = QUICK if options.quick else tuple(SHAPES)
+    for number, name in enumerate(names):
+        progress(f"trees by the model: {name}", number / len(names))
+        tree = NetworkTree.of_cluster(two_tiers(SHAPES[name]))
+        for regime, alpha_s in ALPHAS.items():
+            for width in WIDTHS:
+                for floats in FLOATS:
+                    case = f"simulator/{name}/alpha-{regime}/{width}/{floats:.0e}-floats"
+                    yield from _model_cases(case, tree, constants(alpha_s, width), 4 * floats)
+
+
+def _model_cases(
+    case: str, tree: NetworkTree, given: Constants, payload_bytes: float
+) -> Iterator[Case]:
+    choice = choose(tree, payload_bytes, given)
+    paper = choose(tree, payload_bytes, given, search=PAPER)
+    rivals = dict(choice.baselines_s)
+    rivals["best of all baselines"] = min(rivals.values())
+    rivals["gentree as published"] = paper.seconds
+    for baseline, seconds in rivals.items():
+        yield Case.compare(
+            case,
+            "allreduce_s",
+            "s",
+            "lower",
+            baseline,
+            [(seconds, choice.seconds)],
+            lower_bound=choice.bound_s,
+            notes=f"{choice.switches[-1][1]} at the root, {choice.schedule.chunks} chunks",
+        )
+
+
+def planning_cases(options: Options, progress: Progress) -> Iterator[Case]:
+    """CPU time to plan, against what an operator would wait."""
+    sizes = {512: ((32,) * 16, 0.3), 4096: ((64,) * 64, 5.0)}
+    for servers, (hosts, budget_s) in sizes.items():
+        progress(f"planning {servers} servers")
+        tree = NetworkTree.of_cluster(two_tiers(hosts))
+        given = constants(ALPHAS["4ms"], "rate")
+        started_s = time.process_time()
+        choose(tree, 4e7, given)
+        yield Case.compare(
+            f"model/planning-time/{servers}-servers",
+            "planning_cpu_time",
+            "s",
+            "lower",
+            f"budget of {budget_s:g} s",
+            [(budget_s, time.process_time() - started_s)],
+        )
+
+
+def run(options: Options, progress: Progress) -> list[Case]:
+    """All cases."""
+    return [
+        *simulator_cases(options, progress),
+        *planning_cases(options, progress),
+        *real_cases(options, progress),
+    ]
+
+
+BENCHMARK = Benchmark(
+    name="gentree",
+    summary="AllReduce plans by the model on large trees, and real ones on namespaced hosts",
+    run=run,
+)

@@ -1,0 +1,431 @@
+"""A process group of torch.distributed whose AllReduce, reduce-scatter and all-gather go by plans.
+
+It owns a base group for each kind of device and passes on to it whatever has no plan. Plans run on
+one thread, in the order of the calls; torch's C++ and Python sides both come here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from trimtab.core.collectives import Schedule
+from trimtab.hosts.torch.plan_runner import Combine, PeerLost, PlannedRank, PlanRunner, adding
+
+_options: Any = dist
+"""torch.distributed with the names that its type information lacks."""
+
+_FAULT = "trimtab/fault"
+_FAULT_WAIT_S = 1.0
+"""How long a rank that loses a neighbour waits to hear whose fault it was at first."""
+
+_STOP = None
+
+
+class Plans(Protocol):
+    """Where a group gets its plans; all ranks must get the same."""
+
+    def schedule(self, payload_bytes: int) -> Schedule | None:
+        """The plan for a payload; None where the base group shall do it."""
+
+
+def _operation(op: Any) -> tuple[Combine, bool] | None:
+    """How a reduce operation combines operands, and whether the result is divided; None if not."""
+    kinds: Any = dist.ReduceOp.RedOpType
+    kind = getattr(op, "op", op)
+    simple: dict[Any, Combine] = {
+        kinds.SUM: adding(torch.Tensor.add_, fused=True),
+        kinds.AVG: adding(torch.Tensor.add_, fused=True),
+        kinds.PRODUCT: adding(torch.Tensor.mul_, fused=False),
+        kinds.MIN: adding(lambda a, b: torch.minimum(a, b, out=a), fused=False),
+        kinds.MAX: adding(lambda a, b: torch.maximum(a, b, out=a), fused=False),
+        kinds.BAND: adding(torch.Tensor.bitwise_and_, fused=False),
+        kinds.BOR: adding(torch.Tensor.bitwise_or_, fused=False),
+        kinds.BXOR: adding(torch.Tensor.bitwise_xor_, fused=False),
+    }
+    found = next((combine for known, combine in simple.items() if known == kind), None)
+    return None if found is None else (found, kind == kinds.AVG)
+
+
+class PlannedWork(dist.Work):
+    """A call that runs on the group's thread.
+
+    Args:
+        result: the tensors that the call fills.
+    """
+
+    def __init__(self, result: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._result = result
+        self._done = threading.Event()
+        self._error: Exception | None = None
+        self._future: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
+
+    def finish(self, error: Exception | None = None) -> None:
+        """Says that the call is over; called on the group's thread."""
+        self._error = error
+        if error is None:
+            self._future.set_result(self._result)
+        else:
+            self._future.set_exception(error)  # type: ignore[arg-type]
+        self._done.set()
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        limit_s = timeout.total_seconds()
+        if not self._done.wait(limit_s if limit_s > 0 else None):
+            raise RuntimeError(f"the collective is not done after {limit_s:g} s")
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def get_future(self) -> torch.futures.Future[list[torch.Tensor]]:
+        return self._future
+
+    def is_completed(self) -> bool:
+        return self._done.is_set()
+
+    def is_success(self) -> bool:
+        return self._done.is_set() and self._error is None
+
+    def exception(self) -> Exception | None:
+        return self._error
+
+    def result(self) -> list[torch.Tensor]:
+        return self._result
+
+    def synchronize(self) -> None:
+        self.wait()
+
+
+class _Thread:
+    """Runs calls one after the other."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="trimtab-plans", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def submit(self, call: Callable[[], None]) -> None:
+        self._calls.put(call)
+
+    def close(self) -> None:
+        """Ends the thread behind the calls that were given; it holds no tensor after that."""
+        atexit.unregister(self.close)
+        self._calls.put(_STOP)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not _STOP:
+            call()
+            del call
+
+
+class PlannedGroup(dist.ProcessGroup):
+    """A process group that runs plans.
+
+    Args:
+        store: of this group alone.
+        rank, size: of the group.
+        timeout: how long a message may take.
+        plans: the plans.
+        names: what to call each rank in messages, by its number in the group.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        timeout: timedelta,
+        plans: Plans,
+        names: Sequence[str],
+    ) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg]
+        self._store, self._plans, self._names = store, plans, list(names)
+        self._own_rank, self._own_size = rank, size
+        self._timeout = timeout
+        self._bases = {"cpu": _gloo(store, rank, size, timeout)}
+        self._register_backend(
+            torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, self._bases["cpu"]
+        )
+        if torch.cuda.is_available() and dist.is_nccl_available():
+            self._bases["cuda"] = _nccl(store, rank, size, timeout)
+            self._register_backend(
+                torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, self._bases["cuda"]
+            )
+        _everyone(store, rank, size, timeout)
+        self._runner = PlanRunner(self._bases["cpu"], timeout)
+        self._planned = lru_cache(256)(self._plan)
+        self._thread = _Thread()
+        self._closing = weakref.finalize(self, self._thread.close)
+        self._calls = 0
+        self._fault: Exception | None = None
+
+    def getBackendName(self) -> str:  # noqa: N802
+        return "gentree"
+
+    def shutdown(self) -> None:
+        """Waits for the calls that are under way, and ends the group."""
+        self._closing()
+
+    def abort(self) -> None:
+        """Ends the group without waiting for its peers."""
+        self._fault = self._fault or RuntimeError("the group was aborted")
+        for base in self._bases.values():
+            with suppress(RuntimeError, AttributeError):
+                base.abort()
+        self._closing()
+
+    def allreduce(self, tensors: Any, opts: Any = None) -> Any:  # type: ignore[override]
+        given = _listed(tensors)
+        opts = opts if opts is not None else dist.AllreduceOptions()
+        how = _operation(_op_of(opts))
+        planned = self._for(given, given[0].nbytes) if len(given) == 1 and how else None
+        if planned is None or how is None or not _fits(given[0], how):
+            return self._base(given).allreduce(given, _as_options(opts, dist.AllreduceOptions))
+        return self._submit(given, lambda call: self._reduce_all(given, planned, how, call))
+
+    def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
+        given = _listed(tensors)
+        opts = opts if opts is not None else dist.AllreduceCoalescedOptions()
+        how = _operation(_op_of(opts))
+        alike = len({(t.dtype, t.device) for t in given}) == 1
+        planned = self._for(given, sum(t.nbytes for t in given)) if alike and how else None
+        if planned is None or how is None or not _fits(given[0], how):
+            return self._base(given).allreduce_coalesced(given, opts)
+        return self._submit(given, lambda call: self._reduce_all(given, planned, how, call))
+
+    def reduce_scatter_single(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
+        opts = opts if opts is not None else dist.ReduceScatterOptions()
+        how = _operation(_op_of(opts))
+        even = input.numel() == output.numel() * self._own_size and input.dtype == output.dtype
+        planned = self._for([input, output], input.nbytes, blocks=True) if even and how else None
+        if planned is None or how is None or not _fits(input, how):
+            return self._base([input])._reduce_scatter_base(output, input, opts)
+        return self._submit(
+            [output], lambda call: self._scatter(output, [input], planned, how, call)
+        )
+
+    def _reduce_scatter_base(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
+        return self.reduce_scatter_single(output, input, opts)
+
+    def reduce_scatter(  # type: ignore[override]
+        self, outputs: Any, inputs: Any, opts: Any = None
+    ) -> Any:
+        opts = opts if opts is not None else dist.ReduceScatterOptions()
+        (output,), (parts,) = _listed(outputs), inputs
+        how = _operation(_op_of(opts))
+        even = all(p.numel() == output.numel() and p.dtype == output.dtype for p in parts)
+        size = output.nbytes * self._own_size
+        planned = self._for([output, *parts], size, blocks=True) if even and how else None
+        if planned is None or how is None or not _fits(output, how):
+            return self._base([output]).reduce_scatter(outputs, inputs, opts)
+        return self._submit([output], lambda call: self._scatter(output, parts, planned, how, call))
+
+    def all_gather_single(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
+        opts = opts if opts is not None else _options.AllgatherOptions()
+        even = output.numel() == input.numel() * self._own_size and input.dtype == output.dtype
+        planned = self._for([input, output], output.nbytes, blocks=True) if even else None
+        if planned is None:
+            return self._base([input])._allgather_base(output, input, opts)
+        return self._submit([output], lambda call: self._gather([output], input, planned, call))
+
+    def _allgather_base(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
+        return self.all_gather_single(output, input, opts)
+
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
+        opts = opts if opts is not None else _options.AllgatherOptions()
+        (parts,), (given,) = outputs, _listed(inputs)
+        even = all(p.numel() == given.numel() and p.dtype == given.dtype for p in parts)
+        size = given.nbytes * self._own_size
+        planned = self._for([given, *parts], size, blocks=True) if even else None
+        if planned is None:
+            return self._base([given]).allgather(outputs, [given], opts)
+        return self._submit(list(parts), lambda call: self._gather(parts, given, planned, call))
+
+    def _for(
+        self, tensors: Sequence[torch.Tensor], payload_bytes: int, *, blocks: bool = False
+    ) -> PlannedRank | None:
+        """The plan for a call; None where it is the base group's."""
+        plain = all(t.device.type == "cpu" and t.layout == torch.strided for t in tensors)
+        if not plain or self._own_size == 1 or any(t.is_complex() for t in tensors):
+            return None
+        planned: PlannedRank | None = self._planned(payload_bytes)
+        if planned is None or (blocks and planned.places is None):
+            return None
+        return planned
+
+    def _plan(self, payload_bytes: int) -> PlannedRank | None:
+        schedule = self._plans.schedule(payload_bytes)
+        return None if schedule is None else PlannedRank(schedule, self._own_rank)
+
+    def _base(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """The group of the tensors' device."""
+        kind = tensors[0].device.type if tensors else "cpu"
+        if kind not in self._bases:
+            raise RuntimeError(f"the backend has no group for tensors on {kind!r}")
+        return self._bases[kind]
+
+    def _submit(self, result: list[torch.Tensor], run: Callable[[int], None]) -> PlannedWork:
+        work = PlannedWork(result)
+        self._calls += 1
+        number = self._calls
+
+        def call() -> None:
+            try:
+                if self._fault is not None:
+                    raise self._fault
+                run(number)
+            except PeerLost as lost:
+                own_bytes = sum(tensor.nbytes for tensor in result)
+                self._fault = RuntimeError(self._told(lost, own_bytes))
+                work.finish(self._fault)
+            except Exception as error:
+                work.finish(error)
+            else:
+                work.finish()
+
+        self._thread.submit(call)
+        return work
+
+    def _told(self, lost: PeerLost, own_bytes: int) -> str:
+        """Whose fault it is, as far as the ranks that noticed have said it in the store.
+
+        A rank that was lost may itself have lost another, which is then the one to name.
+        """
+        seen, blamed, until_s = {self._own_rank}, lost.rank, time.monotonic() + _FAULT_WAIT_S
+        with suppress(Exception):  # the store may be gone with the rank that had it
+            self._store.set(f"{_FAULT}/{self._own_rank}", f"{lost.rank} {own_bytes}")
+            while blamed not in seen and time.monotonic() < until_s:
+                if not self._store.check([f"{_FAULT}/{blamed}"]):
+                    time.sleep(0.02)
+                    continue
+                said = self._store.get(f"{_FAULT}/{blamed}").decode().split()
+                if int(said[1]) != own_bytes:
+                    return (
+                        f"{self._names[blamed]} passed {said[1]} bytes to a collective to which"
+                        f" {self._names[self._own_rank]} passed {own_bytes}"
+                    )
+                seen.add(blamed)
+                blamed = int(said[0])
+        return f"{self._names[blamed]} failed or did not take part in time ({lost.reason})"
+
+    def _reduce_all(
+        self,
+        tensors: Sequence[torch.Tensor],
+        planned: PlannedRank,
+        how: tuple[Combine, bool],
+        call: int,
+    ) -> None:
+        combine, divide = how
+        with torch.no_grad():
+            alone = len(tensors) == 1 and tensors[0].is_contiguous()
+            flat = tensors[0].view(-1) if alone else torch.cat([t.reshape(-1) for t in tensors])
+            chunks = planned.schedule.chunks
+            self._runner.run(planned.turns, flat, combine, call=call, chunks=chunks)
+            if divide:
+                flat.div_(self._own_size)
+            if not alone:
+                for tensor, part in zip(
+                    tensors, flat.split([t.numel() for t in tensors]), strict=True
+                ):
+                    tensor.copy_(part.view(tensor.shape))
+
+    def _scatter(
+        self,
+        output: torch.Tensor,
+        inputs: Sequence[torch.Tensor],
+        planned: PlannedRank,
+        how: tuple[Combine, bool],
+        call: int,
+    ) -> None:
+        combine, divide = how
+        assert planned.places is not None
+        with torch.no_grad():
+            length = output.numel()
+            parts = inputs if len(inputs) > 1 else inputs[0].reshape(-1).split(max(length, 1))
+            flat = torch.empty(length * self._own_size, dtype=output.dtype)
+            for rank, place in enumerate(planned.places):
+                if length:
+                    flat[place * length : (place + 1) * length] = parts[rank].reshape(-1)
+            self._runner.run(planned.reducing, flat, combine, call=call)
+            own = planned.places[self._own_rank]
+            result = flat[own * length : (own + 1) * length]
+            output.copy_((result.div_(self._own_size) if divide else result).view(output.shape))
+
+    def _gather(
+        self,
+        outputs: Sequence[torch.Tensor],
+        given: torch.Tensor,
+        planned: PlannedRank,
+        call: int,
+    ) -> None:
+        assert planned.places is not None
+        with torch.no_grad():
+            length = given.numel()
+            flat = torch.empty(length * self._own_size, dtype=given.dtype)
+            own = planned.places[self._own_rank]
+            flat[own * length : (own + 1) * length] = given.reshape(-1)
+            self._runner.run(planned.gathering, flat, _no_sums, call=call)
+            blocks = [flat[place * length : (place + 1) * length] for place in planned.places]
+            if len(outputs) == 1 and self._own_size > 1:
+                outputs[0].copy_(torch.cat(blocks).view(outputs[0].shape))
+                return
+            for output, block in zip(outputs, blocks, strict=True):
+                output.copy_(block.view(output.shape))
+
+
+def _no_sums(first: torch.Tensor, others: Sequence[torch.Tensor]) -> None:
+    raise AssertionError("an all-gather has no sums")
+
+
+def _listed(tensors: Any) -> list[torch.Tensor]:
+    return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+
+
+def _op_of(opts: Any) -> Any:
+    return getattr(opts, "reduceOp", opts)
+
+
+def _as_options(opts: Any, kind: Any) -> Any:
+    """Options for the base group, where a bare reduce operation was given."""
+    if isinstance(opts, kind):
+        return opts
+    made = kind()
+    made.reduceOp = opts
+    return made
+
+
+def _fits(tensor: torch.Tensor, how: tuple[Combine, bool]) -> bool:
+    """Whether the operation is one of this dtype; the base group says what is wrong if not."""
+    _, divide = how
+    return tensor.dtype != torch.bool and (tensor.is_floating_point() or not divide)
+
+
+def _gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    return dist.ProcessGroupGloo(_options.PrefixStore("trimtab/gloo", store), rank, size, timeout)
+
+
+def _nccl(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(_options.PrefixStore("trimtab/nccl", store), rank, size, options)
+
+
+def _everyone(store: Any, rank: int, size: int, timeout: timedelta) -> None:
+    """Waits until every rank has its base groups: gloo's own rendezvous is no barrier."""
+    store.set(f"trimtab/up/{rank}", "1")
+    store.wait([f"trimtab/up/{other}" for other in range(size)], timeout)

@@ -259,3 +259,13 @@ def test_leaves_inside_a_pod_are_laid_out_too() -> None:
     tiers = turned.details["tiers"]
     assert isinstance(tiers, dict)
     assert tiers["leaf"]["data"]["widest"] == 1  # type: ignore[call-overload, index]
+
+
+def test_interleaved_stages_cross_back_to_the_first() -> None:
+    fabric = Fabric.of(tree(2, 1, 2))
+    order = ["n0", "n2", "n1", "n3"]  # node rank = stage, so pods alternate
+    plain = job(data_parallel=1, pipeline_parallel=4)
+    interleaved = job(data_parallel=1, pipeline_parallel=4, virtual_stages=2)
+    for each, crossings in ((plain, 3), (interleaved, 4)):
+        found = group_spreads(fabric, each, order)[fabric.tiers[0]]["pipeline"]
+        assert (found["widest"], found["crossings"]) == (2, crossings)

@@ -1,6 +1,6 @@
 """``trimtab bench placement``: spreads and planning times against what people use.
 
-Arnold does not publish the free nodes of its pods: the three settings are split evenly here, and
+Arnold does not publish the free nodes of its pods: its three settings are split evenly here, and
 the fragmented clusters are drawn as `fragmented` says: its 1.67 can be compared in kind only.
 """
 
@@ -48,8 +48,10 @@ SETTINGS: Mapping[str, Demand] = {
     "paper-i": Demand(6, 2, _even(18, 3)),
     "paper-ii": Demand(12, 8, _even(438, 5)),
     "paper-iii": Demand(46, 8, _even(1019, 11)),
+    "two-pods": Demand(8, 4, (17, 17)),
 }
-"""Table 1: nodes of the cluster split evenly over its minipods."""
+"""Table 1, with the cluster's nodes split evenly over its minipods; and the smallest kind of job on
+which Arnold's best ratio, 1.67 at alpha 0.2, comes out: packers cut a row in two for nothing."""
 
 SIZES: Mapping[str, Demand] = {
     "96": Demand(12, 8, _even(438, 5)),
@@ -267,7 +269,7 @@ def run(options: Options, progress: Progress) -> list[Case]:
     cases += _spread_cases("fragmented", solved)
     cases += _certified_cases("fragmented", solved)
     names = _QUICK_SIZES if options.quick else tuple(SIZES)
-    cases += _time_cases(names, 5.0 if options.quick else 60.0, progress)
+    cases += _time_cases(names, 5.0 if options.quick else 40.0, progress)
     return cases + more_cases(options, progress)
 
 

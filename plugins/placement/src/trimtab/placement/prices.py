@@ -29,7 +29,7 @@ Money = npt.NDArray[np.int64]
 _ROW = 10**6
 _NEVER = 2**60
 _KEPT = 0.3
-"""Share of the best prices so far in the next ones: they would swing to and fro otherwise."""
+"""Share of the best prices so far in the next ones: they would swing wildly otherwise."""
 
 _HOLDINGS = 4
 """Holdings of each capacity that are remembered in a round, by profit."""

@@ -81,24 +81,26 @@ def search(demand: Demand, alphas: Sequence[float]) -> Front | None:
     front = quick_search(demand)
     if front is None:
         return None
-    cut: set[int] = set()
     priced: set[Spread] = set()
     tried: set[Spread] = set()
+    done: set[Spread] = set()
     for alpha in alphas:
-        while spread := next(_open(front, alpha, tried), None):
-            if spread.pipeline not in cut:
-                cut.add(spread.pipeline)
-                front = _tightened(demand, front, spread.pipeline)
-            elif spread not in priced:
+        while spread := next(_open(front, alpha, done), None):
+            if spread not in priced:
                 priced.add(spread)
                 front = Front(front.candidates, _priced(demand, front.bound, spread))
-            else:
+            elif spread not in tried:
                 tried.add(spread)
                 front = _widened(demand, front, spread)
+            else:
+                # The programme takes longest, so it is left for what nothing else decides.
+                if all(spread.pipeline != other.pipeline for other in done):
+                    front = _tightened(demand, front, spread.pipeline)
+                done.add(spread)
     return front
 
 
-def _open(front: Front, alpha: float, tried: set[Spread]) -> Iterator[Spread]:
+def _open(front: Front, alpha: float, done: set[Spread]) -> Iterator[Spread]:
     """Spreads that would beat the best placement and that nothing forbids, the best first."""
     best = front.best(alpha).spread.weighted(alpha)
     better = [
@@ -106,7 +108,7 @@ def _open(front: Front, alpha: float, tried: set[Spread]) -> Iterator[Spread]:
         for corner in front.bound.corners
         for data in range(corner.data, front.candidates[0].spread.data + 1)
     ]
-    better = [s for s in better if s.weighted(alpha) < best - _SAME and s not in tried]
+    better = [s for s in better if s.weighted(alpha) < best - _SAME and s not in done]
     yield from sorted(better, key=lambda s: (round(s.weighted(alpha), 9), s.pipeline))
 
 

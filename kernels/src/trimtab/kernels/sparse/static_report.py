@@ -84,7 +84,7 @@ def configurations(group: int = 4) -> Iterator[Configuration]:
             {
                 "part": narrow,
                 **stats,
-                "place": number,
+                "place": index,
                 "out": narrow,
                 "lse": wide,
                 "queries": "i32",
@@ -113,7 +113,7 @@ def configurations(group: int = 4) -> Iterator[Configuration]:
             "sum_parts",
             triton_selected.sum_parts,
             (d, d_v),
-            {"part": wide, "place": number, "out": narrow, "queries": "i32"},
+            {"part": wide, "place": index, "out": narrow, "queries": "i32"},
             {**merged, "D": d, "PAD": pads["PAD"]},
             launch.MERGE,
         )

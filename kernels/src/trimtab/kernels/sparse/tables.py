@@ -94,7 +94,8 @@ class BlockMajor:
     query: Tensor
     """The queries, ascending in each row, ``[kv_heads * queries * top]`` int32."""
     place: Tensor
-    """Where each slot of each query went, -1 if it is empty; ``[kv_heads, queries, top]`` int64."""
+    """Where each slot of each query went, -1 if it is empty; ``[kv_heads, queries, top]``, int32
+    unless there are too many."""
 
 
 def block_major(ids: Tensor, blocks: int) -> BlockMajor:
@@ -105,8 +106,9 @@ def block_major(ids: Tensor, blocks: int) -> BlockMajor:
     ordered = row.sort(stable=True)
     starts = torch.arange(kv_heads * blocks + 1, device=ids.device)
     rows = torch.searchsorted(ordered.values, starts)
-    place = torch.empty_like(row)
-    place[ordered.indices] = torch.arange(row.numel(), device=ids.device)
+    counted = torch.int32 if row.numel() < 2**31 else torch.int64
+    place = torch.empty_like(row, dtype=counted)
+    place[ordered.indices] = torch.arange(row.numel(), dtype=counted, device=ids.device)
     place = place.masked_fill(row == kv_heads * blocks, -1).view(ids.shape)
     query = ((ordered.indices // top) % max(queries, 1)).int()
     return BlockMajor(rows, query, place)

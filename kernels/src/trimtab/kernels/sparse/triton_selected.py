@@ -129,7 +129,7 @@ def merge(
     total = tl.zeros((GROUP_PAD,), tl.float32)
     acc = tl.zeros((GROUP_PAD, PAD_V), tl.float32)
     for slot in range(TOP):
-        entry = tl.load(place + (kv_head * queries + token) * TOP + slot)
+        entry = tl.load(place + (kv_head * queries + token) * TOP + slot).to(tl.int64)
         at = entry * GROUP + member
         known = there & (at >= 0)
         its_top = tl.load(part_max + at, mask=known, other=LEAST)
@@ -249,7 +249,7 @@ def sum_parts(
     both = (member < GROUP)[:, None] & (column < D)[None, :]
     acc = tl.zeros((GROUP_PAD, PAD), tl.float32)
     for slot in range(TOP):
-        entry = tl.load(place + (kv_head * queries + token) * TOP + slot)
+        entry = tl.load(place + (kv_head * queries + token) * TOP + slot).to(tl.int64)
         at = entry * GROUP + member
         known = both & (at >= 0)[:, None]
         acc += tl.load(part + at[:, None] * D + column[None, :], mask=known, other=0.0)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+
+from trimtab.hosts.torch import backends
 
 pytestmark = pytest.mark.integration
 
@@ -74,11 +77,11 @@ def test_autoload_can_be_switched_off(installed):
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
-def test_without_a_plugin_nothing_is_registered():
+def test_only_the_backends_of_plugins_are_registered_and_no_plugin_is_imported():
     code = (
         "import sys; from torch import distributed\n"
-        "loaded = sorted(name for name in sys.modules if name.startswith('trimtab.'))\n"
-        "print(sorted(distributed.Backend._plugins), loaded)"
+        "loaded = {tuple(n.split('.')[:2]) for n in sys.modules if n.startswith('trimtab.')}\n"
+        "print(sorted(distributed.Backend._plugins), sorted(loaded))"
     )
 
     def shown(autoload: str) -> str:
@@ -91,5 +94,6 @@ def test_without_a_plugin_nothing_is_registered():
             env=environment,
         ).stdout
 
-    modules = ["trimtab.hosts", "trimtab.hosts.torch", "trimtab.hosts.torch.backends"]
-    assert shown("1") == shown("0").replace("[]\n", f"{modules}\n")
+    names = sorted(found.name.upper() for found in entry_points(group=backends.GROUP))
+    assert shown("0") == "[] []\n"
+    assert shown("1") == f"{names} [('trimtab', 'hosts')]\n"

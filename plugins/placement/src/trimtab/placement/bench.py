@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
+from multiprocessing import get_context
 from statistics import mean
 
 from trimtab.core.benchmark import Benchmark, Case, Options, Progress
@@ -262,14 +263,15 @@ def run(options: Options, progress: Progress) -> list[Case]:
         cases += _spread_cases(name, [_solved(demand, options.seed)])
     count = 5 if options.quick else 150
     solved: list[_Instance] = []
-    with ProcessPoolExecutor() as pool:
+    # Forked from a process of its own, since this one may have the progress bar's thread.
+    with ProcessPoolExecutor(mp_context=get_context("forkserver")) as pool:
         for instance in pool.map(_solved, fragmented(options.seed, count), repeat(options.seed)):
             solved.append(instance)
             progress("fragmented clusters", len(solved) / count)
     cases += _spread_cases("fragmented", solved)
     cases += _certified_cases("fragmented", solved)
     names = _QUICK_SIZES if options.quick else tuple(SIZES)
-    cases += _time_cases(names, 5.0 if options.quick else 40.0, progress)
+    cases += _time_cases(names, 5.0 if options.quick else 60.0, progress)
     return cases + more_cases(options, progress)
 
 

@@ -20,9 +20,9 @@ from trimtab.urgency.paper.serving import Side
 from trimtab.urgency.paper.traces import MIXED, TRACES, round_robin_load
 from trimtab.urgency.text_to_sql.figures import percentile
 
-OURS = Side("urgency", "auto", held="llf")
+OURS = Side("urgency", "auto", held="edd")
 OUR_DISPATCH = Side("urgency-dispatch-alone", "auto")
-OUR_ORDER = Side("urgency-order-alone", "least-requests", order="llf")
+OUR_ORDER = Side("urgency-order-alone", "least-requests", order="edd")
 VLLM = Side("vllm-fcfs+round-robin", "round-robin")
 LEAST_REQUESTS = Side("vllm-fcfs+least-requests", "least-requests")
 PRODUCT = Side("product", "product")
@@ -50,7 +50,7 @@ _PUBLISHED = tuple(
 _HINDSIGHT = "paper-or-ratio-best-alpha"
 _WHOLE_PAPER = "paper-best-alpha+urgency"
 _BEST = "best-of-all-baselines"
-_ORDERS = ("fcfs", "priority", "sjf", "edf", "plas", "urgency", "edd")
+_ORDERS = ("fcfs", "priority", "sjf", "edf", "plas", "urgency", "llf")
 
 _FIRST_SEED = 1000
 """Seeds below were used to choose the defaults."""

@@ -15,16 +15,15 @@ _KIBI = 1024
 def plan_table(plan: Plan) -> Group:
     """One row for each size, and what each kind of switch does for the largest."""
     sizes = planned_sizes(plan)
-    names = list(sizes[-1].baselines_s)
     table = Table(title=f"AllReduce of {len(plan.ranks):,} ranks", title_justify="left")
-    for head in ("size", "planned", "bound", "of it", "rounds", "chunks", "incast", *names):
+    for head in ("size", "planned", "bound", "of it", "rounds", "chunks", "incast", "libraries"):
         table.add_column(head, justify="right")
     for size in sizes:
-        table.add_row(*_row(size, names))
+        table.add_row(*_row(size))
     return Group(table, *(Text(line) for line in _switches(sizes[-1])))
 
 
-def _row(size: PlannedSize, names: list[str]) -> list[str]:
+def _row(size: PlannedSize) -> list[str]:
     share = f"{size.bound_s / size.seconds:.0%}" if size.seconds else "–"
     return [
         shown_bytes(size.payload_bytes),
@@ -34,8 +33,15 @@ def _row(size: PlannedSize, names: list[str]) -> list[str]:
         str(size.rounds),
         str(size.schedule.chunks),
         str(size.width),
-        *(shown_seconds(size.baselines_s[name]) for name in names),
+        _best_of_libraries(size),
     ]
+
+
+def _best_of_libraries(size: PlannedSize) -> str:
+    if not size.baselines_s:
+        return "–"
+    name = min(size.baselines_s, key=lambda other: size.baselines_s[other])
+    return f"{shown_seconds(size.baselines_s[name])} {name}"
 
 
 def _switches(size: PlannedSize) -> list[str]:

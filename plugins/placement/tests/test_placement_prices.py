@@ -25,22 +25,23 @@ def small(draw: random.Random) -> Demand:
     return Demand(rows, columns, tuple(room))
 
 
-def fewest_rows_touched(demand: Demand, parts: int) -> float:
-    """The truth: over all placements whose columns have at most so many pods."""
-    least = float("inf")
+def fewest_rows_touched(demand: Demand) -> dict[int, int]:
+    """The truth, over all placements: by the most pods of a column, the fewest rows touched."""
+    least: dict[int, int] = {}
     for choice in itertools.product(range(len(demand.capacities)), repeat=demand.cells):
-        grid = np.array(choice).reshape(demand.rows, demand.columns)
-        if fits(demand, grid) and spread_of(grid).data <= parts:
-            least = min(least, sum(len(np.unique(row)) for row in grid))
+        if all(choice.count(pod) <= free for pod, free in enumerate(demand.capacities)):
+            grid = np.array(choice).reshape(demand.rows, demand.columns)
+            parts = spread_of(grid).data
+            touched = sum(len(set(row)) for row in grid.tolist())
+            least[parts] = min(touched, least.get(parts, touched))
     return least
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(8))
 def test_no_placement_touches_fewer_rows_than_the_prices_say(seed: int) -> None:
     demand = small(random.Random(seed))
-    for parts in (1, 2, 3):
-        bound = market(demand, parts, rounds=50).rows_touched
-        assert bound <= fewest_rows_touched(demand, parts) + 1e-9
+    for parts, touched in fewest_rows_touched(demand).items():
+        assert market(demand, parts, rounds=50).rows_touched <= touched + 1e-9
 
 
 def explicit(demand: Demand, spread: Spread) -> Programme:
@@ -70,10 +71,10 @@ def explicit(demand: Demand, spread: Spread) -> Programme:
     return programme
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_what_prices_forbid_has_no_solution_in_another_formulation(seed: int) -> None:
     draw = random.Random(seed)
-    demand = Demand(8, 4, tuple(draw.randint(5, 12) for _ in range(5)))
+    demand = Demand(6, 4, tuple(draw.randint(5, 10) for _ in range(4)))
     for spread in (Spread(r, c) for r in (1, 2, 3) for c in (1, 2, 3)):
         touched = market(demand, spread.data, rounds=50).rows_touched
         turned = market(demand.transposed, spread.pipeline, rounds=50).rows_touched

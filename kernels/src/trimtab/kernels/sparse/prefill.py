@@ -25,7 +25,7 @@ _SPEED: Mapping[str, float] = {"dense": 1.0, "compiled": 1.3, "torch": 0.08}
 """Work done in a time in which dense attention does 1."""
 
 _SELECTION: Mapping[str, float] = {
-    "mass": 0.1,
+    "mass": 0.14,
     "pooled": 0.03,
     "top": 0.03,
     "antidiagonal": 0.05,

@@ -27,15 +27,24 @@ _SAMPLE_STEP = 8
 
 
 def _shares(logits: Tensor, visible: Tensor, per_block: int, rows: int) -> Tensor:
-    """From logits ``[heads, samples, groups of keys]`` to mean shares of tiles and blocks."""
-    p = torch.softmax(logits.masked_fill_(~visible, float("-inf")), -1)
-    p = p.nan_to_num_(0.0)
-    short = -p.shape[-1] % per_block
-    by_block = pad(p, (0, short)).unflatten(-1, (-1, per_block)).sum(-1)
-    missing = -by_block.shape[1] % rows
-    tiles = pad(by_block, (0, 0, 0, missing)).unflatten(1, (-1, rows)).sum(2)
+    """From logits ``[heads, samples, groups of keys]``, which it uses up, to mean shares.
+
+    Every sample must see something.
+    """
+    logits.masked_fill_(~visible, float("-inf"))
+    by_block = _in_groups(logits.sub_(logits.amax(-1, keepdim=True)).exp_(), per_block)
+    by_block /= by_block.sum(-1, keepdim=True)
+    tiles = _in_groups(by_block.transpose(1, 2), rows).transpose(1, 2)
     shares: Tensor = tiles / tiles.sum(-1, keepdim=True).clamp(min=1e-30)
     return shares
+
+
+def _in_groups(x: Tensor, size: int) -> Tensor:
+    """Sums of neighbours along the last dimension; what the last group lacks counts as 0."""
+    short = -x.shape[-1] % size
+    whole = pad(x, (0, short)) if short else x
+    sums: Tensor = whole.unflatten(-1, (-1, size)).sum(-1)
+    return sums
 
 
 def _by_head(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,9 @@ _ROUNDS = 100
 _FEW_ROUNDS = 40
 """Of pricing, to prove that there is no placement, and to find one."""
 
+_MOST_PRICED = 6000
+"""Rows times capacities up to which columns are priced."""
+
 _COARSE = 8
 """Ranges of columns that are tried first where there are more columns."""
 
@@ -123,17 +126,20 @@ def _tightened(demand: Demand, front: Front, pipeline: int) -> Front:
 
 def _priced(demand: Demand, bound: Frontier, spread: Spread) -> Frontier:
     """The bound with what prices say of a spread, of columns and of rows."""
-    by_column = market(
-        demand, spread.data, rounds=_ROUNDS, decided=demand.rows * spread.pipeline
-    ).rows_touched
-    # What is bounded is a number of rows, hence whole.
-    pipeline = math.ceil(math.ceil(by_column) / demand.rows)
+    pipeline = _least_pipeline(demand, spread)
     if pipeline > spread.pipeline:
         bound = bound.raised(min(pipeline - 1, len(bound.least_data)), spread.data + 1)
-    by_row = market(
-        demand.transposed, spread.pipeline, rounds=_ROUNDS, decided=demand.columns * spread.data
-    ).rows_touched
-    return bound.raised(spread.pipeline, math.ceil(math.ceil(by_row) / demand.columns))
+    return bound.raised(spread.pipeline, _least_pipeline(demand.transposed, spread.swapped))
+
+
+def _least_pipeline(demand: Demand, spread: Spread) -> int:
+    """What prices say of the pipeline spread, given the data spread; 1 where they are not asked."""
+    if demand.rows * len(demand.classes) > _MOST_PRICED:
+        return 1
+    decided = demand.rows * spread.pipeline
+    touched = market(demand, spread.data, rounds=_ROUNDS, decided=decided).rows_touched
+    # What is bounded is a number of rows, hence whole.
+    return math.ceil(math.ceil(touched) / demand.rows)
 
 
 def _widened(demand: Demand, front: Front, spread: Spread) -> Front:
@@ -169,6 +175,8 @@ def _turned(
 
 
 def _price(demand: Demand, spread: Spread) -> Candidate | None:
+    if demand.rows * len(demand.classes) > _MOST_PRICED:
+        return None
     offers = market(demand, spread.data, rounds=_FEW_ROUNDS)
     return priced_columns(demand, offers, spread.pipeline, nodes=_NODES)
 

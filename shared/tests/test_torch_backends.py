@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+from importlib.metadata import entry_points
 
 import pytest
 
@@ -15,8 +16,12 @@ GROUP = {"trimtab.torch_backends": {"sound": "sound_backend:create", "taken": "t
 
 @pytest.fixture
 def torch(monkeypatch):
-    """A torch that remembers what is registered; it has the backend ``taken`` already."""
+    """A torch that remembers what is registered.
+
+    It has the backend ``taken`` already, and those of the plugins that are installed here.
+    """
     registered = {}
+    installed = [found.name for found in entry_points(group=backends.GROUP)]
 
     def register_backend(name, create, extended_api, devices):
         if name == "unwanted":
@@ -26,7 +31,7 @@ def torch(monkeypatch):
     torch, distributed = types.ModuleType("torch"), types.ModuleType("torch.distributed")
     distributed.is_available = lambda: True
     distributed.Backend = types.SimpleNamespace(
-        backend_list=["gloo", "taken"], register_backend=register_backend
+        backend_list=["gloo", "taken", *installed], register_backend=register_backend
     )
     torch.distributed, torch.registered = distributed, registered
     monkeypatch.setitem(sys.modules, "torch", torch)

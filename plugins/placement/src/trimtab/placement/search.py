@@ -184,8 +184,9 @@ def _price(demand: Demand, spread: Spread) -> Candidate | None:
 def _walk(demand: Demand, spread: Spread, parts: int | None = None) -> Candidate | None:
     """Row paths with at most so many cuts, and with fewer where the programme would be large."""
     kinds = len(demand.classes)
-    # There are at least as many ranges as parts: this saves counting them for most.
-    parts = min(parts or demand.columns, demand.columns, _MOST_RANGES // kinds)
+    parts = min(parts or demand.columns, demand.columns)
+    if spread.pipeline > 1:  # then there are at least as many ranges as parts
+        parts = min(parts, _MOST_RANGES // kinds)
     while kinds * len(useful_ranges(parts, spread.pipeline)) > _MOST_RANGES:
         parts -= 1
     cuts = even_cuts(demand.columns, parts)

@@ -41,7 +41,8 @@ def _chunks(
             yield _Chunk(rows, heads, kv_head, key, visible.flatten(1))
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """In the type that sums are made in: double stays double, all others become single."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -63,11 +64,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and natural logarithm; ``most`` keys are gathered at once for one KV head."""
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
-    lse = torch.full(q.shape[:2], float("-inf"), dtype=_wide(q[:0]).dtype, device=q.device)
+    lse = torch.full(q.shape[:2], float("-inf"), dtype=wide(q[:0]).dtype, device=q.device)
     group = q.shape[1] // k.shape[1]
     for part in _chunks(ids, block, queries, blocks, group, most):
-        keys, values = (_wide(x[part.key, part.kv_head]) for x in (k, v))
-        logits = _logits(_wide(q[part.rows, part.heads]), keys, part.visible, scale)
+        keys, values = (wide(x[part.key, part.kv_head]) for x in (k, v))
+        logits = _logits(wide(q[part.rows, part.heads]), keys, part.visible, scale)
         sums = torch.logsumexp(logits, -1)
         p = torch.exp(logits - sums.nan_to_num(neginf=0.0)[..., None])
         values = values.masked_fill(~part.visible[..., None], 0.0)
@@ -91,13 +92,13 @@ def backward(
     most: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values; the probabilities come from the saved logarithms."""
-    dq, dk, dv = (torch.zeros_like(_wide(x)) for x in (q, k, v))
+    dq, dk, dv = (torch.zeros_like(wide(x)) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
-    delta = (_wide(gradient) * _wide(out)).sum(-1)
+    delta = (wide(gradient) * wide(out)).sum(-1)
     for part in _chunks(ids, block, queries, blocks, group, most):
         rows, heads, keep = part.rows, part.heads, part.visible[..., None]
-        keys, values = (_wide(x[part.key, part.kv_head]).masked_fill(~keep, 0.0) for x in (k, v))
-        query, above = _wide(q[rows, heads]), _wide(gradient[rows, heads])
+        keys, values = (wide(x[part.key, part.kv_head]).masked_fill(~keep, 0.0) for x in (k, v))
+        query, above = wide(q[rows, heads]), wide(gradient[rows, heads])
         logits = _logits(query, keys, part.visible, scale)
         p = torch.exp(logits - lse[rows, heads].nan_to_num(neginf=0.0)[..., None])
         ds = p * (torch.einsum("qgd,qkd->qgk", above, values) - delta[rows, heads][..., None])

@@ -237,11 +237,8 @@ def _select_by_sequence(
             stop = min(end, at + step)
             until = keys - (end - stop)
             known = own[: shape.entries(until)].to(q.dtype)
-            if q.dtype in (torch.float16, torch.bfloat16):
-                chosen = naive.select(q[at:stop].float(), known.float(), until, shape, scale)
-            else:
-                chosen = naive.select(q[at:stop], known, until, shape, scale)
-            out[:, at:stop] = chosen
+            query, known = gathered.wide(q[at:stop]), gathered.wide(known)
+            out[:, at:stop] = naive.select(query, known, until, shape, scale)
     return out
 
 

@@ -179,7 +179,10 @@ def _rounds(
     share: float,
     progress: Progress,
 ) -> Runs:
-    """Every crowd visits all; the first one's journeys say what a tight deadline is."""
+    """Every crowd visits all: first the one that knows no deadlines, the others in rotation.
+
+    The first one's journeys say what a tight deadline is.
+    """
     runs: Runs = {contender.name: [] for contender, _ in pairs}
     for repeat, crowd in enumerate(crowds):
         turn = 1 + repeat % (len(pairs) - 1)

@@ -6,8 +6,10 @@ import random
 
 import pytest
 
+from trimtab.core.benchmark import Options
 from trimtab.hosts.vllm.dry_engine import DryEngine
 from trimtab.hosts.vllm.scheduler import Scheduler
+from trimtab.urgency import queue_bench
 
 pytestmark = pytest.mark.integration
 
@@ -57,3 +59,11 @@ def test_a_field_that_no_door_has_checked_does_not_reach_the_policy():
     engine.add("bad", [1, 2, 3], 2, xargs={"trimtab.deadline_s": "soon"})
     assert admissions(engine) == ["bad"]
     assert engine.scheduler._stack.names == ["urgency"]
+
+
+def test_the_benchmark_measures_the_queue_against_that_by_arrival(monkeypatch):
+    monkeypatch.setattr(queue_bench, "WAITING", (200,))
+    monkeypatch.setattr(queue_bench, "QUICK_STEPS", 5)
+    cases = queue_bench.queue_cases(Options(quick=True), lambda message, done=None: None)
+    assert [case.metric for case in cases] == ["step_p99_s", "worst_step_s"]
+    assert all(case.value >= case.baseline_value > 0 for case in cases)

@@ -1,4 +1,4 @@
-"""``trimtab bench urgency``: the agent's crowd, the paper's settings, and what the router costs.
+"""``trimtab bench urgency``: the agent's crowd, the paper's settings, what queue and router cost.
 
 The crowd meets vLLM's own orders and urgency. On real engines every repeat is one crowd that visits
 all servers in turn, so that a slow moment of the machine is shared; in the simulator every seed is
@@ -21,6 +21,7 @@ from trimtab.core.cache import cache_directory
 from trimtab.core.policy import ServingPolicy
 from trimtab.hosts.vllm.small_model import small_model
 from trimtab.urgency.paper import simulated_cases
+from trimtab.urgency.queue_bench import queue_cases
 from trimtab.urgency.router.bench import router_cases
 from trimtab.urgency.text_to_sql import simulated
 from trimtab.urgency.text_to_sql.agent import Answer
@@ -117,6 +118,7 @@ def run(options: Options, progress: Progress) -> list[Case]:
         crowds = range(options.seed, options.seed + seeds)
         cases += _cases(name, _simulated(databases, crowds, rate))
     cases += simulated_cases(options, progress)
+    cases += queue_cases(options, progress)
     if options.quick:
         real = _real_quickly(databases, options.seed, progress)
     else:

@@ -45,8 +45,8 @@ _SHIFT = 0.2
 
 _PATIENCE_S = 60.0
 
-_FEWEST_MOVES, _MOVES_PER_CALL = 8, 0.001
-_FEWEST_LOOKS, _LOOKS_PER_CALL = 24, 0.004
+_FEWEST_MOVES, _MOVES_PER_CALL = 8, 0.0005
+_FEWEST_LOOKS, _LOOKS_PER_CALL = 24, 0.003
 """What is done in one step at most, and how that grows with the calls: places found anew, and
 workflows reviewed. The rest is left to the next steps."""
 
@@ -329,11 +329,12 @@ class UrgencyPolicy(ServingPolicy):
 
     def _misplaced(self, workflow: Workflow, now_s: float) -> bool:
         """Whether a call of it waits in a lane in which the horizon does not put it now."""
-        some = (self._calls[call] for call in islice(workflow.calls, _SIBLINGS))
-        return any(
-            one.key[0] in _BOUND and (one.key[0] is Lane.EASY) != (now_s < self._urgent_s(one))
-            for one in some
-        )
+        for call in islice(workflow.calls, _SIBLINGS):
+            one = self._calls[call]
+            lane = one.key[0]
+            if lane in _BOUND and (lane is Lane.EASY) != (now_s < self._urgent_s(one)):
+                return True
+        return False
 
     def _urgent_s(self, waiting: Waiting) -> float:
         """When its due date comes within the horizon."""
@@ -341,8 +342,10 @@ class UrgencyPolicy(ServingPolicy):
 
     def _rest_s(self, workflow: Workflow, now_s: float) -> float:
         """Expected rest of a workflow that has calls here."""
-        some = islice(workflow.calls, _SIBLINGS)
-        return max(self._calls[call].left_s(now_s) for call in some)
+        rest_s = 0.0
+        for call in islice(workflow.calls, _SIBLINGS):
+            rest_s = max(rest_s, self._calls[call].left_s(now_s))
+        return rest_s
 
     def _take_tuned(self, tuned: TunedFile, now_s: float) -> None:
         """Takes over what a tuned file says since it changed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, TypeVar
 
@@ -47,7 +48,7 @@ class Selection(Generic[W]):
     """
 
     def __init__(self, now_s: float, rate: float) -> None:
-        self.considered: list[W] = []
+        self.considered: deque[W] = deque()
         self.given_up: set[W] = set()
         self._now_s, self._rate = now_s, rate
         self._taken: list[tuple[float, int, W]] = []
@@ -67,6 +68,18 @@ class Selection(Generic[W]):
             least_s, _, longest = heapq.heappop(self._taken)
             self._work_s += least_s
             self.given_up.add(longest)
+
+    def take_verdicts(self, limit: int) -> list[tuple[W, bool]]:
+        """Takes some workflows out, the earliest deadlines first, each with whether it is saved.
+
+        Nothing may be considered afterwards: what is no longer needed goes with them, since to free
+        thousands of entries at once takes a millisecond.
+        """
+        some = [self.considered.popleft() for _ in range(min(limit, len(self.considered)))]
+        del self._taken[-limit:]
+        verdicts = [(workflow, workflow not in self.given_up) for workflow in some]
+        self.given_up.difference_update(some)
+        return verdicts
 
 
 class Triage(Generic[W]):
@@ -88,7 +101,6 @@ class Triage(Generic[W]):
         self.workflows: ByTime[W] = ByTime()
         self._selection: Selection[W] | None = None
         self._looked: tuple[float, float] | None = None
-        self._told = 0
         self._work_s = self._elapsed_s = self._stages = 0.0
         self._began_s: float | None = None
         self._new_work_s = 0.0
@@ -125,17 +137,14 @@ class Triage(Generic[W]):
         if self._selection is None:
             self._close_period(now_s, queued)
             self._selection = Selection(now_s, self._rate())
-            self._looked, self._told = (now_s, math.inf), 0
+            self._looked = (now_s, math.inf)
         selection = self._selection
         if self._looked is not None:
             part -= self._look(selection, self._looked, part, rest_s)
         verdicts: list[tuple[W, bool]] = []
         if self._looked is None:
             self.drain_s = selection.drain_s
-            told = self._told + 2 * part
-            some = selection.considered[self._told : told]
-            verdicts = [(workflow, workflow not in selection.given_up) for workflow in some]
-            self._told = told
+            verdicts = selection.take_verdicts(2 * part)
         self._arm(now_s, selection)
         return verdicts
 
@@ -155,14 +164,13 @@ class Triage(Generic[W]):
 
     def _arm(self, now_s: float, selection: Selection[W]) -> None:
         """Says when to go on."""
-        workflows = len(selection.considered)
-        if self._looked is not None or self._told < workflows:
+        if self._looked is not None or selection.considered:
             self.due_s = math.nextafter(now_s, math.inf)
             return
         self._selection = None
         self.due_s = math.inf
-        if workflows:
-            self.due_s = now_s + _PERIOD_S + _PERIOD_S_PER_WORKFLOW * workflows
+        if self.workflows:
+            self.due_s = now_s + _PERIOD_S + _PERIOD_S_PER_WORKFLOW * len(self.workflows)
 
     def _rate(self) -> float:
         if self._stages < _FEWEST_STAGES or self._work_s <= 0 or self._elapsed_s <= 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from openai import OpenAI
 
 from trimtab.core.errors import BadInput
 from trimtab.hosts.vllm.attention import prefiller
-from trimtab.hosts.vllm.server import Server, small_cpu_environment
+from trimtab.hosts.vllm.server import Server, running, small_cpu_environment
 from trimtab.hosts.vllm.small_model import small_model
 from trimtab.sparse.vllm_prefill import make
 
@@ -48,16 +47,15 @@ def ask(server, prompt):
 def servers(tmp_path_factory):
     """One with sparse prefill of all blocks, one as vLLM is."""
     folder = tmp_path_factory.mktemp("logs")
-    with ExitStack() as running:
-        started = []
-        for name, plugins in (("sparse", ALL_BLOCKS), ("plain", {})):
-            arguments = [*ENGINE, "--additional-config", json.dumps({"trimtab": plugins})]
-            if plugins:
-                arguments += ["--attention-backend", "CUSTOM"]
-            log = folder / f"{name}.log"
-            server = Server(small_model(), log, arguments, small_cpu_environment())
-            started.append(running.enter_context(server))
-        yield [server.wait_ready() for server in started]
+    started = []
+    for name, plugins in (("sparse", ALL_BLOCKS), ("plain", {})):
+        arguments = [*ENGINE, "--additional-config", json.dumps({"trimtab": plugins})]
+        if plugins:
+            arguments += ["--attention-backend", "CUSTOM"]
+        log = folder / f"{name}.log"
+        started.append(Server(small_model(), log, arguments, small_cpu_environment()))
+    with running(started) as servers:
+        yield servers
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.request import Request, urlopen
 
 from trimtab.core.benchmark import Case, Progress
-from trimtab.hosts.vllm.server import Server, small_cpu_environment
+from trimtab.hosts.vllm.server import Server, running, small_cpu_environment
 from trimtab.hosts.vllm.small_model import small_model
 
 PROMPT_TOKENS = 4096
@@ -26,32 +26,39 @@ _ARGUMENTS = (
 
 def server_cases(progress: Progress) -> Iterator[Case]:
     """Both servers run side by side and are asked in turn."""
-    with ExitStack() as running:
-        folder = Path(running.enter_context(TemporaryDirectory()))
-        servers = []
-        plugins: Mapping[str, object]
-        for name, plugins in (("plain", {}), ("sparse", {"sparse": {}})):
-            arguments = [*_ARGUMENTS, "--additional-config", json.dumps({"trimtab": plugins})]
-            server = Server(
-                small_model(), folder / f"{name}.log", arguments, small_cpu_environment()
+    plugins: Mapping[str, Mapping[str, object]] = {"plain": {}, "sparse": {"sparse": {}}}
+    with TemporaryDirectory() as logs:
+        servers = [
+            Server(
+                small_model(),
+                Path(logs) / f"{name}.log",
+                [*_ARGUMENTS, "--additional-config", json.dumps({"trimtab": enabled})],
+                small_cpu_environment(),
             )
-            servers.append(running.enter_context(server))
-        progress("starting two servers")
-        for server in servers:
-            server.wait_ready()
-        first, decode = [], []
-        for repeat in range(_REPEATS + 1):
-            progress(f"prompts of {PROMPT_TOKENS} tokens", repeat / (_REPEATS + 1))
-            ttft = [_answer_s(server, repeat, PROMPT_TOKENS, 1) for server in servers]
-            short = [_answer_s(server, repeat, 16, _DECODED) for server in servers]
-            if repeat:  # the first round warms both up
-                first.append((ttft[0], ttft[1]))
-                decode.append((short[0], short[1]))
+            for name, enabled in plugins.items()
+        ]
+        with running(servers, partial(progress, "starting two servers")):
+            first, decode = _measure(servers[0], servers[1], progress)
     case = f"real/vllm-cpu/{PROMPT_TOKENS}"
     yield Case.compare(case, "ttft", "s", "lower", "vLLM's own attention", first)
     yield Case.compare(
         "real/vllm-cpu/decode", f"time_of_{_DECODED}_tokens", "s", "lower", "vLLM's own", decode
     )
+
+
+def _measure(
+    plain: Server, sparse: Server, progress: Progress
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Seconds of a long prompt, and of a long answer, at both servers in each repeat."""
+    first, decode = [], []
+    for repeat in range(_REPEATS + 1):
+        progress(f"prompts of {PROMPT_TOKENS} tokens", repeat / (_REPEATS + 1))
+        prompts = [_answer_s(server, repeat, PROMPT_TOKENS, 1) for server in (plain, sparse)]
+        answers = [_answer_s(server, repeat, 16, _DECODED) for server in (plain, sparse)]
+        if repeat:  # the first round warms both up
+            first.append((prompts[0], prompts[1]))
+            decode.append((answers[0], answers[1]))
+    return first, decode
 
 
 def _answer_s(server: Server, seed: int, tokens: int, answer: int) -> float:

@@ -8,8 +8,9 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
@@ -23,7 +24,6 @@ from trimtab.core.documents import read_yaml, validate
 from trimtab.core.errors import BadInput
 
 if TYPE_CHECKING:
-    from trimtab.core.benchmark import Progress
     from trimtab.hosts.vllm.server import Server
     from trimtab.urgency.router.config import BackendOptions, RouterConfig, ServerOptions
 
@@ -75,10 +75,13 @@ def up(
     if logs is not None and not logs.is_dir():
         raise BadInput("there is no such folder", where=str(logs), fix="make it first")
     from trimtab.core.progress import progress_bar
+    from trimtab.hosts.vllm.server import running
 
     with _ended_by_signals(), _log_folder(logs) as folder, ExitStack() as stack:
+        names = ", ".join(server.name for server in options.servers)
         with progress_bar() as progress:
-            started = _start(stack, options.servers, folder, progress)
+            say = partial(progress, f"starting {names}; their logs are in {folder}")
+            started = stack.enter_context(running(_servers(options.servers, folder), say))
         backends = [backend_of(s, o) for s, o in zip(started, options.servers, strict=True)]
         routed = options.model_copy(update={"backends": (*options.backends, *backends)})
         _run(routed, _Supervisor(started, options.servers).check)
@@ -126,35 +129,20 @@ def _options(
     return validate(RouterConfig, data, where=str(config) if config else "--backend")
 
 
-def _start(
-    stack: ExitStack, servers: tuple[ServerOptions, ...], logs: Path, progress: Progress
-) -> list[Server]:
-    """Starts all servers at once, and waits for them."""
+def _servers(options: Sequence[ServerOptions], logs: Path) -> list[Server]:
     from trimtab.hosts.vllm.server import Server
 
-    started = [
-        stack.enter_context(
-            Server(
-                options.model,
-                logs / f"{options.name}.log",
-                options.arguments,
-                options.environment,
-                port=options.port,
-                served_name=options.served_name,
-            )
+    return [
+        Server(
+            one.model,
+            logs / f"{one.name}.log",
+            one.arguments,
+            one.environment,
+            port=one.port,
+            served_name=one.served_name,
         )
-        for options in servers
+        for one in options
     ]
-
-    def say() -> None:
-        for server in started:
-            server.check()
-        names = ", ".join(options.name for options in servers)
-        progress(f"starting {names}; their logs are in {logs}")
-
-    for server in started:
-        server.wait_ready(waiting=say)
-    return started
 
 
 def backend_of(server: Server, options: ServerOptions) -> BackendOptions:
@@ -178,7 +166,7 @@ def _seats_in(arguments: tuple[str, ...]) -> int | None:
 class _Supervisor:
     """Says which server has ended, and ends all when none is left."""
 
-    def __init__(self, servers: list[Server], options: tuple[ServerOptions, ...]) -> None:
+    def __init__(self, servers: Sequence[Server], options: tuple[ServerOptions, ...]) -> None:
         self._living = dict(zip((o.name for o in options), servers, strict=True))
 
     def check(self) -> None:

@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -190,6 +190,34 @@ class Server:
             self._process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(STOPS_WITHIN_S)
+
+
+@contextmanager
+def running(
+    servers: Sequence[Server], waiting: Callable[[], None] = lambda: None
+) -> Iterator[Sequence[Server]]:
+    """Starts servers, all at once, and yields them when every one is ready.
+
+    Args:
+        servers: not started yet.
+        waiting: called a few times a second until they are ready.
+
+    Raises:
+        BadInput: a port is taken, or there is no such model.
+        ServerFailed: a server ended, or was not ready in time.
+    """
+
+    def look() -> None:
+        for server in servers:
+            server.check()
+        waiting()
+
+    with ExitStack() as stack:
+        for server in servers:
+            stack.enter_context(server)
+        for server in servers:
+            server.wait_ready(waiting=look)
+        yield servers
 
 
 _given: set[int] = set()

@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from trimtab.core.benchmark import Progress
-from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, Server, small_cpu_environment
+from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, Server, running, small_cpu_environment
 from trimtab.urgency.router.process import listening
 from trimtab.urgency.text_to_sql.crowd import Hints
 
@@ -74,21 +75,17 @@ def pool(
     Raises:
         ServerFailed: a server ended, or was not ready in time.
     """
-
-    def say() -> None:
-        for server in servers:
-            server.check()
-        progress(f"starting servers of {', '.join(map(str, SEATS))} seats")
-
-    with ExitStack() as stack:
-        servers: list[Server] = []
-        for seats in SEATS:
-            arguments = [*SMALL_CPU_ENGINE, "--max-num-seqs", str(seats)]
-            log = folder / f"{seats}-seats.log"
-            server = Server(model, log, arguments, small_cpu_environment())
-            servers.append(stack.enter_context(server))
-        for server in servers:
-            server.wait_ready(waiting=say)
+    say = partial(progress, f"starting servers of {', '.join(map(str, SEATS))} seats")
+    servers = [
+        Server(
+            model,
+            folder / f"{seats}-seats.log",
+            [*SMALL_CPU_ENGINE, "--max-num-seqs", str(seats)],
+            small_cpu_environment(),
+        )
+        for seats in SEATS
+    ]
+    with running(servers, say), ExitStack() as stack:
         yield [
             Routed(stack.enter_context(_router(route, servers, folder)), servers)
             for route in routes

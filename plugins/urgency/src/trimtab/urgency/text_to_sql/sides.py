@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from trimtab.core.benchmark import Progress
-from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, Server, small_cpu_environment
+from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, Server, running, small_cpu_environment
 from trimtab.urgency.config import Order
 from trimtab.urgency.text_to_sql.crowd import Hints
 
@@ -84,28 +85,17 @@ def servers(
         BadInput: a port is taken, or there is no such model.
         ServerFailed: a server ended, or was not ready in time.
     """
-
-    def say() -> None:
-        for server in started:
-            server.check()
-        progress(f"starting a server each for {', '.join(side.title for side in sides)}")
-
-    with ExitStack() as stack:
-        started: list[Server] = []
-        for number, side in enumerate(sides):
-            server = Server(
-                model,
-                logs / f"{side.name}.log",
-                [
-                    *SMALL_CPU_ENGINE,
-                    "--max-num-seqs",
-                    str(SEATS),
-                    *side.arguments,
-                ],
-                small_cpu_environment(),
-                port=port and port + number,
-            )
-            started.append(stack.enter_context(server))
-        for server in started:
-            server.wait_ready(waiting=say)
+    titles = ", ".join(side.title for side in sides)
+    say = partial(progress, f"starting a server each for {titles}")
+    started = [
+        Server(
+            model,
+            logs / f"{side.name}.log",
+            [*SMALL_CPU_ENGINE, "--max-num-seqs", str(SEATS), *side.arguments],
+            small_cpu_environment(),
+            port=port and port + number,
+        )
+        for number, side in enumerate(sides)
+    ]
+    with running(started, say):
         yield started

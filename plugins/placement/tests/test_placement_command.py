@@ -79,7 +79,7 @@ def test_the_bench_names_every_baseline_and_never_loses(monkeypatch: pytest.Monk
     monkeypatch.setattr(bench, "_QUICK_SIZES", ("12",))
     monkeypatch.setattr(bench, "more_cases", lambda options, progress: [])
     cases = bench.run(Options(quick=True), lambda message, done=None: None)
-    spreads = [c for c in cases if c.metric == "weighted_spread" and "/paper/" not in c.case]
+    spreads = [c for c in cases if c.metric == "weighted_spread" and "own-baselines" not in c.case]
     named = {case.baseline for case in spreads}
     for name in ("best-fit", "random-fit", "gpu-packing", "topology-aware", "hostname-order"):
         assert {f"{name} pp", f"{name} dp"} <= named

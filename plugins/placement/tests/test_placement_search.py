@@ -12,10 +12,11 @@ from trimtab.placement.arnold import arnold, solve_arnold
 from trimtab.placement.bench import SETTINGS, fragmented
 from trimtab.placement.certificate import fewest_pods, frontier, least_data
 from trimtab.placement.grid import Candidate, Demand, Spread, fits, pareto, spread_of
+from trimtab.placement.lone_columns import lone_columns
 from trimtab.placement.packing import PACKINGS, RANK_ORDERS, laid, packings, random_fit
 from trimtab.placement.row_paths import even_cuts, row_paths
 from trimtab.placement.search import quick_search, search
-from trimtab.placement.strips import strip_covers
+from trimtab.placement.strips import promising_covers, strip_covers
 
 ALPHAS = (0.0, 0.3, 0.5, 0.7, 1.0)
 
@@ -236,3 +237,34 @@ def test_pods_without_free_nodes_are_passed_over() -> None:
     assert front is not None
     assert front.best(0.5).spread == Spread(1, 1)
     assert set(front.best(0.5).grid.ravel().tolist()) == {1}
+
+
+@given(demands(8).filter(lambda d: len(d.capacities) <= 3), st.integers(1, 3))
+def test_columns_that_need_not_share_pods_are_found_or_proven_impossible(
+    demand: Demand, most: int
+) -> None:
+    possible = any(spread.data <= most for spread in brute_force(demand))
+    lone = lone_columns(demand, most, nodes=100)
+    assert lone.possible is possible
+    if lone.found is not None:
+        assert fits(demand, lone.found.grid)
+        assert lone.found.spread.data <= most
+    assert (lone.found is not None) is possible
+
+
+def test_a_pipeline_of_a_pod_for_each_stage_lets_columns_use_two_pods() -> None:
+    """Sixteen pods that strips pair badly: columns of 99 cells, each of two pods."""
+    room = (44, 55, 20, 97, 80, 30, 71, 60, 49, 62, 88, 25, 68, 40, 53, 42)
+    demand = Demand(99, 8, room)
+    lone = lone_columns(demand, 2, nodes=300)
+    assert lone.found is not None
+    assert lone.found.spread == Spread(pipeline=8, data=2)
+    assert fits(demand, lone.found.grid)
+
+
+@given(demands(30))
+def test_promising_strips_are_strips_and_none_is_beaten_by_another(demand: Demand) -> None:
+    promising = pareto(promising_covers(demand))
+    everything = {candidate.spread for candidate in strip_covers(demand)}
+    assert {candidate.spread for candidate in promising} <= everything
+    assert bool(promising) == bool(everything)

@@ -63,10 +63,24 @@ class Frontier:
         return Frontier(tuple(None if math.isinf(least) else int(least) for least in lifted))
 
 
+def coarse_frontier(demand: Demand) -> Frontier:
+    """What whole rows and whole columns say; no programme is solved."""
+    most, whole = _most_pipeline(demand), fewest_pods(demand.transposed)
+    alone = most + 1 if whole is None else whole
+    later = (1 if pipeline >= alone else 2 for pipeline in range(2, most + 1))
+    return Frontier((fewest_pods(demand), *later))
+
+
 def frontier(demand: Demand) -> Frontier:
-    """The quick bound for every pipeline spread that can occur."""
-    most = min(demand.columns, sum(1 for capacity in demand.capacities if capacity))
-    return Frontier(tuple(_least_data(demand, r) for r in range(1, most + 1)))
+    """The bound by linear programmes, for every pipeline spread that can occur."""
+    found = coarse_frontier(demand)
+    for pipeline in range(2, _most_pipeline(demand) + 1):
+        found = found.raised(pipeline, linear_least(demand, pipeline))
+    return found
+
+
+def _most_pipeline(demand: Demand) -> int:
+    return min(demand.columns, sum(1 for capacity in demand.capacities if capacity))
 
 
 def fewest_pods(demand: Demand) -> int | None:
@@ -109,15 +123,12 @@ def _number_of_widths(demand: Demand, capacity: int) -> int:
     return most * (most + 1) // 2
 
 
-def _least_data(demand: Demand, pipeline: int) -> int | None:
-    if pipeline == 1:
-        return fewest_pods(demand)
+def linear_least(demand: Demand, pipeline: int) -> int | None:
+    """The bound on the data spread for a pipeline spread; None where none has it."""
     answer = _programme(demand, pipeline).solve()
     if not answer.feasible:
         return None
-    whole = fewest_pods(demand.transposed)
-    least = 1 if whole is not None and pipeline >= whole else 2
-    return max(least, math.ceil(answer.bound / demand.columns - _SLACK))
+    return max(1, math.ceil(answer.bound / demand.columns - _SLACK))
 
 
 def _programme(demand: Demand, pipeline: int) -> Programme:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from trimtab.placement.certificate import Frontier, frontier, least_data
+from trimtab.placement.certificate import (
+    Frontier,
+    coarse_frontier,
+    frontier,
+    least_data,
+    linear_least,
+)
 from trimtab.placement.grid import Candidate, Demand, Spread, pareto
+from trimtab.placement.lone_columns import lone_columns
 from trimtab.placement.packing import packings
 from trimtab.placement.priced_columns import priced_columns
 from trimtab.placement.prices import market
 from trimtab.placement.row_paths import even_cuts, row_paths, useful_ranges
-from trimtab.placement.strips import strip_covers
+from trimtab.placement.strips import promising_covers, strip_covers
 
 _SAME = 1e-9
 _NODES = 300
@@ -22,11 +29,14 @@ _MOST_SHAPES = 400
 """Ways to cut a row up to which the tighter bound is asked for."""
 
 _ROUNDS = 100
-_FEW_ROUNDS = 40
+_FEW_ROUNDS = 80
 """Of pricing, to prove that there is no placement, and to find one."""
 
 _MOST_PRICED = 6000
 """Rows times capacities up to which columns are priced."""
+
+_MOST_LONE = 600
+"""Columns times pods up to which columns are placed one by one where rows forbid nothing."""
 
 _COARSE = 8
 """Ranges of columns that are tried first where there are more columns."""
@@ -64,6 +74,10 @@ class Front:
         gap = self.best(alpha).spread.weighted(alpha) - self.bound.least(alpha)
         return gap if gap > _SAME else 0.0
 
+    def proves(self, alphas: Sequence[float]) -> bool:
+        """Whether the best placement of each weight is proven optimal."""
+        return all(self.gap(alpha) == 0 for alpha in alphas)
+
 
 def quick_search(demand: Demand) -> Front | None:
     """The front of strips and packings with a quick bound; None where the pods do not hold it."""
@@ -81,9 +95,9 @@ def search(demand: Demand, alphas: Sequence[float]) -> Front | None:
     Returns:
         None where the pods do not hold the job.
     """
-    front = quick_search(demand)
-    if front is None:
-        return None
+    front = _first_front(demand, alphas)
+    if front is None or front.proves(alphas):
+        return front
     priced: set[Spread] = set()
     tried: set[Spread] = set()
     done: set[Spread] = set()
@@ -103,7 +117,31 @@ def search(demand: Demand, alphas: Sequence[float]) -> Front | None:
     return front
 
 
-def _open(front: Front, alpha: float, done: set[Spread]) -> Iterator[Spread]:
+def _first_front(demand: Demand, alphas: Sequence[float]) -> Front | None:
+    """The strips that look best, and all that people use where those are not proven optimal."""
+    bound = coarse_frontier(demand)
+    promising = pareto(promising_covers(demand))
+    if promising:
+        front = _counted(demand, Front(tuple(promising), bound), alphas)
+        if front.proves(alphas):
+            return front
+        bound = front.bound
+    candidates = pareto([*strip_covers(demand), *packings(demand)])
+    return _counted(demand, Front(tuple(candidates), bound), alphas) if candidates else None
+
+
+def _counted(demand: Demand, front: Front, alphas: Sequence[float]) -> Front:
+    """With the linear bound of each pipeline spread that might beat the best placement."""
+    known = {1}
+    for alpha in alphas:
+        while spread := next((s for s in _open(front, alpha) if s.pipeline not in known), None):
+            known.add(spread.pipeline)
+            least = linear_least(demand, spread.pipeline)
+            front = Front(front.candidates, front.bound.raised(spread.pipeline, least))
+    return front
+
+
+def _open(front: Front, alpha: float, done: Collection[Spread] = ()) -> Iterator[Spread]:
     """Spreads that would beat the best placement and that nothing forbids, the best first."""
     best = front.best(alpha).spread.weighted(alpha)
     better = [
@@ -143,10 +181,22 @@ def _least_pipeline(demand: Demand, spread: Spread) -> int:
 
 
 def _widened(demand: Demand, front: Front, spread: Spread) -> Front:
-    found = _find(demand, spread)
+    """The front with a placement of a spread, or with the proof that there is none."""
+    found = None
+    if spread.pipeline == len(front.bound.least_data) and _is_small(demand):
+        lone = lone_columns(demand, spread.data, nodes=_NODES)
+        if not lone.possible:
+            raised = front.bound.raised(spread.pipeline, spread.data + 1)
+            return Front(front.candidates, raised)
+        found = lone.found
+    found = found or _find(demand, spread)
     if found is None:
         return front
     return Front(tuple(pareto([*front.candidates, found])), front.bound)
+
+
+def _is_small(demand: Demand) -> bool:
+    return demand.columns * len(demand.capacities) <= _MOST_LONE
 
 
 def _find(demand: Demand, spread: Spread) -> Candidate | None:

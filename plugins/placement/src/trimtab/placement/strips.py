@@ -10,11 +10,12 @@ believed of a model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.placement.grid import Candidate, Demand, PodGrid
+from trimtab.placement.grid import Candidate, Demand, PodGrid, Spread
 
 Counts = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
@@ -118,24 +119,67 @@ def _build(deals: Sequence[Deal], strip_widths: Sequence[int], split: bool) -> P
     return np.concatenate(parts, axis=1)
 
 
-def _one_way(demand: Demand, most: int, name: str) -> Iterator[Candidate]:
+@dataclass(frozen=True, slots=True)
+class StripCover:
+    """A strip cover that was dealt and not yet built.
+
+    Attributes:
+        demand: whose columns are cut; transposed where strips are of rows.
+        deals: of each strip.
+        widths: of each strip.
+        split: whether rows may be cut inside a strip.
+        by_rows: whether the strips are of rows.
+    """
+
+    demand: Demand
+    deals: tuple[Deal, ...]
+    widths: tuple[int, ...]
+    split: bool
+    by_rows: bool
+
+    @property
+    def spread(self) -> Spread:
+        """The spread as dealt; a row that finds its pod again has less."""
+        cut = self.split and any(len(deal) > 1 for deal in self.deals)
+        spread = Spread(len(self.widths) + cut, max(map(len, self.deals)))
+        return spread.swapped if self.by_rows else spread
+
+    def built(self) -> Candidate | None:
+        """The placement; None where it does not fit."""
+        mode, kind = "split" if self.split else "whole", "row" if self.by_rows else "column"
+        grid = _build(self.deals, self.widths, self.split)
+        name = f"{len(self.widths)} {mode} {kind} strips"
+        candidate = Candidate.built(self.demand, grid, name)
+        return candidate.transposed if candidate is not None and self.by_rows else candidate
+
+
+def _one_way(demand: Demand, most: int, by_rows: bool) -> Iterator[StripCover]:
     for strips in range(1, most + 1):
-        strip_widths = widths(demand.columns, strips)
+        cut = tuple(widths(demand.columns, strips))
         for split in (False, True) if strips < demand.columns else (False,):
-            deals = _deal(demand, strip_widths, split)
-            if deals is None:
-                continue
-            mode = "split" if split else "whole"
-            grid = _build(deals, strip_widths, split)
-            built = Candidate.built(demand, grid, f"{strips} {mode} {name}")
-            if built is not None:
-                yield built
+            deals = _deal(demand, cut, split)
+            if deals is not None:
+                yield StripCover(demand, tuple(deals), cut, split, by_rows)
+
+
+def strip_deals(demand: Demand) -> Iterator[StripCover]:
+    """All strip covers, along the columns and along the rows; few, and each quickly dealt."""
+    # More strips than pods never help, nor do very many: each adds to the other spread.
+    pods = min(len(demand.capacities) + 1, _MOST_STRIPS)
+    yield from _one_way(demand, min(demand.columns, pods), by_rows=False)
+    yield from _one_way(demand.transposed, min(demand.rows, pods), by_rows=True)
 
 
 def strip_covers(demand: Demand) -> Iterator[Candidate]:
-    """All strip covers, along the columns and along the rows; few, and each quickly built."""
-    # More strips than pods never help, nor do very many: each adds to the other spread.
-    pods = min(len(demand.capacities) + 1, _MOST_STRIPS)
-    yield from _one_way(demand, min(demand.columns, pods), "column strips")
-    for candidate in _one_way(demand.transposed, min(demand.rows, pods), "row strips"):
-        yield candidate.transposed
+    """All strip covers, built and counted."""
+    yield from (built for cover in strip_deals(demand) if (built := cover.built()) is not None)
+
+
+def promising_covers(demand: Demand) -> list[Candidate]:
+    """The strip covers that no other beats before they are built; a quick part of all."""
+    covers = list(strip_deals(demand))
+    spreads = {cover.spread for cover in covers}
+    best = {s for s in spreads if not any(other.dominates(s) for other in spreads)}
+    return [
+        built for cover in covers if cover.spread in best and (built := cover.built()) is not None
+    ]

@@ -23,7 +23,7 @@ from trimtab.core.simulate.cluster_jobs import (
 )
 from trimtab.core.simulate.cluster_traces import read_jobs, write_jobs
 from trimtab.core.simulate.synthetic_jobs import synthetic_jobs
-from trimtab.placement.job_time import GroupTimes, LimitTimes
+from trimtab.placement.job_time import GroupTimes, KnownTimes, LimitTimes
 from trimtab.placement.queue_figures import POLICIES, run_queue
 from trimtab.placement.reservation import ReservationOptions, ReservationQueue, best_grid
 
@@ -32,17 +32,8 @@ def job(job_id, arrival_s, nodes, duration_s, **more) -> ClusterJob:
     return ClusterJob(JobRequest(job_id, arrival_s, nodes, **more), duration_s)
 
 
-class KnownTimes:
-    """Knows how long each job takes."""
-
-    def __init__(self, jobs):
-        self.held_s = {j.request.job_id: j.held_s for j in jobs}
-
-    def exceeds(self, request, time_s, ran_s=0.0):
-        return float(self.held_s[request.job_id] > time_s)
-
-    def quantile_s(self, request, share):
-        return self.held_s[request.job_id]
+def known(jobs):
+    return KnownTimes((j.request, j.held_s) for j in jobs)
 
 
 def starts(result):
@@ -89,7 +80,7 @@ def test_only_what_ends_in_time_starts_in_the_reserved_zone(policy, short_start_
         jobs,
         [2, 2],
         options=ReservationOptions(margin_s=10),
-        learner=lambda _: KnownTimes(jobs),
+        learner=lambda _: known(jobs),
     )
     begun = starts(run.result)
     assert begun["large"] == 100
@@ -114,14 +105,14 @@ def test_the_margin_and_the_arrival_itself_are_respected():
     for other, expected_s in ((exact, 0), (late, 120)):
         jobs = [large, other]
         policy = ReservationQueue(
-            ReservationOptions(margin_s=10), learner=lambda _, jobs=jobs: KnownTimes(jobs)
+            ReservationOptions(margin_s=10), learner=lambda _, jobs=jobs: known(jobs)
         )
         assert starts(simulate_cluster(jobs, [2], policy))[other.request.job_id] == expected_s
 
 
 def test_a_long_job_takes_nodes_outside_the_zone():
     jobs = [job("large", 100, 4, 20, announced_s=0), job("long", 0, 2, 500)]
-    policy = ReservationQueue(learner=lambda _: KnownTimes(jobs))
+    policy = ReservationQueue(learner=lambda _: known(jobs))
     result = simulate_cluster(jobs, [4, 2], policy)
     assert starts(result) == {"long": 0, "large": 100}
     assert policy.arrivals["large"].retained == 0
@@ -140,7 +131,8 @@ def test_the_zone_moves_within_a_pod_when_a_job_is_late():
         def exceeds(self, request, time_s, ran_s=0.0):
             return float(request.job_id == "a" and ran_s >= 50)
 
-    policy = ReservationQueue(ReservationOptions(interval_s=0), learner=lambda _: Wrong(jobs))
+    wrong = Wrong((j.request, j.held_s) for j in jobs)
+    policy = ReservationQueue(ReservationOptions(interval_s=0), learner=lambda _: wrong)
     result = simulate_cluster(jobs, [4], policy)
     assert starts(result)["large"] == 100
     assert set(result.outcomes["large"].nodes).isdisjoint(result.outcomes["a"].nodes)
@@ -235,7 +227,7 @@ def test_the_zone_is_free_when_promised_if_predictions_are_right(drawn):
     others = [j for j in trace_of(drawn) if j.request.announced_s is None]
     # Announced before anything runs, so that nothing already holds the zone.
     jobs = [*others, job("large", 45, 4, 30, announced_s=-1, priority=9)]
-    policy = ReservationQueue(ReservationOptions(margin_s=0), learner=lambda _: KnownTimes(jobs))
+    policy = ReservationQueue(ReservationOptions(margin_s=0), learner=lambda _: known(jobs))
     result = simulate_cluster(jobs, [3, 2, 2], policy)
     assert policy.arrivals["large"].retained == 0
     assert result.outcomes["large"].wait_s == 0

@@ -45,6 +45,25 @@ class LimitTimes:
         return math.inf if request.limit_s is None else request.limit_s
 
 
+class KnownTimes:
+    """Knows how long each job of a trace takes, as no predictor does.
+
+    Args:
+        ended: all jobs, with their times.
+    """
+
+    def __init__(self, ended: Iterable[Ended]) -> None:
+        self._held_s = {request.job_id: held_s for request, held_s in ended}
+
+    def exceeds(self, request: JobRequest, time_s: float, ran_s: float = 0.0) -> float:
+        """See `JobTimes`."""
+        return float(self._held_s[request.job_id] > time_s)
+
+    def quantile_s(self, request: JobRequest, share: float) -> float:
+        """See `JobTimes`."""
+        return self._held_s[request.job_id]
+
+
 _DRAWN = 10
 """The lognormal counts as so many jobs."""
 

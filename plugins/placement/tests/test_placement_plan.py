@@ -121,6 +121,26 @@ def test_relabelling_the_cluster_does_not_change_the_value() -> None:
     assert other.objective.value == plan_placement(cluster, training).objective.value
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_more_bandwidth_never_makes_it_worse(seed: int) -> None:
+    """Faster cables change nothing; a further cable joins domains, and so can only help."""
+    draw = random.Random(seed)
+    cluster = tree(4, 2, draw.randint(2, 4))
+    asked = job(pipeline_parallel=2, data_parallel=draw.randint(4, 7))
+    before = plan_placement(cluster, asked)
+    assert before.objective is not None
+    data = cluster.model_dump(mode="json", exclude_unset=True)
+    cable = draw.choice(data["links"])
+    cable["bandwidth_bytes_per_s"] *= draw.choice((2, 8))
+    faster = plan_placement(Cluster.model_validate(data), asked)
+    assert faster.ranks == before.ranks
+    one, other = draw.sample(range(8), 2)
+    data["links"].append({"a": f"leaf{one}r0", "b": f"leaf{other}r0"} | LINK)
+    more = plan_placement(Cluster.model_validate(data), asked)
+    assert more.objective is not None
+    assert more.objective.value <= before.objective.value
+
+
 def test_busy_and_drained_nodes_are_left_alone() -> None:
     cluster = tree(2, 2, 4, n0="busy", n9="drained")
     plan = plan_placement(

@@ -12,11 +12,12 @@ from trimtab.kernels.sparse import block_sparse, prefill
 from trimtab.kernels.sparse.block_sparse import (
     Choice,
     KeyStore,
+    TiledAttention,
     Tiles,
     tiled_attention,
     tiled_attention_in_torch,
 )
-from trimtab.kernels.sparse.selectors import ESTIMATES, Selection
+from trimtab.kernels.sparse.selectors import ESTIMATES, Selection, sampled
 
 pytestmark = pytest.mark.integration
 
@@ -43,6 +44,10 @@ def some_choice(seed, heads, tiles):
     ids = torch.arange(int(tiles.last_block.max()) + 2)
     mask = torch.rand(heads, tiles.query.numel(), len(ids), generator=generator) < 0.5
     return Choice.of_mask(mask & (ids <= tiles.last_block[:, None]))
+
+
+def blocks_of(selection, q, k, position, scale):
+    return selection.keep(selection.estimate(q, k, position, scale), position, q.shape[0])
 
 
 def dense(q, k, v):
@@ -90,7 +95,7 @@ def test_all_blocks_are_dense_attention(dtype):
     out = torch.empty_like(q)
     everything = Selection(mass=2.0)
     store = KeyStore.packed(k, v, ends([333]))
-    kept = prefill.sparse_prefill(q, k, store, 183, out, 64**-0.5, everything)
+    kept = prefill.sparse_prefill(q, lambda: k, store, 183, out, 64**-0.5, everything)
     assert kept == 1
     torch.testing.assert_close(out, dense(q, k, v), **NEAR[dtype])
 
@@ -124,7 +129,7 @@ def test_a_paged_cache_with_keys_laid_crosswise_is_read_where_it_lies():
         before=torch.tensor([0, 5]),
     )
     out = torch.empty_like(q)
-    prefill.sparse_prefill(q, k, store, 200, out, 32**-0.5, Selection(mass=2.0))
+    prefill.sparse_prefill(q, lambda: k, store, 200, out, 32**-0.5, Selection(mass=2.0))
     torch.testing.assert_close(out, dense(q, k, v), **NEAR[torch.float32])
 
 
@@ -153,12 +158,44 @@ def test_an_estimate_shares_the_whole_attention_among_blocks_that_can_be_seen(na
     assert not shares[:, torch.arange(blocks) > last[:, None]].any()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 99),
+    st.sampled_from([(1, 1), (3, 1), (6, 2)]),
+    st.sampled_from([16, 40, 64]),
+    st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(1, n), st.just(n))),
+    st.sampled_from([1, 8, 64]),
+    st.sampled_from(list(NEAR)),
+)
+def test_the_compiled_estimate_is_that_of_plain_torch(seed, heads, d, span, step, dtype):
+    q, k, v = drawn(seed, *heads, d, d, [span], dtype)
+    queries, keys = span
+    tiles = Tiles.of(ends([queries]), ends([keys]), queries)
+    found = TiledAttention(q, KeyStore.packed(k, v, ends([keys])), tiles, 0.2).shares(step)
+    wanted = sampled(q.float(), k.float(), keys - queries, 0.2, step=step)
+    blocks = wanted.shape[-1]
+    torch.testing.assert_close(found[..., :blocks], wanted, atol=1e-5, rtol=1e-4)
+    assert not found[..., blocks:].any()
+
+
+def test_each_sequence_of_several_has_its_own_estimate():
+    lengths = [130, 70]
+    q, k, v = drawn(11, 2, 1, 16, 16, [(n, n) for n in lengths], torch.float32)
+    cu = ends(lengths)
+    store, tiles = KeyStore.packed(k, v, cu), Tiles.of(cu, cu, 200)
+    shares = TiledAttention(q, store, tiles, 0.2).shares(8)
+    for part, first, blocks in ((slice(0, 130), 0, 3), (slice(130, 200), 3, 2)):
+        wanted = sampled(q[part], k[part], 0, 0.2, step=8)
+        found = shares[:, first : first + blocks, :blocks]
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("name", ["mass", "antidiagonal", "oracle"])
 def test_a_block_that_all_attention_goes_to_is_chosen(name):
     q, k, _ = drawn(5, 2, 1, 32, 32, [(64, 1024)], torch.float32)
     k[320:384] += 3 * q.mean((0, 1))
     q += q.mean((0, 1)) * 20
-    chosen = Selection(selector=name, mass=0.5, first=0, recent=1).blocks(q, k, 960, 1.0)
+    chosen = blocks_of(Selection(selector=name, mass=0.5, first=0, recent=1), q, k, 960, 1.0)
     assert chosen[..., 5].all()
     assert chosen.sum() < 12
 
@@ -166,7 +203,8 @@ def test_a_block_that_all_attention_goes_to_is_chosen(name):
 def test_the_oracle_keeps_what_it_promises_and_never_more_blocks_than_needed():
     q, k, _ = drawn(6, 2, 2, 16, 16, [(128, 512)], torch.float32)
     shares = ESTIMATES["oracle"](q, k, 384, 1.0)
-    chosen = Selection(selector="oracle", mass=0.8, first=0, recent=0).blocks(q, k, 384, 1.0)
+    promise = Selection(selector="oracle", mass=0.8, first=0, recent=0)
+    chosen = blocks_of(promise, q, k, 384, 1.0)
     held = (shares * chosen).sum(-1)
     smallest = (shares.masked_fill(~chosen, 2)).min(-1).values
     assert (held >= 0.8 - 1e-5).all()
@@ -180,14 +218,14 @@ def test_a_later_token_changes_no_earlier_tile():
         k[192:] += change
         out = torch.empty_like(q)
         store = KeyStore.packed(k, v, ends([256]))
-        prefill.sparse_prefill(q, k, store, 0, out, 0.5, Selection(mass=0.6))
+        prefill.sparse_prefill(q, lambda: k, store, 0, out, 0.5, Selection(mass=0.6))
         results.append(out[:192])
     assert torch.equal(*results)
 
 
 def test_the_latest_and_the_first_blocks_are_always_kept():
     q, k, _ = drawn(8, 2, 1, 16, 16, [(640, 640)], torch.float32)
-    chosen = Selection(selector="top", top=3, first=1, recent=2).blocks(q, k, 0, 0.25)
+    chosen = blocks_of(Selection(selector="top", top=3, first=1, recent=2), q, k, 0, 0.25)
     ids = torch.arange(10)
     assert chosen[:, ids, ids].all()
     assert chosen[:, ids[1:], ids[:-1]].all()
@@ -198,9 +236,8 @@ def test_the_latest_and_the_first_blocks_are_always_kept():
 def test_short_prompts_and_full_selections_stay_dense():
     selection = Selection()
     assert prefill.plan(4096, 4096, 3, 0.3, selection).path == "compiled"
-    assert prefill.plan(4096, 4096, 3, 1.0, selection).path == "dense"
+    assert prefill.plan(4096, 4096, 3, 1.0, Selection(selector="oracle")).path == "dense"
     assert prefill.plan(128, 128, 3, 0.3, selection).path == "dense"
-    assert prefill.plan(4096, 4096, 3, 0.3, Selection(selector="oracle")).path == "dense"
     sentence = prefill.plan(4096, 4096, 3, 0.3, selection).explain()
     assert sentence.startswith("compiled: predicted speed against dense attention: dense 1.00x")
 
@@ -208,9 +245,10 @@ def test_short_prompts_and_full_selections_stay_dense():
 def test_without_compiled_code_plain_torch_does_it_and_the_plan_knows(monkeypatch):
     monkeypatch.setattr(block_sparse, "library", lambda: None)
     monkeypatch.setattr(prefill, "library", lambda: None)
+    monkeypatch.setattr(prefill, "is_compiled_for", lambda q: False)
     q, k, v = drawn(9, 2, 1, 16, 16, [(100, 100)], torch.float32)
     out = torch.empty_like(q)
     store = KeyStore.packed(k, v, ends([100]))
-    prefill.sparse_prefill(q, k, store, 0, out, 0.25, Selection(mass=2.0))
+    prefill.sparse_prefill(q, lambda: k, store, 0, out, 0.25, Selection(mass=2.0))
     torch.testing.assert_close(out, dense(q, k, v), **NEAR[torch.float32])
     assert prefill.plan(4096, 4096, 3, 0.3, Selection()).path == "dense"

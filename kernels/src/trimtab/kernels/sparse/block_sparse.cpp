@@ -177,11 +177,14 @@ struct Problem {
   const int64_t* rows;                               // [heads * tiles + 1]
   const int32_t* chosen;                             // ids within the sequence, ascending
   uint8_t* needed;                                   // [kv_heads * blocks], zeros
+  float* shares;                                     // [heads * tiles * blocks]
   int64_t q_token, q_head, out_token, out_head, k_head, v_head;
   int64_t tiles, blocks, heads, kv_heads, d, d_v;
   float scale;
-  int32_t dtype;    // 0 float32, 1 bfloat16, 2 float16
+  int32_t dtype;        // 0 float32, 1 bfloat16, 2 float16
   int32_t threads;
+  int32_t sample_step;  // every how many queries are looked at for the shares
+  int32_t keys_packed;  // whether the panels hold all keys already
 };
 
 }  // extern "C"
@@ -203,20 +206,28 @@ struct Panels {
 };
 
 template <class Source, class Kind>
-void pack(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t block) {
+void pack_keys(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t block) {
   typedef typename Kind::element element;
   constexpr int PAIR = Kind::PAIR;
   element* keys = panels.keys(head * p.blocks + block);
-  element* values = panels.values(head * p.blocks + block);
   const int64_t length = p.block_length[block], first = p.block_token[block];
-  std::memset(static_cast<void*>(keys), 0, panels.size() * sizeof(element));
+  std::memset(static_cast<void*>(keys), 0, BLOCK * panels.depth * sizeof(element));
   const auto* k = static_cast<const Source*>(p.k) + p.k_base[block] + head * p.k_head;
-  const auto* v = static_cast<const Source*>(p.v) + p.v_base[block] + head * p.v_head;
   for (int64_t t = 0; t < length; ++t) {
     const Source* row = k + p.k_token_at[first + t];
     for (int64_t c = 0; c < p.d; ++c)
       Kind::put(widen(row[p.k_dim_at[c]]), keys[(c / PAIR * BLOCK + t) * PAIR + c % PAIR]);
   }
+}
+
+template <class Source, class Kind>
+void pack_values(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t block) {
+  typedef typename Kind::element element;
+  constexpr int PAIR = Kind::PAIR;
+  element* values = panels.values(head * p.blocks + block);
+  const int64_t length = p.block_length[block], first = p.block_token[block];
+  std::memset(static_cast<void*>(values), 0, BLOCK * panels.wide * sizeof(element));
+  const auto* v = static_cast<const Source*>(p.v) + p.v_base[block] + head * p.v_head;
   for (int64_t t = 0; t < length; ++t) {
     const Source* row = v + p.v_token_at[first + t];
     element* line = values + t / PAIR * panels.wide * PAIR + t % PAIR;
@@ -224,16 +235,45 @@ void pack(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t bl
   }
 }
 
+template <class Source, class Kind>
+void copy_query(const Problem& p, int64_t query, int64_t head, typename Kind::element* to) {
+  const auto* row = static_cast<const Source*>(p.q) + query * p.q_token + head * p.q_head;
+  for (int64_t c = 0; c < p.d; ++c) Kind::put(widen(row[c]), to[c]);
+}
+
+inline float highest_of(const float* x, int64_t count, float least) {
+  vfloat most = vfloat{} + least;
+  for (int64_t j = 0; j < count; j += WIDTH) {
+    vfloat next = load(x + j);
+    most = most > next ? most : next;
+  }
+  float highest = least;
+  for (int j = 0; j < WIDTH; ++j) highest = most[j] > highest ? most[j] : highest;
+  return highest;
+}
+
+inline float sum_of(vfloat x) {
+  float sum = 0;
+  for (int j = 0; j < WIDTH; ++j) sum += x[j];
+  return sum;
+}
+
+// Scales a row of logits and hides the keys from `limit` on.
+inline void scale_and_mask(float* line, float scale, int64_t limit) {
+  for (int j = 0; j < BLOCK; j += WIDTH) store(line + j, load(line + j) * scale);
+  for (int64_t j = limit < 0 ? 0 : limit; j < BLOCK; ++j) line[j] = MASKED;
+}
+
+inline int64_t visible(const Problem& p, int64_t tile, int64_t query, int64_t id) {
+  const int64_t limit = p.tile_position[tile] + query + 1 - id * BLOCK;
+  const int64_t length = p.block_length[p.tile_block[tile] + id];
+  return limit < length ? limit : length;
+}
+
 // One row of logits becomes weights; returns what the earlier sums shrink by.
 template <class Kind>
 inline float soften(float* logits, typename Kind::element* weights, float& top, float& total) {
-  vfloat most = load(logits);
-  for (int j = WIDTH; j < BLOCK; j += WIDTH) {
-    vfloat next = load(logits + j);
-    most = most > next ? most : next;
-  }
-  float highest = top;
-  for (int j = 0; j < WIDTH; ++j) highest = most[j] > highest ? most[j] : highest;
+  const float highest = highest_of(logits, BLOCK, top);
   const vfloat shift = vfloat{} + highest;
   vfloat sum = {};
   for (int j = 0; j < BLOCK; j += WIDTH) {
@@ -249,9 +289,7 @@ inline float soften(float* logits, typename Kind::element* weights, float& top, 
     std::memcpy(static_cast<void*>(weights + j), &x, sizeof(x));
   }
   const float keep = highest == top ? 1.0f : exp2_below(vfloat{} + (top - highest))[0];
-  float added = 0;
-  for (int j = 0; j < WIDTH; ++j) added += sum[j];
-  total = total * keep + added;
+  total = total * keep + sum_of(sum);
   top = highest;
   return keep;
 }
@@ -270,25 +308,17 @@ void attend(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t 
   const float log2_e = 1.44269504088896f, scale = p.scale * log2_e;
   std::memset(static_cast<void*>(q), 0, BLOCK * panels.depth * sizeof(element));
   std::memset(acc, 0, BLOCK * panels.wide * sizeof(float));
-  const auto* source =
-      static_cast<const Source*>(p.q) + p.tile_query[tile] * p.q_token + head * p.q_head;
   for (int i = 0; i < queries; ++i)
-    for (int64_t c = 0; c < p.d; ++c)
-      Kind::put(widen(source[i * p.q_token + c]), q[i * panels.depth + c]);
+    copy_query<Source, Kind>(p, p.tile_query[tile] + i, head, q + i * panels.depth);
   for (int i = 0; i < BLOCK; ++i) top[i] = LEAST, total[i] = 0;
   const int64_t row = head * p.tiles + tile;
   for (int64_t at = p.rows[row]; at < p.rows[row + 1]; ++at) {
-    const int64_t block = p.tile_block[tile] + p.chosen[at];
-    const int64_t panel_at = kv_head * p.blocks + block;
+    const int64_t panel_at = kv_head * p.blocks + p.tile_block[tile] + p.chosen[at];
     multiply<Kind>(q, panels.depth, panels.keys(panel_at), BLOCK, logits, BLOCK, rows, BLOCK,
                    panels.depth, nullptr);
-    const int64_t offset = p.tile_position[tile] - int64_t(p.chosen[at]) * BLOCK;
     for (int i = 0; i < rows; ++i) {
       float* line = logits + i * BLOCK;
-      int64_t limit = offset + i + 1;
-      if (limit > p.block_length[block]) limit = p.block_length[block];
-      for (int j = 0; j < BLOCK; j += WIDTH) store(line + j, load(line + j) * scale);
-      for (int64_t j = limit < 0 ? 0 : limit; j < BLOCK; ++j) line[j] = MASKED;
+      scale_and_mask(line, scale, visible(p, tile, i, p.chosen[at]));
       keep[i] = soften<Kind>(line, weights + i * BLOCK, top[i], total[i]);
     }
     multiply<Kind>(weights, BLOCK, panels.values(panel_at), panels.wide, acc, panels.wide, rows,
@@ -302,21 +332,99 @@ void attend(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t 
   }
 }
 
+// How much of a tile's attention falls on each block, as some of its queries see it. Each block is
+// summed up relative to its own largest logit, so that the order of the blocks does not matter.
+template <class Source, class Kind>
+void look(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t tile,
+          float* scratch) {
+  typedef typename Kind::element element;
+  const int64_t kv_head = head / (p.heads / p.kv_heads), line_size = padded(p.blocks);
+  const int queries = p.tile_queries[tile], step = p.sample_step;
+  const int samples = (queries + step - 1) / step;
+  const int rows = (samples + ROWS - 1) / ROWS * ROWS;
+  const int64_t blocks = (p.tile_position[tile] + queries - 1) / BLOCK + 1;
+  float *logits = scratch, *tops = logits + BLOCK * BLOCK, *sums = tops + BLOCK * line_size;
+  element* q = reinterpret_cast<element*>(sums + BLOCK * line_size);
+  int at[BLOCK];
+  std::memset(static_cast<void*>(q), 0, rows * panels.depth * sizeof(element));
+  for (int i = 0; i < samples; ++i) {
+    at[i] = (step * (i + 1) < queries ? step * (i + 1) : queries) - 1;
+    copy_query<Source, Kind>(p, p.tile_query[tile] + at[i], head, q + i * panels.depth);
+    for (int64_t j = 0; j < line_size; ++j)
+      tops[i * line_size + j] = MASKED, sums[i * line_size + j] = 0;
+  }
+  const float scale = p.scale * 1.44269504088896f;
+  for (int64_t id = 0; id < blocks; ++id) {
+    const auto* keys = panels.keys(kv_head * p.blocks + p.tile_block[tile] + id);
+    multiply<Kind>(q, panels.depth, keys, BLOCK, logits, BLOCK, rows, BLOCK, panels.depth, nullptr);
+    for (int i = 0; i < samples; ++i) {
+      float* line = logits + i * BLOCK;
+      const int64_t limit = visible(p, tile, at[i], id);
+      if (limit <= 0) continue;
+      scale_and_mask(line, scale, limit);
+      const float top = highest_of(line, BLOCK, MASKED);
+      vfloat sum = {};
+      for (int j = 0; j < BLOCK; j += WIDTH) sum += exp2_below(load(line + j) - top);
+      tops[i * line_size + id] = top;
+      sums[i * line_size + id] = sum_of(sum);
+    }
+  }
+  float* shares = p.shares + (head * p.tiles + tile) * p.blocks;
+  for (int64_t j = 0; j < p.blocks; ++j) shares[j] = 0;
+  for (int i = 0; i < samples; ++i) {
+    float *line = sums + i * line_size, *tops_here = tops + i * line_size;
+    const float highest = highest_of(tops_here, line_size, MASKED);
+    vfloat total = {};
+    for (int64_t j = 0; j < line_size; j += WIDTH) {
+      vfloat x = load(line + j) * exp2_below(load(tops_here + j) - highest);
+      total += x;
+      store(line + j, x);
+    }
+    const float part = 1.0f / (sum_of(total) * samples);
+    for (int64_t j = 0; j < blocks; ++j) shares[j] += line[j] * part;
+  }
+}
+
+template <class Kind>
+int64_t scratch_bytes(const Problem& p, const Panels<Kind>& panels) {
+  const int64_t element = sizeof(typename Kind::element);
+  const int64_t attending = BLOCK * panels.wide * 4 + BLOCK * (panels.depth + BLOCK) * element;
+  const int64_t looking = 2 * BLOCK * padded(p.blocks) * 4 + BLOCK * panels.depth * element;
+  return BLOCK * BLOCK * 4 + (attending > looking ? attending : looking);
+}
+
+template <class Source, class Kind>
+void estimate(const Problem& p) {
+  const Panels<Kind> panels(p);
+#pragma omp parallel num_threads(p.threads)
+  {
+    float* own = static_cast<float*>(__builtin_malloc(scratch_bytes(p, panels)));
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t at = 0; at < p.kv_heads * p.blocks; ++at)
+      pack_keys<Source, Kind>(p, panels, at / p.blocks, at % p.blocks);
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t at = 0; at < p.heads * p.tiles; ++at)
+      look<Source, Kind>(p, panels, at % p.heads, p.tiles - 1 - at / p.heads, own);
+    __builtin_free(own);
+  }
+}
+
 template <class Source, class Kind>
 void run(const Problem& p) {
   const Panels<Kind> panels(p);
-  const int64_t scratch =
-      BLOCK * (BLOCK + panels.wide) * 4 + BLOCK * (panels.depth + BLOCK) * sizeof(typename Kind::element);
   const int64_t group_rows = p.heads / p.kv_heads * p.tiles;
   for (int64_t row = 0; row < p.heads * p.tiles; ++row)
     for (int64_t at = p.rows[row]; at < p.rows[row + 1]; ++at)
       p.needed[row / group_rows * p.blocks + p.tile_block[row % p.tiles] + p.chosen[at]] = 1;
 #pragma omp parallel num_threads(p.threads)
   {
-    float* own = static_cast<float*>(__builtin_malloc(scratch));
+    float* own = static_cast<float*>(__builtin_malloc(scratch_bytes(p, panels)));
 #pragma omp for schedule(dynamic, 4)
-    for (int64_t at = 0; at < p.kv_heads * p.blocks; ++at)
-      if (p.needed[at]) pack<Source, Kind>(p, panels, at / p.blocks, at % p.blocks);
+    for (int64_t at = 0; at < p.kv_heads * p.blocks; ++at) {
+      if (!p.needed[at]) continue;
+      if (!p.keys_packed) pack_keys<Source, Kind>(p, panels, at / p.blocks, at % p.blocks);
+      pack_values<Source, Kind>(p, panels, at / p.blocks, at % p.blocks);
+    }
     // The last tiles of a sequence have the most keys: they come first.
 #pragma omp for schedule(dynamic, 1)
     for (int64_t at = 0; at < p.heads * p.tiles; ++at)
@@ -349,6 +457,16 @@ __attribute__((visibility("default"))) int trimtab_element_bytes(int dtype) {
 #else
   (void)dtype;
   return 4;
+#endif
+}
+
+__attribute__((visibility("default"))) void trimtab_block_shares(const Problem* p) {
+  if (p->dtype == 0) return estimate<float, Float>(*p);
+  if (p->dtype == 2) return estimate<fp16, Float>(*p);
+#if defined(__AVX512BF16__)
+  estimate<bf16, Bfloat>(*p);
+#else
+  estimate<bf16, Float>(*p);
 #endif
 }
 

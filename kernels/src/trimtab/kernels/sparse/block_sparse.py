@@ -160,13 +160,114 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("k_token_at", "v_token_at", "k_dim_at", "v_dim_at")),
         *((name, ctypes.c_void_p) for name in ("tile_query", "tile_block", "tile_queries")),
         *((name, ctypes.c_void_p) for name in ("tile_position", "rows", "chosen", "needed")),
+        ("shares", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("q_token", "q_head", "out_token", "out_head")),
         *((name, ctypes.c_int64) for name in ("k_head", "v_head", "tiles", "blocks")),
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "d", "d_v")),
         ("scale", ctypes.c_float),
         ("dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),
+        ("sample_step", ctypes.c_int32),
+        ("keys_packed", ctypes.c_int32),
     )
+
+
+class TiledAttention:
+    """Causal attention of tiles of queries to blocks of keys, in compiled code.
+
+    The keys are packed once, for the estimate of `shares` and for `attend`.
+
+    Args:
+        q: ``[queries, heads, d]``, its last dimension dense; float32, bfloat16 or float16.
+        store: the keys.
+        tiles: the tiles of ``q``.
+        scale: of the logits.
+
+    `is_compiled_for` tells whether it can be made.
+    """
+
+    def __init__(self, q: Tensor, store: KeyStore, tiles: Tiles, scale: float) -> None:
+        compiled = library()
+        assert compiled is not None
+        self._code, self._store, self._tiles = compiled, store, tiles
+        self._heads = q.shape[1]
+        blocks, wide = store.k_base.numel(), store.v_dim_at.numel()
+        panel = TILE * (-(-q.shape[2] // 2) * 2 + -(-wide // 16) * 16)
+        bytes_each = compiled.trimtab_element_bytes(_DTYPES[q.dtype])
+        fields = {
+            "q": q,
+            "k": store.k,
+            "v": store.v,
+            "panels": torch.empty(store.kv_heads * blocks * panel * bytes_each, dtype=torch.uint8),
+            "k_base": store.k_base,
+            "v_base": store.v_base,
+            "block_token": store.block_token,
+            "block_length": store.block_length,
+            "k_token_at": store.k_token_at,
+            "v_token_at": store.v_token_at,
+            "k_dim_at": store.k_dim_at,
+            "v_dim_at": store.v_dim_at,
+            "tile_query": tiles.query,
+            "tile_block": store.before[tiles.sequence],
+            "tile_queries": tiles.queries,
+            "tile_position": tiles.position,
+        }
+        self._kept: dict[str, Tensor] = {}
+        self._problem = _Problem(
+            q_token=q.stride(0),
+            q_head=q.stride(1),
+            k_head=store.k_head,
+            v_head=store.v_head,
+            tiles=tiles.query.numel(),
+            blocks=blocks,
+            heads=self._heads,
+            kv_heads=store.kv_heads,
+            d=q.shape[2],
+            d_v=wide,
+            scale=scale,
+            dtype=_DTYPES[q.dtype],
+            threads=torch.get_num_threads(),
+        )
+        for name, tensor in fields.items():
+            dense = name not in ("q", "k", "v") and not tensor.is_contiguous()
+            self._point(name, tensor.contiguous() if dense else tensor)
+
+    def _point(self, name: str, tensor: Tensor) -> Tensor:
+        """Hands a tensor to the compiled code, and keeps it for as long."""
+        self._kept[name] = tensor
+        setattr(self._problem, name, tensor.data_ptr())
+        return tensor
+
+    def shares(self, step: int) -> Tensor:
+        """The mean share of each block in the attention of every ``step``-th query of a tile.
+
+        Returns:
+            ``[heads, tiles, blocks]`` float32 by id within the tile's sequence; there are as many
+            as all sequences have together, and what a tile's has not is 0.
+        """
+        blocks = self._store.k_base.numel()
+        shares = torch.empty(self._heads, self._tiles.query.numel(), blocks)
+        self._point("shares", shares)
+        self._problem.sample_step = step
+        self._code.trimtab_block_shares(ctypes.byref(self._problem))
+        self._problem.keys_packed = 1
+        return shares
+
+    def attend(self, choice: Choice, out: Tensor) -> Tensor:
+        """Writes the attention to the chosen blocks into ``out``; see `tiled_attention`."""
+        self._point("rows", choice.rows.contiguous())
+        self._point("chosen", choice.blocks.contiguous())
+        panels = self._store.kv_heads * self._store.k_base.numel()
+        self._point("needed", torch.zeros(panels, dtype=torch.uint8))
+        self._point("out", out)
+        self._problem.out_token, self._problem.out_head = out.stride(0), out.stride(1)
+        self._code.trimtab_block_sparse(ctypes.byref(self._problem))
+        return out
+
+
+def is_compiled_for(q: Tensor) -> bool:
+    """Whether `TiledAttention` takes these queries on this machine."""
+    return library() is not None and q.dtype in _DTYPES
 
 
 def tiled_attention(
@@ -182,29 +283,9 @@ def tiled_attention(
         out: ``[queries, heads, d_v]`` as ``q``, its last dimension dense.
         scale: of the logits.
     """
-    compiled = library()
-    if compiled is None or q.dtype not in _DTYPES:
-        return tiled_attention_in_torch(q, store, tiles, choice, out, scale)
-    blocks, wide = store.k_base.numel(), store.v_dim_at.numel()
-    panel = TILE * (-(-q.shape[2] // 2) * 2 + -(-wide // 16) * 16)
-    bytes_each = compiled.trimtab_element_bytes(_DTYPES[q.dtype])
-    panels = torch.empty(store.kv_heads * blocks * panel * bytes_each, dtype=torch.uint8)
-    needed = torch.zeros(store.kv_heads * blocks, dtype=torch.uint8)
-    offsets = (
-        *(store.k_base, store.v_base, store.block_token, store.block_length),
-        *(store.k_token_at, store.v_token_at, store.k_dim_at, store.v_dim_at),
-        *(tiles.query, store.before[tiles.sequence], tiles.queries, tiles.position),
-        *(choice.rows, choice.blocks, needed),
-    )
-    tensors = (q, store.k, store.v, out, panels, *(x.contiguous() for x in offsets))
-    problem = _Problem(
-        *(x.data_ptr() for x in tensors),
-        *(q.stride(0), q.stride(1), out.stride(0), out.stride(1), store.k_head, store.v_head),
-        *(tiles.query.numel(), blocks, q.shape[1], store.kv_heads, q.shape[2], wide),
-        *(scale, _DTYPES[q.dtype], torch.get_num_threads()),
-    )
-    compiled.trimtab_block_sparse(ctypes.byref(problem))
-    return out
+    if is_compiled_for(q):
+        return TiledAttention(q, store, tiles, scale).attend(choice, out)
+    return tiled_attention_in_torch(q, store, tiles, choice, out, scale)
 
 
 def tiled_attention_in_torch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,13 @@ from trimtab.kernels.sparse.block_sparse import (
     TILE,
     Choice,
     KeyStore,
+    TiledAttention,
     Tiles,
+    is_compiled_for,
     library,
-    tiled_attention,
+    tiled_attention_in_torch,
 )
-from trimtab.kernels.sparse.selectors import Selection
+from trimtab.kernels.sparse.selectors import SAMPLE_STEPS, Selection
 
 LEAST_GAIN = 1.1
 """Predicted speed-up below which dense attention is kept."""
@@ -25,11 +27,11 @@ _SPEED: Mapping[str, float] = {"dense": 1.0, "compiled": 1.3, "torch": 0.08}
 """Work done in a time in which dense attention does 1."""
 
 _SELECTION: Mapping[str, float] = {
-    "mass": 0.14,
+    "mass": 0.03,
     "pooled": 0.03,
     "top": 0.03,
     "antidiagonal": 0.05,
-    "oracle": 1.0,
+    "oracle": 0.25,
 }
 """Work of each selector for a query and key, where attention is 1."""
 
@@ -74,7 +76,7 @@ def plan(queries: int, keys: int, group: int, density: float, selection: Selecti
 
 def sparse_prefill(
     q: Tensor,
-    keys: Tensor,
+    keys: Callable[[], Tensor],
     store: KeyStore,
     position: int,
     out: Tensor,
@@ -85,8 +87,8 @@ def sparse_prefill(
 
     Args:
         q: ``[queries, heads, d]``.
-        keys: the sequence's keys ``[keys, kv_heads, d]``, for the selection.
-        store: keys and values of this one sequence, for the attention.
+        keys: makes the sequence's keys ``[keys, kv_heads, d]``, for estimates in plain torch.
+        store: keys and values of this one sequence.
         position: the first query's place among the keys.
         out: ``[queries, heads, d_v]``.
         scale: of the logits.
@@ -95,11 +97,21 @@ def sparse_prefill(
     Returns:
         The share of the causal blocks that was kept.
     """
-    mask = selection.blocks(q, keys, position, scale)
-    cu_queries, cu_keys = (
-        torch.tensor([0, n], dtype=torch.int32) for n in (q.shape[0], keys.shape[0])
-    )
+    cu_queries = torch.tensor([0, q.shape[0]], dtype=torch.int32)
+    cu_keys = torch.tensor([0, position + q.shape[0]], dtype=torch.int32)
     tiles = Tiles.of(cu_queries, cu_keys, q.shape[0])
-    tiled_attention(q, store, tiles, Choice.of_mask(mask), out, scale)
+    if is_compiled_for(q):
+        attention = TiledAttention(q, store, tiles, scale)
+        step = SAMPLE_STEPS.get(selection.selector)
+        if step is None:
+            shares = selection.estimate(q, keys(), position, scale)
+        else:
+            shares = attention.shares(step)
+        mask = selection.keep(shares, position, q.shape[0])
+        attention.attend(Choice.of_mask(mask), out)
+    else:
+        shares = selection.estimate(q, keys(), position, scale)
+        mask = selection.keep(shares, position, q.shape[0])
+        tiled_attention_in_torch(q, store, tiles, Choice.of_mask(mask), out, scale)
     causal = int((tiles.last_block + 1).sum()) * q.shape[1]
     return int(mask.sum()) / max(1, causal)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,7 +24,8 @@ scale to shares ``[heads, tiles, blocks]`` whose last dimension adds up to 1."""
 _QUERY_STEP = 4
 _POOL = 16
 _STRIDE = 16
-_SAMPLE_STEP = 8
+SAMPLE_STEPS: Mapping[str, int] = {"mass": 8, "oracle": 1}
+"""Selectors that look at whole queries, and at every how many."""
 
 
 def _shares(logits: Tensor, visible: Tensor, per_block: int, rows: int) -> Tensor:
@@ -80,9 +82,8 @@ def antidiagonal(q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
     return _shares(logits, begins <= at[:, None], TILE // _STRIDE, TILE // _STRIDE)
 
 
-def sampled(q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
-    """Every eighth query against all keys: a sixteenth of the work of attention."""
-    step = _SAMPLE_STEP
+def sampled(q: Tensor, k: Tensor, position: int, scale: float, *, step: int) -> Tensor:
+    """Every ``step``-th query against all keys; `TiledAttention.shares` is the same, compiled."""
     at = position + torch.arange(step - 1, q.shape[0] + step - 1, step).clamp(max=q.shape[0] - 1)
     visible = torch.arange(k.shape[0]) <= at[:, None]
     parts = [
@@ -97,30 +98,18 @@ def sampled(q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
     return torch.cat(parts)
 
 
-def oracle(q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
-    """The attention itself: what no estimate can beat, at the price of dense attention."""
-    at = position + torch.arange(q.shape[0])
-    visible = torch.arange(k.shape[0]) <= at[:, None]
-    parts = [
-        _shares(_logits(q[:, h : h + 1], k[:, g : g + 1], scale), visible, TILE, TILE)
-        for h, g in _heads(q, k)
-    ]
-    return torch.cat(parts)
-
-
 def _heads(q: Tensor, k: Tensor) -> list[tuple[int, int]]:
     group = q.shape[1] // k.shape[1]
     return [(head, head // group) for head in range(q.shape[1])]
 
 
 ESTIMATES: Mapping[str, Estimate] = {
-    "mass": sampled,
     "pooled": pooled,
     "antidiagonal": antidiagonal,
     "top": pooled,
-    "oracle": oracle,
+    **{name: partial(sampled, step=step) for name, step in SAMPLE_STEPS.items()},
 }
-"""The estimate behind each selector."""
+"""The estimate behind each selector; the oracle's is attention itself, at attention's price."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +124,8 @@ class Selection:
     first: int = 1
     recent: int = 2
 
-    def blocks(self, q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
-        """The blocks of each tile, a mask ``[heads, tiles, blocks]``.
+    def estimate(self, q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
+        """Shares ``[heads, tiles, blocks]`` in plain torch.
 
         Args:
             q: queries of one sequence ``[queries, heads, d]``.
@@ -144,12 +133,20 @@ class Selection:
             position: the first query's place among them.
             scale: of the logits.
         """
-        shares = ESTIMATES[self.selector](q, k, position, scale)
+        return ESTIMATES[self.selector](q, k, position, scale)
+
+    def keep(self, shares: Tensor, position: int, queries: int) -> Tensor:
+        """The blocks of each tile, a mask as large as ``shares``.
+
+        Args:
+            shares: an estimate ``[heads, tiles, blocks]``.
+            position: the first query's place among the keys.
+            queries: how many there are, the last of them at the last key.
+        """
         ids = torch.arange(shares.shape[-1])
-        ends = position + torch.arange(TILE - 1, shares.shape[1] * TILE, TILE)
-        own = ends.clamp(max=k.shape[0] - 1)[:, None] // TILE
-        begin = (position + torch.arange(0, shares.shape[1] * TILE, TILE))[:, None] // TILE
-        forced = (ids < self.first) | (ids > begin - self.recent)
+        begin = position + torch.arange(0, shares.shape[1] * TILE, TILE)[:, None]
+        own = (begin + TILE - 1).clamp(max=position + queries - 1) // TILE
+        forced = (ids < self.first) | (ids > begin // TILE - self.recent)
         ranked = shares.masked_fill(forced, 2.0).sort(dim=-1, descending=True, stable=True)
         if self.selector == "top":
             keep = (ids < self.top).expand_as(shares)

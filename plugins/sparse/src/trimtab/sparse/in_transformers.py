@@ -85,7 +85,9 @@ def _filled_in(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     store = KeyStore.packed(k, v, torch.tensor([0, k.shape[0]], dtype=torch.int32))
-    share = sparse_prefill(q, k, store, k.shape[0] - q.shape[0], out, scale, selection(config))
+    share = sparse_prefill(
+        q, lambda: k, store, k.shape[0] - q.shape[0], out, scale, selection(config)
+    )
     if kept is not None:
         kept(share)
     return out[None]

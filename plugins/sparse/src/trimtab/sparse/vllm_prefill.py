@@ -45,12 +45,13 @@ class SparsePrefill:
         """Writes the attention of a request's new tokens."""
         queries, heads, _ = work.query.shape
         position = work.keys - queries
-        known = [work.new_keys]
-        if position:
-            known.insert(0, cached_keys(work.cache, work.pages, position))
+
+        def keys() -> Tensor:
+            return torch.cat([cached_keys(work.cache, work.pages, position), work.new_keys])
+
         kept = sparse_prefill(
             q=work.query,
-            keys=torch.cat(known),
+            keys=keys,
             store=paged_store(work.cache, work.pages, work.keys),
             position=position,
             out=work.out,

@@ -145,7 +145,7 @@ class GenTree:
 
     def _schemes(self, betas: Sequence[float]) -> list[Scheme]:
         given = self._constants
-        beta = max(betas)
+        beta = given.beta_ratio * max(betas)
         model = GenModel(
             given.alpha_s,
             beta,

@@ -21,8 +21,16 @@ from trimtab.core.cost.collectives import (
     reduce_broadcast,
     ring,
 )
-from trimtab.core.cost.cut_bound import cut_bound_s_per_byte
+from trimtab.core.cost.cut_bound import allreduce_bound_s, cut_bound_s_per_byte
 from trimtab.core.cost.kv_transfer import exposed_transfer_s, kv_transfer_s
+from trimtab.core.cost.model_fit import (
+    Interval,
+    ModelFit,
+    Run,
+    fit_model,
+    fit_plain_model,
+    prediction_error,
+)
 from trimtab.core.cost.optimality import Optimality, optimality
 from trimtab.core.cost.plan_cost import Constants, ExchangeCost, PlanCost, PlanEvaluator
 from trimtab.core.cost.roofline import (
@@ -53,8 +61,10 @@ __all__ = [
     "EngineProfile",
     "ExchangeCost",
     "GenModel",
+    "Interval",
     "MeasuredStep",
     "Measurement",
+    "ModelFit",
     "ModelWork",
     "Optimality",
     "PlanCost",
@@ -63,17 +73,21 @@ __all__ = [
     "Replica",
     "Roofline",
     "RooflineConstants",
+    "Run",
     "Shape",
     "SteadyState",
     "StepBatch",
     "StepCost",
     "StepTime",
     "Work",
+    "allreduce_bound_s",
     "calibrate",
     "co_located_ps",
     "cut_bound_s_per_byte",
     "decode_s",
     "exposed_transfer_s",
+    "fit_model",
+    "fit_plain_model",
     "fit_step_cost",
     "halving_doubling",
     "hierarchical_ps",
@@ -83,6 +97,7 @@ __all__ = [
     "largest_batch",
     "least_accessed",
     "optimality",
+    "prediction_error",
     "prefill_s",
     "reduce_broadcast",
     "ring",

@@ -1,8 +1,11 @@
-"""What no AllReduce on a tree can beat, from counting the messages that must cross its links."""
+"""What no AllReduce on a tree can beat: the messages that must cross links, rounds and memory."""
 
 from __future__ import annotations
 
+import math
+
 from trimtab.core.collectives.network_tree import NetworkTree
+from trimtab.core.cost.plan_cost import Constants, memory_s_per_byte
 
 
 def cut_bound_s_per_byte(tree: NetworkTree) -> float:
@@ -39,3 +42,35 @@ def _is_contradiction(tree: NetworkTree, time_s: float) -> bool:
         owed[point] = max(owed[point], own) if tree.children[point] else own
         owed[tree.parents[point]] += owed[point]
     return owed[0] > 2
+
+
+def allreduce_bound_s(tree: NetworkTree, constants: Constants, payload_bytes: float) -> float:
+    """The least time of an AllReduce by GenModel, whatever it does, with pipelined chunks or not.
+
+    In one round each rank must get the payload of all others and add all of it up. In more, two
+    rounds pass at least; links are busy as long as the cut bound says; and the ranks' memories for
+    the N - 1 additions and N + 1 accesses of each element, which is once for a sum of all operands.
+    A first chunk has its messages and its sums behind one another; each further one costs a round,
+    and at best the longer of the two.
+    """
+    if tree.size < 2:
+        return 0.0
+    ranks, leaves = tree.size, list(tree.leaves)
+    alpha_s = constants.alpha_s
+    round_s = alpha_s + 2 * float(tree.latency_s[leaves].min())
+    least_delta = float(memory_s_per_byte(tree, constants).min())
+    sums = (ranks - 1) * constants.gamma_s_per_byte + (ranks + 1) * least_delta
+    links_s = payload_bytes * constants.beta_ratio * cut_bound_s_per_byte(tree)
+    several_s = 2 * round_s + _together_s(links_s, payload_bytes * sums / ranks, alpha_s)
+    slowest = float(tree.down_s_per_byte[leaves].max())
+    into_s = payload_bytes * constants.beta_ratio * (ranks - 1) * slowest
+    return min(several_s, round_s + _together_s(into_s, payload_bytes * sums, alpha_s))
+
+
+def _together_s(one_s: float, other_s: float, alpha_s: float) -> float:
+    """Two kinds of work behind one another, in the best number of chunks."""
+    less_s, more_s = sorted((one_s, other_s))
+    apart_s = less_s
+    if alpha_s < less_s:
+        apart_s = 2 * math.sqrt(alpha_s * less_s) - alpha_s
+    return more_s + apart_s

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,7 +22,9 @@ from pydantic import Field
 from trimtab.core.collectives.network_tree import NetworkTree
 from trimtab.core.collectives.schedule import UNIT, Step
 from trimtab.core.cost.flows import Flows, Widths
-from trimtab.core.documents import Document
+from trimtab.core.cost.model_fit import ModelFit
+from trimtab.core.documents import Document, write_atomic
+from trimtab.core.errors import BadInput
 from trimtab.core.units import Seconds
 
 Floats = NDArray[np.float64]
@@ -39,6 +42,7 @@ class Constants(Document):
 
     Attributes:
         alpha_s: what each round costs beside the latency of the links.
+        beta_ratio: what a byte takes on a link, as a multiple of what its bandwidth says.
         gamma_s_per_byte: one operand added to another.
         delta_s_per_byte: one byte read or written by a sum; None for what the devices' memory says.
         epsilon_ratio: ε as a share of the link's β, for each sender beyond the threshold.
@@ -46,14 +50,57 @@ class Constants(Document):
         width: what meets in a link's queue. ``sources``: the ranks whose data cross it; ``ports``:
             the ports of the switch that feed it; ``rate``: how often these ports' rates hold the
             link's own.
+        fitted: the runs' fit that the constants were taken from, where there was one.
     """
 
     alpha_s: Seconds = Field(50e-6, ge=0)
+    beta_ratio: float = Field(1.0, gt=0)
     gamma_s_per_byte: float = Field(0.0, ge=0)
     delta_s_per_byte: float | None = Field(None, ge=0)
     epsilon_ratio: float = Field(1 / 16, ge=0)
     incast_threshold: int = Field(9, ge=2)
     width: Width = "rate"
+    fitted: ModelFit | None = None
+
+    @classmethod
+    def of_fit(cls, fit: ModelFit, tree: NetworkTree) -> Constants:
+        """What was fitted on ranks below one switch, beside what a network says of their links.
+
+        Args:
+            fit: of the runs.
+            tree: the network of the ranks that took part.
+
+        Raises:
+            BadInput: the runs show no bandwidth.
+        """
+        links = list(tree.leaves)
+        beta = float(np.median(tree.up_s_per_byte[links]))
+        fitted = fit.beta_s_per_byte.value
+        if min(beta, fitted) <= 0:
+            raise BadInput(
+                "the runs show no bandwidth", fix="time larger payloads, of which bandwidth decides"
+            )
+        latency_s = 2 * float(np.median(tree.latency_s[links]))
+        return cls(
+            alpha_s=max(fit.alpha_s.value - latency_s, 0.0),
+            beta_ratio=fitted / beta,
+            gamma_s_per_byte=fit.gamma_s_per_byte.value,
+            delta_s_per_byte=fit.delta_s_per_byte.value,
+            epsilon_ratio=fit.epsilon_s_per_byte.value / fitted,
+            incast_threshold=fit.incast_threshold,
+            fitted=fit,
+        )
+
+    def write(self, path: str | Path) -> None:
+        """Writes a YAML file, whole or not at all.
+
+        Raises:
+            BadInput: the folder is missing or may not be written, or the disk is full.
+        """
+        import yaml
+
+        data = self.model_dump(mode="json", exclude_defaults=True)
+        write_atomic(path, yaml.safe_dump(data, sort_keys=False))
 
 
 @dataclass(frozen=True)
@@ -125,7 +172,7 @@ class PlanEvaluator:
     def __init__(self, tree: NetworkTree, constants: Constants) -> None:
         self.tree, self.constants = tree, constants
         self._widths = Widths(tree, constants.width)
-        self._epsilon = constants.epsilon_ratio
+        self._epsilon, self._beta_ratio = constants.epsilon_ratio, constants.beta_ratio
         self._symmetric = np.array_equal(tree.up_s_per_byte, tree.down_s_per_byte)
 
     def cost(self, steps: Sequence[Step]) -> PlanCost:
@@ -178,7 +225,7 @@ class PlanEvaluator:
             (flows.down, down_wide, tree.down_s_per_byte),
         ):
             excess = np.maximum(wide - constants.incast_threshold, 0)
-            busy.append(load / UNIT * beta * (1 + excess * self._epsilon))
+            busy.append(load / UNIT * self._beta_ratio * beta * (1 + excess * self._epsilon))
         return busy[0], busy[1], int(max(up_wide.max(), down_wide.max()))
 
     def _latency_s(self, flows: Flows) -> float:
@@ -198,12 +245,15 @@ class PlanEvaluator:
 
     @cached_property
     def _delta(self) -> Floats:
-        """Seconds that each rank's memory takes for a byte (N)."""
-        given = self.constants.delta_s_per_byte
-        if given is not None or not self.tree.memory_bytes_per_s:
-            return np.full(self.tree.size, given or 0.0)
-        rates = self.tree.memory_bytes_per_s
-        return np.array([1 / rate if rate > 0 else 0.0 for rate in rates])
+        return memory_s_per_byte(self.tree, self.constants)
+
+
+def memory_s_per_byte(tree: NetworkTree, constants: Constants) -> Floats:
+    """Seconds that each rank's memory takes to read or write a byte (N)."""
+    given = constants.delta_s_per_byte
+    if given is not None or not tree.memory_bytes_per_s:
+        return np.full(tree.size, given or 0.0)
+    return np.array([1 / rate if rate > 0 else 0.0 for rate in tree.memory_bytes_per_s])
 
 
 def total(costs: Sequence[ExchangeCost], alpha_s: float) -> PlanCost:

@@ -1,7 +1,8 @@
 """Measures bandwidth and latency between each two hosts of a job, and infers the network's tiers.
 
 Run as a training job is run, e.g. ``torchrun ... -m trimtab.hosts.torch.network_profile --out
-matrix.json``. One rank of each host takes part; when all ranks share one machine, all do.
+matrix.json``. One rank of each host takes part; when all ranks share one machine, all do. With
+``--constants`` it also times collectives among hosts below one switch and fits GenModel to them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from trimtab.core.cost.model_fit import TERMS
 from trimtab.core.documents import write_atomic
 from trimtab.core.errors import BadInput, TrimtabError
+from trimtab.core.topology import read_topology
 from trimtab.core.topology.assumptions import Assumed
 from trimtab.core.topology.measured import Measurement, draft_of_measurement, tiers_of
 from trimtab.core.topology.writing import write_cluster
@@ -29,9 +32,17 @@ from trimtab.hosts.host_order import own_host
 if TYPE_CHECKING:
     import torch
 
+    from trimtab.core.cluster import Cluster
+    from trimtab.core.cost import Constants
+    from trimtab.hosts.torch.collective_profile import Effort
+
 SIZES_BYTES = (2**20, 2**22, 2**24)
 PINGS = 10
 MAX_SIZE_BYTES = 2**32
+
+PAYLOADS = "256KiB,1MiB,4MiB"
+LEAST_HOSTS = 3
+"""So many hosts tell the constants of collectives apart."""
 
 Pair = tuple[int, int]
 Figures = tuple[float, float]
@@ -170,9 +181,7 @@ def measure(options: Options, backend: str) -> Measurement | None:
     import torch
     import torch.distributed as dist
 
-    everywhere: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(everywhere, own_host(os.environ))
-    players = _players(everywhere)
+    players = job_players()
     ranks = list(players)
     device = _device(torch, backend)
     mine: dict[int, Figures] = {}
@@ -188,6 +197,68 @@ def measure(options: Options, backend: str) -> Measurement | None:
     if dist.get_rank():
         return None
     return _matrix(players, gathered, options.at_once)
+
+
+def job_players() -> dict[int, str]:
+    """The ranks that take part and the host that each stands for; every rank calls it."""
+    import torch.distributed as dist
+
+    everywhere: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(everywhere, own_host(os.environ))
+    return _players(everywhere)
+
+
+def nearest_ranks(found: Measurement, players: Mapping[int, str]) -> list[int]:
+    """The ranks of the most hosts that share a lowest switch."""
+    tiers = tiers_of(found)
+    domains = tiers[0].domain_of if tiers else (0,)
+    largest = max(dict.fromkeys(domains), key=domains.count)
+    hosts = {host for host, domain in zip(found.hosts, domains, strict=True) if domain == largest}
+    return [rank for rank, host in players.items() if host in hosts]
+
+
+def fit_constants(found: Measurement | None, effort: Effort, cluster: Cluster | None) -> Constants:
+    """Times collectives among the nearest ranks and fits GenModel's constants; all ranks call it.
+
+    Args:
+        found: what `measure` returned.
+        effort: how they are timed.
+        cluster: the network that the constants are for, on rank 0.
+
+    Returns:
+        The same on every rank.
+
+    Raises:
+        BadInput: fewer than three hosts share a switch, or the network lacks one of them.
+    """
+    import torch.distributed as dist
+
+    from trimtab.core.collectives import NetworkTree
+    from trimtab.core.cost import Constants, fit_model
+    from trimtab.hosts.torch.collective_profile import timed_runs
+
+    players = job_players()
+    ranks: list[Any] = [None if found is None else nearest_ranks(found, players)]
+    dist.broadcast_object_list(ranks)
+    if len(ranks[0]) < LEAST_HOSTS:
+        raise BadInput(
+            f"only {len(ranks[0])} hosts share a switch",
+            fix=f"fit constants among at least {LEAST_HOSTS}",
+        )
+    runs = timed_runs(ranks[0], effort)
+    told: list[Any] = [None]
+    if cluster is not None:
+        try:
+            tree = NetworkTree.of_cluster(cluster, [(players[rank], 0) for rank in ranks[0]])
+            told = [Constants.of_fit(fit_model(runs), tree)]
+        except TrimtabError as error:
+            told = [error]
+    # All ranks learn of an error, so that none waits for the first one.
+    dist.broadcast_object_list(told)
+    if isinstance(told[0], TrimtabError):
+        raise told[0]
+    assert isinstance(told[0], Constants)
+    return told[0]
 
 
 def _players(hosts: Sequence[str]) -> dict[int, str]:
@@ -257,7 +328,7 @@ def _group(backend: str, timeout_s: float) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def parse_sizes(text: str) -> tuple[int, ...]:
+def parse_sizes(text: str, option: str = "--sizes") -> tuple[int, ...]:
     """Message sizes in bytes from text such as ``1MiB,16MiB``.
 
     Raises:
@@ -271,9 +342,9 @@ def parse_sizes(text: str) -> tuple[int, ...]:
         try:
             size = float(str(parse_bytes(part.strip())))
         except ValueError:
-            raise BadInput(f"--sizes has {part.strip()!r}", fix=fix) from None
+            raise BadInput(f"{option} has {part.strip()!r}", fix=fix) from None
         if not 1 <= size <= MAX_SIZE_BYTES:
-            raise BadInput(f"--sizes has {part.strip()!r}", fix="give from 1 byte to 4 GiB")
+            raise BadInput(f"{option} has {part.strip()!r}", fix="give from 1 byte to 4 GiB")
         sizes.append(int(size))
     return tuple(sorted(set(sizes)))
 
@@ -289,15 +360,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=("gloo", "nccl"))
     parser.add_argument("--device", default=Assumed().device, help="of the cluster's nodes")
     parser.add_argument("--devices-per-node", type=int, default=Assumed().devices_per_node)
+    parser.add_argument("--constants", type=Path, help="fitted constants (YAML) to write")
+    parser.add_argument(
+        "--payloads", default=PAYLOADS, help="of the collectives they are fitted to"
+    )
+    parser.add_argument("--topology", help="the network that the constants are for")
     parser.add_argument("--timeout", type=float, default=300, help="seconds a message may take")
     given = parser.parse_args(arguments)
     try:
         options = Options(parse_sizes(given.sizes), max(1, given.repeats), given.pairs == "at-once")
-        backend = given.backend or _best_backend()
+        backend = given.backend or ("gloo" if given.constants else _best_backend())
         with _group(backend, given.timeout):
             found = measure(options, backend)
+            constants = _constants(found, given) if given.constants is not None else None
         if found is not None:
             _write(found, given)
+            if constants is not None:
+                constants.write(given.constants)
+                print(fit_summary(constants))
     except TrimtabError as error:
         print(f"trimtab: {error}", file=sys.stderr)
         return error.exit_status
@@ -310,13 +390,40 @@ def _best_backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
+def _constants(found: Measurement | None, given: argparse.Namespace) -> Constants:
+    from trimtab.hosts.torch.collective_profile import Effort
+
+    payloads = parse_sizes(given.payloads, "--payloads")
+    effort = Effort(payloads, max(1, given.repeats), given.timeout)
+    cluster = None
+    if found is not None:
+        cluster = read_topology(given.topology) if given.topology else _inferred(found, given)
+    return fit_constants(found, effort, cluster)
+
+
+def _inferred(found: Measurement, given: argparse.Namespace) -> Cluster:
+    assumed = Assumed(given.device, given.devices_per_node)
+    return draft_of_measurement(found, str(given.out)).cluster(given.out.stem, assumed)
+
+
 def _write(found: Measurement, given: argparse.Namespace) -> None:
     write_atomic(given.out, found.model_dump_json(indent=1) + "\n")
     if given.cluster is not None:
-        assumed = Assumed(given.device, given.devices_per_node)
-        draft = draft_of_measurement(found, str(given.out))
-        write_cluster(draft.cluster(given.out.stem, assumed), given.cluster)
+        write_cluster(_inferred(found, given), given.cluster)
     print(summary(found))
+
+
+def fit_summary(constants: Constants) -> str:
+    """The fitted terms with their intervals, a line each."""
+    fit = constants.fitted
+    assert fit is not None
+    lines = [
+        f"{name}: {(term := getattr(fit, name)).value:.3g} ({term.low:.3g} to {term.high:.3g})"
+        for name in TERMS
+    ]
+    lines.append(f"incast_threshold: {fit.incast_threshold}")
+    errors = f"{fit.error:.1%} on numbers of ranks left out, {fit.plain_error:.1%} without incast"
+    return "\n".join([*lines, f"error: {errors} and memory ({fit.runs} runs)"])
 
 
 if __name__ == "__main__":

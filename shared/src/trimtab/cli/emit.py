@@ -9,7 +9,7 @@ import typer
 
 def emit(
     plan: Path = typer.Argument(help="A plan file."),
-    to: str = typer.Option(..., help="vllm, deepspeed, torchrun, slurm, kubernetes or mpi."),
+    to: str = typer.Option(..., help="vllm, deepspeed, torchrun, slurm, kubernetes, mpi or msccl."),
     out: Path | None = typer.Option(None, help="A folder for the files; else they are printed."),
     json_: bool = typer.Option(False, "--json", help="Print one JSON object: content by name."),
 ) -> None:

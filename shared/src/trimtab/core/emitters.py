@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from trimtab.core.documents import nearest
 from trimtab.core.errors import BadInput, Unsupported
 from trimtab.core.kubernetes_emitter import kubernetes
+from trimtab.core.msccl_emitter import msccl
 from trimtab.core.plan import Group, Option, Plan, Slot
 from trimtab.core.planned_nodes import (
     PlannedNode,
@@ -236,6 +237,7 @@ EMITTERS: Mapping[str, Callable[[Plan], Files]] = {
     "slurm": slurm,
     "kubernetes": kubernetes,
     "mpi": mpi,
+    "msccl": msccl,
 }
 
 

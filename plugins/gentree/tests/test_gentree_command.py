@@ -10,6 +10,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from trimtab.core.collectives import check_plan
+from trimtab.core.cost import Constants, ModelFit
 from trimtab.core.errors import BadInput
 from trimtab.core.plan import Plan
 from trimtab.gentree import plugin
@@ -142,3 +143,95 @@ def test_another_planners_plan_has_no_sizes() -> None:
     objective = Objective(metric="x", unit="1", better="lower", value=1)
     with pytest.raises(BadInput, match="planner 'placement'"):
         planned_sizes(Plan(planner="placement", objective=objective))
+
+
+def test_breakpoints_and_a_page(cluster: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    shown = run("--cluster", cluster, "--breakpoints", "--report", str(page))
+    assert "The best plan by size" in shown
+    assert "1 KiB" in shown
+    assert "The page is in" in shown
+    assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("size", ["1KiB", "1000B", "4GiB", "3"])
+def test_all_sizes_have_a_plan(cluster: str, size: str) -> None:
+    plan = json.loads(run("--cluster", cluster, "--size", size, "--json"))
+    assert plan["objective"]["value"] >= plan["objective"]["bound"] > 0
+
+
+def test_one_node_is_planned_too(tmp_path: Path) -> None:
+    path = tmp_path / "one.yaml"
+    path.write_text("nodes:\n  - {name: a0, device: cpu}\n")
+    plan = json.loads(run("--cluster", str(path), "--json"))
+    assert plan["objective"]["value"] == 0
+    assert plan["details"]["sizes"][0]["schedule"]["steps"] == []
+    assert "AllReduce of 1 ranks" in run("--cluster", str(path), "--breakpoints")
+
+
+def test_fitted_constants_are_planned_with(cluster: str, tmp_path: Path) -> None:
+    """As ``trimtab profile network --constants`` writes them."""
+    term = {"value": 1e-3, "low": 9e-4, "high": 2e-3}
+    names = ("alpha_s", "beta_s_per_byte", "gamma_s_per_byte", "delta_s_per_byte")
+    fit = {**dict.fromkeys((*names, "epsilon_s_per_byte"), term), "incast_threshold": 3}
+    fitted = ModelFit.model_validate({**fit, "error": 0.04, "plain_error": 0.1, "runs": 60})
+    path = tmp_path / "constants.yaml"
+    Constants(alpha_s=1e-3, beta_ratio=2.0, incast_threshold=3, fitted=fitted).write(path)
+    slow, fast = (
+        json.loads(run("--cluster", cluster, *words, "--json"))
+        for words in (("--constants", str(path)), ())
+    )
+    assert slow["details"]["constants"]["fitted"]["runs"] == 60
+    assert slow["objective"]["bound"] > 1.9 * fast["objective"]["bound"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("alpha_s: -1\n", "alpha_s"),
+        ("alpha_s: .nan\n", "alpha_s"),
+        ("beta_ratio: 0\n", "beta_ratio"),
+        ("epsilon_ratio: much\n", "epsilon_ratio"),
+        ("epsilon: 1\n", "epsilon"),
+        ("fitted: {runs: 3}\n", "fitted"),
+        ("[1, 2", "constants.yaml"),
+        ("", "empty"),
+    ],
+)
+def test_constants_that_are_none_are_refused(
+    cluster: str, tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "constants.yaml"
+    path.write_text(text)
+    with pytest.raises(BadInput, match=message) as error:
+        run("--cluster", cluster, "--constants", str(path))
+    assert "\n" not in str(error.value)
+    assert error.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nodes: []\n", "nodes"),
+        (CLUSTER.replace("10 Gb/s}\n  - {a: a1", "-1 Gb/s}\n  - {a: a1"), "bandwidth_bytes_per_s"),
+        (CLUSTER.replace("name: b1", "name: a1"), "a1"),
+        (CLUSTER + "  - {a: left, b: right, bandwidth_bytes_per_s: 1 Gb/s}\n", "form no tree"),
+    ],
+)
+def test_networks_that_hold_no_plan_are_refused(cluster: str, text: str, message: str) -> None:
+    Path(cluster).write_text(text)
+    with pytest.raises(BadInput, match=message) as error:
+        run("--cluster", cluster)
+    assert "\n" not in str(error.value)
+
+
+def test_no_hosts_are_refused(cluster: str, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# nobody\n")
+    with pytest.raises(BadInput):
+        run("--cluster", cluster, "--hosts", str(hosts))
+
+
+def test_a_page_that_cannot_be_written_is_refused(cluster: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no/such"):
+        run("--cluster", cluster, "--report", str(tmp_path / "no" / "such" / "page.html"))

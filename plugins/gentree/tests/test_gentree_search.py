@@ -168,5 +168,5 @@ def test_four_thousand_servers() -> None:
     assert choice.cost.seconds(4e7) == pytest.approx(
         evaluator.cost(choice.schedule.arrays).seconds(4e7), rel=1e-9
     )
-    assert choice.bound_s == pytest.approx(4e7 * cut_bound_s_per_byte(network))
+    assert choice.bound_s > 4e7 * cut_bound_s_per_byte(network) + 2 * CONSTANTS.alpha_s
     assert choice.seconds <= min(choice.baselines_s.values())

@@ -27,6 +27,10 @@ def allreduce(
     method: Method = typer.Option(
         "search", help="search: the better search; paper: GenTree as published."
     ),
+    breakpoints: bool = typer.Option(
+        False, help="Also say from which size on which plan is best, 1 KiB to 4 GiB."
+    ),
+    report: Path | None = typer.Option(None, help="Write a page with pictures to this file."),
     json_: bool = typer.Option(False, "--json", help="Print the plan as one JSON object."),
 ) -> None:
     """Plan the AllReduce of a training job on a network that is a tree."""
@@ -34,19 +38,25 @@ def allreduce(
     from trimtab.gentree.constants_file import read_constants
     from trimtab.gentree.planner import plan_allreduce
 
+    network = read_topology(cluster)
     plan = plan_allreduce(
-        read_topology(cluster),
+        network,
         [_bytes(text) for text in size],
         constants=None if constants is None else read_constants(constants),
         slots=None if hosts is None else _slots(hosts),
         search=_search(method),
+        breakpoints=breakpoints,
     )
     if out is not None:
         plan.write(out)
+    if report is not None:
+        from trimtab.gentree.report import write_report
+
+        write_report(plan, network, report)
     if json_:
         typer.echo(plan.model_dump_json(indent=2))
     else:
-        _show(plan, out)
+        _show(plan, out, report)
 
 
 def _bytes(text: str) -> float:
@@ -71,7 +81,7 @@ def _search(method: Method) -> Search:
     return PAPER if method == "paper" else Search()
 
 
-def _show(plan: Plan, out: Path | None) -> None:
+def _show(plan: Plan, out: Path | None, report: Path | None) -> None:
     from rich.console import Console
 
     from trimtab.gentree.table import plan_table
@@ -79,3 +89,5 @@ def _show(plan: Plan, out: Path | None) -> None:
     Console().print(plan_table(plan))
     if out is not None:
         typer.echo(f"The plan is in {out}.")
+    if report is not None:
+        typer.echo(f"The page is in {report}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,12 +12,13 @@ from pydantic import JsonValue
 
 from trimtab.core.cluster import Cluster
 from trimtab.core.collectives import NetworkTree, Schedule
-from trimtab.core.cost import Constants, PlanCost, PlanEvaluator, cut_bound_s_per_byte
+from trimtab.core.cost import Constants, PlanCost, PlanEvaluator, allreduce_bound_s
 from trimtab.core.documents import Document, digest
 from trimtab.core.errors import BadInput
 from trimtab.core.plan import Figure, Objective, Plan, Slot
 from trimtab.gentree.baselines import baselines
 from trimtab.gentree.gentree import GenTree, Search
+from trimtab.gentree.overtaking import Reign, reigns
 
 MIN_BYTES, MAX_BYTES = 1, 2**40
 
@@ -92,7 +94,7 @@ def choose(
         schedule,
         cost,
         cost.seconds(payload_bytes, chunks),
-        payload_bytes * cut_bound_s_per_byte(tree),
+        allreduce_bound_s(tree, constants, payload_bytes),
         grown.choices,
         {name: evaluator.cost(steps).seconds(payload_bytes) for name, steps in compared.items()},
     )
@@ -105,6 +107,7 @@ def plan_allreduce(
     constants: Constants | None = None,
     slots: Sequence[tuple[str, int]] | None = None,
     search: Search | None = None,
+    breakpoints: bool = False,
 ) -> Plan:
     """Plans the AllReduce of a job on a cluster.
 
@@ -114,6 +117,7 @@ def plan_allreduce(
         constants: of GenModel.
         slots: node and device of each rank, in rank order; all devices by default.
         search: how far the search goes.
+        breakpoints: whether the plan says from which size on which steps are best.
 
     Raises:
         BadInput: the links form no tree, there is no such slot, or a size is out of range.
@@ -130,6 +134,7 @@ def plan_allreduce(
         choose(tree, size, constants, order=order, search=search) for size in sorted(sizes_bytes)
     ]
     largest = choices[-1]
+    reigning = reigns(tree, constants, search) if breakpoints else []
     return Plan(
         planner="allreduce",
         inputs={"cluster": digest(cluster), "constants": digest(constants)},
@@ -147,6 +152,7 @@ def plan_allreduce(
         details={
             "constants": constants.model_dump(mode="json"),
             "sizes": [_planned(choice) for choice in choices],
+            "breakpoints": [reign.model_dump(mode="json") for reign in reigning],
         },
     )
 
@@ -167,6 +173,17 @@ def planned_sizes(plan: Plan) -> list[PlannedSize]:
     return validate(list[PlannedSize], plan.details.get("sizes"), where="details.sizes")
 
 
+def planned_breakpoints(plan: Plan) -> list[Reign]:
+    """Which steps are best from which size on; empty where the plan was not asked for it.
+
+    Raises:
+        BadInput: the plan was changed by hand.
+    """
+    from trimtab.core.documents import validate
+
+    return validate(list[Reign], plan.details.get("breakpoints", []), where="details.breakpoints")
+
+
 def leaf_order(tree: NetworkTree, slots: Sequence[tuple[str, int]]) -> list[int]:
     """The leaf of each rank."""
     leaf_of = {name: leaf for leaf, name in enumerate(tree.leaf_names)}
@@ -177,9 +194,11 @@ def leaf_order(tree: NetworkTree, slots: Sequence[tuple[str, int]]) -> list[int]
 def _ranks(cluster: Cluster, slots: Sequence[tuple[str, int]] | None) -> list[tuple[str, int]]:
     if slots is None:
         return [(node.name, index) for node in cluster.nodes for index in range(node.count)]
-    twice = next((slot for slot in slots if list(slots).count(slot) > 1), None)
+    twice = next((slot for slot, count in Counter(slots).items() if count > 1), None)
     if twice is not None:
         raise BadInput(f"device {twice[1]} of {twice[0]!r} is given two ranks", fix="give it one")
+    if not slots:
+        raise BadInput("the job has no rank", fix="name at least one host")
     return list(slots)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from trimtab.core.plan import Plan
-from trimtab.gentree.planner import PlannedSize, planned_sizes
+from trimtab.gentree.overtaking import Reign
+from trimtab.gentree.planner import PlannedSize, planned_breakpoints, planned_sizes
 
 _KIBI = 1024
 
@@ -20,7 +23,22 @@ def plan_table(plan: Plan) -> Group:
         table.add_column(head, justify="right")
     for size in sizes:
         table.add_row(*_row(size))
-    return Group(table, *(Text(line) for line in _switches(sizes[-1])))
+    lines = [Text(line) for line in _switches(sizes[-1])]
+    reigns = planned_breakpoints(plan)
+    return Group(table, *lines, *([_reigns(reigns)] if reigns else []))
+
+
+def _reigns(reigns: Sequence[Reign]) -> Table:
+    table = Table(title="The best plan by size", title_justify="left")
+    table.add_column("from", justify="right")
+    table.add_column("rounds", justify="right")
+    table.add_column("incast", justify="right")
+    table.add_column("switches, from the lowest")
+    for reign in reigns:
+        switches = " | ".join(dict.fromkeys(choice for _, choice in reign.switches))
+        row = (shown_bytes(reign.from_bytes), str(reign.rounds), str(reign.width), switches)
+        table.add_row(*row)
+    return table
 
 
 def _row(size: PlannedSize) -> list[str]:

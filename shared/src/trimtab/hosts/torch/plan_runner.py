@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,13 +15,18 @@ import torch
 from trimtab.core.collectives import UNIT, Schedule, Turn, programme
 from trimtab.core.errors import TrimtabError
 
-Combine = Callable[[torch.Tensor, Sequence[torch.Tensor]], None]
-"""Adds further operands (each L) to the first one (L) in place."""
+Combine = Callable[[torch.Tensor, torch.Tensor], None]
+"""Adds further operands (K, L) to the first one (L) in place."""
 
 FUSED_FROM = 6
 """From so many operands on, one fused sum is faster than a chain of additions."""
 
 _TAG_BASE, _TAG_SLOTS = 1 << 30, 1 << 18
+
+_KEPT_BYTES = 1 << 26
+"""The most room for incoming operands that is kept from one call to the next."""
+
+_KEPT_CUTS = 256
 
 
 class PeerLost(TrimtabError):
@@ -96,6 +102,53 @@ def _owners(schedule: Schedule) -> dict[tuple[int, int], int]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """A message of a turn, in elements of a piece of the payload.
+
+    Attributes:
+        peer: the other rank.
+        begin, end: in the piece; in the room for operands where ``summed``.
+        slot: its number among the messages between the two ranks in this direction.
+        summed: whether it comes into the room.
+    """
+
+    peer: int
+    begin: int
+    end: int
+    slot: int
+    summed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Total:
+    """A stretch of the piece, and the rows of the room (K, L) that are added to it."""
+
+    begin: int
+    end: int
+    room: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class _CutTurn:
+    """A turn in elements of a piece, without what is empty.
+
+    Attributes:
+        receives, sends, sums: what is done.
+        room: elements of incoming operands.
+    """
+
+    receives: tuple[_Message, ...]
+    sends: tuple[_Message, ...]
+    sums: tuple[_Total, ...]
+    room: int
+
+
+_Pending = list[tuple[int, Any]]
+"""Messages under way: the other rank, and gloo's work."""
+
+
 class PlanRunner:
     """Runs plans one after the other.
 
@@ -106,7 +159,11 @@ class PlanRunner:
 
     def __init__(self, base: Any, timeout: timedelta) -> None:
         self._base, self._timeout = base, timeout
-        self._staging: dict[torch.dtype, torch.Tensor] = {}
+        # With the turns themselves, so that no others can have their id.
+        self._cuts: OrderedDict[tuple[int, int], tuple[Sequence[Turn], list[_CutTurn]]] = (
+            OrderedDict()
+        )
+        self._room = torch.empty(0, dtype=torch.uint8)
 
     def run(
         self,
@@ -129,98 +186,124 @@ class PlanRunner:
         Raises:
             PeerLost: a rank is gone, or does not take part in time.
         """
-        count = max(1, min(chunks, data.numel()))
         length = data.numel()
-        pieces = [data[length * c // count : length * (c + 1) // count] for c in range(count)]
+        count = max(1, min(chunks, length))
         # Sizes that differ between ranks must not meet: a longer message than expected ends gloo.
-        key = hash((call, length, data.element_size())) & 0xFFF
-        slots = [_Slots(_TAG_BASE | key << 18, count, c) for c in range(count)]
+        tag = _TAG_BASE | (hash((call, length, data.element_size())) & 0xFFF) << 18
+        pieces = [data[length * c // count : length * (c + 1) // count] for c in range(count)]
+        cuts = [self._cut(turns, piece.numel()) for piece in pieces]
         for wave in range(len(turns) + count - 1):
             active = [c for c in range(count) if 0 <= wave - c < len(turns)]
+            rooms = self._rooms([cuts[c][wave - c].room for c in active], data.dtype)
             started = [
-                self._start(turns[wave - c], pieces[c], slots[c], row)
-                for row, c in enumerate(active)
+                self._start(cuts[c][wave - c], pieces[c], room, (tag, count, c))
+                for c, room in zip(active, rooms, strict=True)
             ]
-            for c, posted in zip(active, started, strict=True):
-                posted.finish(turns[wave - c], pieces[c], combine, self._timeout)
-            for posted in started:
-                posted.release(self._timeout)
+            for c, room, (receives, _) in zip(active, rooms, started, strict=True):
+                self._wait(receives)
+                for total in cuts[c][wave - c].sums:
+                    own = pieces[c][total.begin : total.end]
+                    come = room[total.room : total.room + total.rows * own.numel()]
+                    combine(own, come.view(total.rows, -1))
+            for _, sends in started:
+                self._wait(sends)
 
-    def _start(self, turn: Turn, data: torch.Tensor, slots: _Slots, row: int) -> _Posted:
-        """Posts all messages of a turn; what is to be summed comes into rows beside the data."""
-        length = data.numel()
-        summed = {(s.begin, s.end) for s in turn.sums}
-        posted = _Posted()
-        for message in turn.receives:
-            begin, end = _cut(message.begin, length), _cut(message.end, length)
-            tag = slots.next(("from", message.peer))
-            if begin == end:
-                continue
-            key = (message.begin, message.end)
-            into = torch.empty(end - begin, dtype=data.dtype) if key in summed else data[begin:end]
-            if key in summed:
-                posted.rows.setdefault(key, {})[message.peer] = into
-            work = self._call("recv", into, message.peer, tag)
-            posted.receives.append((message.peer, into, work))
-        for outgoing in turn.sends:
-            begin, end = _cut(outgoing.begin, length), _cut(outgoing.end, length)
-            tag = slots.next(("to", outgoing.peer))
-            if begin < end:
-                part = data[begin:end]
-                work = self._call("send", part, outgoing.peer, tag)
-                posted.sends.append((outgoing.peer, part, work))
-        return posted
+    def _start(
+        self, turn: _CutTurn, data: torch.Tensor, room: torch.Tensor, tags: tuple[int, int, int]
+    ) -> tuple[_Pending, _Pending]:
+        """Posts all messages of a turn; what is to be summed comes into the room.
 
-    def _call(self, name: str, part: torch.Tensor, peer: int, tag: int) -> Any:
+        Args:
+            turn: what is done.
+            data: the piece.
+            room: for operands.
+            tags: the call's tag, how many pieces there are, and which this is.
+        """
+        tag, count, number = tags
+        peer = -1
         try:
-            return getattr(self._base, name)([part], peer, tag)
+            receives = []
+            for message in turn.receives:
+                peer = message.peer
+                into = (room if message.summed else data)[message.begin : message.end]
+                slot = (message.slot * count + number) % _TAG_SLOTS
+                receives.append((peer, self._base.recv([into], peer, tag | slot)))
+            sends = []
+            for message in turn.sends:
+                peer = message.peer
+                slot = (message.slot * count + number) % _TAG_SLOTS
+                part = data[message.begin : message.end]
+                sends.append((peer, self._base.send([part], peer, tag | slot)))
         except RuntimeError as error:
             raise PeerLost(peer, _first_line(error)) from None
+        return receives, sends
+
+    def _wait(self, messages: _Pending) -> None:
+        for peer, work in messages:
+            try:
+                work.wait(self._timeout)
+            except RuntimeError as error:
+                raise PeerLost(peer, _first_line(error)) from None
+
+    def _cut(self, turns: Sequence[Turn], length: int) -> list[_CutTurn]:
+        """The turns for a piece of so many elements; as a rule they were asked for before."""
+        key = (id(turns), length)
+        if key not in self._cuts:
+            self._cuts[key] = (turns, _cut_turns(turns, length))
+            if len(self._cuts) > _KEPT_CUTS:
+                self._cuts.popitem(last=False)
+        return self._cuts[key][1]
+
+    def _rooms(self, lengths: Sequence[int], dtype: torch.dtype) -> list[torch.Tensor]:
+        """Room for the operands of each turn that is under way."""
+        size_bytes = sum(lengths) * dtype.itemsize
+        if size_bytes > _KEPT_BYTES:
+            whole = torch.empty(sum(lengths), dtype=dtype)
+        else:
+            if size_bytes > self._room.numel():
+                self._room = torch.empty(size_bytes, dtype=torch.uint8)
+            whole = self._room[:size_bytes].view(dtype)
+        ends = list(itertools.accumulate(lengths))
+        return [whole[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
 
-class _Slots:
-    """Tags of the messages between two ranks, numbered alike on both sides."""
-
-    def __init__(self, base: int, chunks: int, chunk: int) -> None:
-        self._base, self._chunks, self._chunk = base, chunks, chunk
-        self._count: Counter[tuple[str, int]] = Counter()
-
-    def next(self, way: tuple[str, int]) -> int:
-        number = self._count[way] * self._chunks + self._chunk
-        self._count[way] += 1
-        return self._base | number % _TAG_SLOTS
+def _cut_turns(turns: Sequence[Turn], length: int) -> list[_CutTurn]:
+    slots: Counter[tuple[str, int]] = Counter()
+    return [_cut_turn(turn, length, slots) for turn in turns]
 
 
-class _Posted:
-    """The messages of a turn under way; tensors are held until gloo is done with them."""
+def _cut_turn(turn: Turn, length: int, slots: Counter[tuple[str, int]]) -> _CutTurn:
+    sums, places, room = [], {}, 0
+    come = {(message.peer, message.begin, message.end) for message in turn.receives}
+    for total in turn.sums:
+        begin, end = _cut(total.begin, length), _cut(total.end, length)
+        peers = [p for p in total.operands if (p, total.begin, total.end) in come]
+        if begin < end and peers:
+            sums.append(_Total(begin, end, room, len(peers)))
+            for peer in peers:
+                places[peer, total.begin, total.end] = room
+                room += end - begin
+    receives, sends = [], []
+    for message in turn.receives:
+        begin, end = _cut(message.begin, length), _cut(message.end, length)
+        slot = _next(slots, ("from", message.peer))
+        at = places.get((message.peer, message.begin, message.end))
+        if begin < end:
+            first = begin if at is None else at
+            last = first + end - begin
+            receives.append(_Message(message.peer, first, last, slot, at is not None))
+    for outgoing in turn.sends:
+        begin, end = _cut(outgoing.begin, length), _cut(outgoing.end, length)
+        slot = _next(slots, ("to", outgoing.peer))
+        if begin < end:
+            sends.append(_Message(outgoing.peer, begin, end, slot))
+    return _CutTurn(tuple(receives), tuple(sends), tuple(sums), room)
 
-    def __init__(self) -> None:
-        self.receives: list[tuple[int, torch.Tensor, Any]] = []
-        self.sends: list[tuple[int, torch.Tensor, Any]] = []
-        self.rows: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
 
-    def finish(self, turn: Turn, data: torch.Tensor, combine: Combine, timeout: timedelta) -> None:
-        """Waits for what comes, and sums."""
-        _wait(self.receives, timeout)
-        length = data.numel()
-        for total in turn.sums:
-            begin, end = _cut(total.begin, length), _cut(total.end, length)
-            if begin < end:
-                rows = self.rows[total.begin, total.end]
-                operands = [rows[peer] for peer in total.operands if peer in rows]
-                combine(data[begin:end], operands)
-
-    def release(self, timeout: timedelta) -> None:
-        """Waits until what was sent may change."""
-        _wait(self.sends, timeout)
-
-
-def _wait(messages: Sequence[tuple[int, torch.Tensor, Any]], timeout: timedelta) -> None:
-    for peer, _, work in messages:
-        try:
-            work.wait(timeout)
-        except RuntimeError as error:
-            raise PeerLost(peer, _first_line(error)) from None
+def _next(slots: Counter[tuple[str, int]], way: tuple[str, int]) -> int:
+    """Numbers messages between two ranks alike on both sides, with those that are empty."""
+    slots[way] += 1
+    return slots[way] - 1
 
 
 def _first_line(error: Exception) -> str:
@@ -240,7 +323,7 @@ def adding(operands: Callable[[torch.Tensor, torch.Tensor], object], fused: bool
         fused: whether it is a sum, so that many operands may be summed at once.
     """
 
-    def combine(first: torch.Tensor, others: Sequence[torch.Tensor]) -> None:
+    def combine(first: torch.Tensor, others: torch.Tensor) -> None:
         if fused and first.dtype in (torch.float16, torch.bfloat16):
             # Rounded once, not once for each operand.
             wide = first.float()
@@ -248,7 +331,7 @@ def adding(operands: Callable[[torch.Tensor, torch.Tensor], object], fused: bool
                 wide.add_(other)
             first.copy_(wide)
         elif fused and len(others) + 1 >= FUSED_FROM:
-            first.copy_(torch.stack([first, *others]).sum(dim=0, dtype=first.dtype))
+            first.add_(others.sum(dim=0, dtype=first.dtype))
         else:
             for other in others:
                 operands(first, other)

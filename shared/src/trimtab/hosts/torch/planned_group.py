@@ -7,14 +7,15 @@ one thread, in the order of the calls; torch's C++ and Python sides both come he
 from __future__ import annotations
 
 import atexit
+import itertools
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -40,26 +41,29 @@ class Plans(Protocol):
         """The plan for a payload; None where the base group shall do it."""
 
 
+_KINDS: Any = dist.ReduceOp.RedOpType
+
+_COMBINES: Mapping[Any, Combine] = {
+    _KINDS.SUM: adding(torch.Tensor.add_, fused=True),
+    _KINDS.AVG: adding(torch.Tensor.add_, fused=True),
+    _KINDS.PRODUCT: adding(torch.Tensor.mul_, fused=False),
+    _KINDS.MIN: adding(lambda a, b: torch.minimum(a, b, out=a), fused=False),
+    _KINDS.MAX: adding(lambda a, b: torch.maximum(a, b, out=a), fused=False),
+    _KINDS.BAND: adding(torch.Tensor.bitwise_and_, fused=False),
+    _KINDS.BOR: adding(torch.Tensor.bitwise_or_, fused=False),
+    _KINDS.BXOR: adding(torch.Tensor.bitwise_xor_, fused=False),
+}
+
+
 def _operation(op: Any) -> tuple[Combine, bool] | None:
     """How a reduce operation combines operands, and whether the result is divided; None if not."""
-    kinds: Any = dist.ReduceOp.RedOpType
     kind = getattr(op, "op", op)
-    simple: dict[Any, Combine] = {
-        kinds.SUM: adding(torch.Tensor.add_, fused=True),
-        kinds.AVG: adding(torch.Tensor.add_, fused=True),
-        kinds.PRODUCT: adding(torch.Tensor.mul_, fused=False),
-        kinds.MIN: adding(lambda a, b: torch.minimum(a, b, out=a), fused=False),
-        kinds.MAX: adding(lambda a, b: torch.maximum(a, b, out=a), fused=False),
-        kinds.BAND: adding(torch.Tensor.bitwise_and_, fused=False),
-        kinds.BOR: adding(torch.Tensor.bitwise_or_, fused=False),
-        kinds.BXOR: adding(torch.Tensor.bitwise_xor_, fused=False),
-    }
-    found = next((combine for known, combine in simple.items() if known == kind), None)
-    return None if found is None else (found, kind == kinds.AVG)
+    found = _COMBINES.get(kind)
+    return None if found is None else (found, kind == _KINDS.AVG)
 
 
 class PlannedWork(dist.Work):
-    """A call that runs on the group's thread.
+    """A call that runs on the group's thread, or ran on the caller's.
 
     Args:
         result: the tensors that the call fills.
@@ -70,16 +74,23 @@ class PlannedWork(dist.Work):
         self._result = result
         self._done = threading.Event()
         self._error: Exception | None = None
-        self._future: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
+        self._future: torch.futures.Future[list[torch.Tensor]] | None = None
+        self._settling = threading.Lock()
 
     def finish(self, error: Exception | None = None) -> None:
-        """Says that the call is over; called on the group's thread."""
-        self._error = error
-        if error is None:
-            self._future.set_result(self._result)
+        """Says that the call is over."""
+        with self._settling:
+            self._error = error
+            self._done.set()
+            future = self._future
+        if future is not None:
+            self._settle(future)
+
+    def _settle(self, future: torch.futures.Future[list[torch.Tensor]]) -> None:
+        if self._error is None:
+            future.set_result(self._result)
         else:
-            self._future.set_exception(error)  # type: ignore[arg-type]
-        self._done.set()
+            future.set_exception(self._error)  # type: ignore[arg-type]
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         limit_s = timeout.total_seconds()
@@ -90,7 +101,15 @@ class PlannedWork(dist.Work):
         return True
 
     def get_future(self) -> torch.futures.Future[list[torch.Tensor]]:
-        return self._future
+        # Made when it is first asked for: most calls are only waited for.
+        with self._settling:
+            if self._future is not None:
+                return self._future
+            made = self._future = torch.futures.Future()
+            over = self._done.is_set()
+        if over:
+            self._settle(made)
+        return made
 
     def is_completed(self) -> bool:
         return self._done.is_set()
@@ -108,17 +127,52 @@ class PlannedWork(dist.Work):
         self.wait()
 
 
+class _Several(dist.Work):
+    """Calls that are one to the caller."""
+
+    def __init__(self, works: Sequence[Any]) -> None:
+        super().__init__()
+        self._works = list(works)
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        limit = [timeout] if timeout > timedelta(0) else []
+        return sum(not work.wait(*limit) for work in self._works) == 0
+
+    def get_future(self) -> Any:
+        return torch.futures.collect_all([work.get_future() for work in self._works])
+
+
 class _Thread:
-    """Runs calls one after the other."""
+    """Runs calls one after the other, each with its number."""
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._given = itertools.count(1)
+        self._ahead = 0
+        self._order, self._running = threading.Lock(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name="trimtab-plans", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 
-    def submit(self, call: Callable[[], None]) -> None:
-        self._calls.put(call)
+    def submit(self, call: Callable[[int], None], *, here: bool) -> None:
+        """Runs a call behind all others.
+
+        Args:
+            call: gets a number of its own, in the order of the calls.
+            here: whether it may run at once in the caller's thread, which waits for it anyway; it
+                does where no call is ahead of it.
+        """
+        with self._order:
+            number = next(self._given)
+            at_once = here and self._ahead == 0 and self._running.acquire(blocking=False)
+            if not at_once:
+                self._ahead += 1
+                self._calls.put(partial(call, number))
+        if at_once:
+            try:
+                call(number)
+            finally:
+                self._running.release()
 
     def close(self) -> None:
         """Ends the thread behind the calls that were given; it holds no tensor after that."""
@@ -129,8 +183,11 @@ class _Thread:
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not _STOP:
-            call()
+            with self._running:
+                call()
             del call
+            with self._order:
+                self._ahead -= 1
 
 
 class PlannedGroup(dist.ProcessGroup):
@@ -171,7 +228,7 @@ class PlannedGroup(dist.ProcessGroup):
         self._planned = lru_cache(256)(self._plan)
         self._thread = _Thread()
         self._closing = weakref.finalize(self, self._thread.close)
-        self._calls = 0
+
         self._fault: Exception | None = None
 
     def getBackendName(self) -> str:  # noqa: N802
@@ -196,7 +253,7 @@ class PlannedGroup(dist.ProcessGroup):
         planned = self._for(given, given[0].nbytes) if len(given) == 1 and how else None
         if planned is None or how is None or not _fits(given[0], how):
             return self._base(given).allreduce(given, _as_options(opts, dist.AllreduceOptions))
-        return self._submit(given, lambda call: self._reduce_all(given, planned, how, call))
+        return self._submit(given, opts, lambda call: self._reduce_all(given, planned, how, call))
 
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
         given = _listed(tensors)
@@ -206,7 +263,7 @@ class PlannedGroup(dist.ProcessGroup):
         planned = self._for(given, sum(t.nbytes for t in given)) if alike and how else None
         if planned is None or how is None or not _fits(given[0], how):
             return self._base(given).allreduce_coalesced(given, opts)
-        return self._submit(given, lambda call: self._reduce_all(given, planned, how, call))
+        return self._submit(given, opts, lambda call: self._reduce_all(given, planned, how, call))
 
     def reduce_scatter_single(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
         opts = opts if opts is not None else dist.ReduceScatterOptions()
@@ -216,7 +273,7 @@ class PlannedGroup(dist.ProcessGroup):
         if planned is None or how is None or not _fits(input, how):
             return self._base([input])._reduce_scatter_base(output, input, opts)
         return self._submit(
-            [output], lambda call: self._scatter(output, [input], planned, how, call)
+            [output], opts, lambda call: self._scatter(output, [input], planned, how, call)
         )
 
     def _reduce_scatter_base(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
@@ -233,7 +290,9 @@ class PlannedGroup(dist.ProcessGroup):
         planned = self._for([output, *parts], size, blocks=True) if even and how else None
         if planned is None or how is None or not _fits(output, how):
             return self._base([output]).reduce_scatter(outputs, inputs, opts)
-        return self._submit([output], lambda call: self._scatter(output, parts, planned, how, call))
+        return self._submit(
+            [output], opts, lambda call: self._scatter(output, parts, planned, how, call)
+        )
 
     def all_gather_single(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
         opts = opts if opts is not None else _options.AllgatherOptions()
@@ -241,7 +300,9 @@ class PlannedGroup(dist.ProcessGroup):
         planned = self._for([input, output], output.nbytes, blocks=True) if even else None
         if planned is None:
             return self._base([input])._allgather_base(output, input, opts)
-        return self._submit([output], lambda call: self._gather([output], input, planned, call))
+        return self._submit(
+            [output], opts, lambda call: self._gather([output], input, planned, call)
+        )
 
     def _allgather_base(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
         return self.all_gather_single(output, input, opts)
@@ -254,7 +315,45 @@ class PlannedGroup(dist.ProcessGroup):
         planned = self._for([given, *parts], size, blocks=True) if even else None
         if planned is None:
             return self._base([given]).allgather(outputs, [given], opts)
-        return self._submit(list(parts), lambda call: self._gather(parts, given, planned, call))
+        return self._submit(
+            list(parts), opts, lambda call: self._gather(parts, given, planned, call)
+        )
+
+    def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
+        pairs = zip(outputs, inputs, strict=True)
+        return _Several([self.all_gather_single(output, given, opts) for output, given in pairs])
+
+    def reduce_scatter_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
+        pairs = zip(outputs, inputs, strict=True)
+        return _Several([self.reduce_scatter_single(out, given, opts) for out, given in pairs])
+
+    # What follows has no plan. torch's own passing on holds the GIL until gloo has taken the call,
+    # while gloo's thread may wait for the GIL to free a tensor: both would stand still for ever.
+
+    def broadcast(  # type: ignore[override]
+        self, tensors: Any, *rest: Any, **more: Any
+    ) -> Any:
+        return self._base(_listed(tensors)).broadcast(tensors, *rest, **more)
+
+    def barrier(self, *rest: Any, **more: Any) -> Any:
+        device = getattr(rest[0] if rest else more.get("opts"), "device", None)
+        return self._bases[getattr(device, "type", "cpu")].barrier(*rest, **more)
+
+    def send(self, tensors: Any, peer: int, tag: int) -> Any:
+        return self._base(tensors).send(tensors, peer, tag)
+
+    def recv(self, tensors: Any, peer: int, tag: int) -> Any:
+        return self._base(tensors).recv(tensors, peer, tag)
+
+    def all_to_all_single(  # type: ignore[override]
+        self, output: Any, given: Any, *rest: Any, **more: Any
+    ) -> Any:
+        return self._base([given]).alltoall_base(output, given, *rest, **more)
+
+    def alltoall_base(  # type: ignore[override]
+        self, output: Any, given: Any, *rest: Any, **more: Any
+    ) -> Any:
+        return self.all_to_all_single(output, given, *rest, **more)
 
     def _for(
         self, tensors: Sequence[torch.Tensor], payload_bytes: int, *, blocks: bool = False
@@ -279,12 +378,12 @@ class PlannedGroup(dist.ProcessGroup):
             raise RuntimeError(f"the backend has no group for tensors on {kind!r}")
         return self._bases[kind]
 
-    def _submit(self, result: list[torch.Tensor], run: Callable[[int], None]) -> PlannedWork:
+    def _submit(
+        self, result: list[torch.Tensor], opts: Any, run: Callable[[int], None]
+    ) -> PlannedWork:
         work = PlannedWork(result)
-        self._calls += 1
-        number = self._calls
 
-        def call() -> None:
+        def call(number: int) -> None:
             try:
                 if self._fault is not None:
                     raise self._fault
@@ -298,7 +397,7 @@ class PlannedGroup(dist.ProcessGroup):
             else:
                 work.finish()
 
-        self._thread.submit(call)
+        self._thread.submit(call, here=not getattr(opts, "asyncOp", True))
         return work
 
     def _told(self, lost: PeerLost, own_bytes: int) -> str:
@@ -388,7 +487,7 @@ class PlannedGroup(dist.ProcessGroup):
                 output.copy_(block.view(output.shape))
 
 
-def _no_sums(first: torch.Tensor, others: Sequence[torch.Tensor]) -> None:
+def _no_sums(first: torch.Tensor, others: torch.Tensor) -> None:
     raise AssertionError("an all-gather has no sums")
 
 

@@ -44,3 +44,27 @@ def test_it_trains() -> None:
     losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if "loss" in line]
     assert len(losses) == 20
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.integration
+def test_another_examples_training_takes_it_from_its_configuration_alone() -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    script = ["train_deepspeed.py", "--steps", "8", "--deepspeed_config"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *script, "../gentree/deepspeed.json"],
+        cwd=HERE.parent / "launch",
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "TRIMTAB_HOST": "localhost",
+        },
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if "loss" in line]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0]

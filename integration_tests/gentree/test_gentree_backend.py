@@ -41,7 +41,7 @@ def test_training_loses_as_over_gloo(job) -> None:
     assert [status for status, _, _ in shown] == [0] * 4, shown
     lines = [line.split() for line in shown[0][1].splitlines()]
     losses = {(kind, group): list(map(float, values)) for kind, group, *values in lines}
-    for kind in ("sgd", "zero1"):
+    for kind in ("sgd", "hook", "zero1", "fsdp2"):
         gloo, ours = losses[kind, "gloo"], losses[kind, "gentree"]
         assert len(gloo) == 12
         assert gloo[-1] < 0.9 * gloo[0]

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,7 +22,7 @@ def main() -> None:
         "gentree": dist.new_group(backend="gentree"),
         "again": dist.new_group(backend="gentree"),
     }
-    for kind in ("sgd", "zero1"):
+    for kind in ("sgd", "hook", "zero1", "fsdp2"):
         for name, group in groups.items():
             losses = train(kind, group)
             if dist.get_rank() == 0:
@@ -40,7 +43,7 @@ def network() -> torch.nn.Module:
 def train(kind: str, group: Any) -> list[float]:
     torch.manual_seed(0)
     net = network()
-    parallel = DistributedDataParallel(net, process_group=group, bucket_cap_mb=0.2)
+    parallel = spread(kind, net, group)
     optimizer: torch.optim.Optimizer
     if kind == "zero1":
         optimizer = ZeroRedundancyOptimizer(
@@ -61,6 +64,20 @@ def train(kind: str, group: Any) -> list[float]:
         dist.all_reduce(shown, dist.ReduceOp.AVG, group=group)
         losses.append(shown.item())
     return losses
+
+
+def spread(kind: str, net: torch.nn.Module, group: Any) -> torch.nn.Module:
+    """The network as the ranks share it."""
+    if kind == "fsdp2":
+        mesh = DeviceMesh.from_group(group, "cpu")
+        for layer in net:
+            if list(layer.parameters()):
+                fully_shard(layer, mesh=mesh)
+        return fully_shard(net, mesh=mesh)
+    parallel = DistributedDataParallel(net, process_group=group, bucket_cap_mb=0.2)
+    if kind == "hook":
+        parallel.register_comm_hook(group, allreduce_hook)
+    return parallel
 
 
 if __name__ == "__main__":

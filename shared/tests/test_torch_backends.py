@@ -36,6 +36,7 @@ def torch(monkeypatch):
     torch.distributed, torch.registered = distributed, registered
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setitem(sys.modules, "torch.distributed", distributed)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     return torch
 
 

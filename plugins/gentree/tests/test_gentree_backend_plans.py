@@ -77,7 +77,10 @@ def test_a_launch_tells_every_rank(topology: str) -> None:
     request = LaunchRequest("deepspeed", ("deepspeed", "t.py"), {}, {"h0": 1, "h1": 1})
     change = plugin("gentree").launch({"topology": topology}, request)
     assert change is not None
-    assert change.environment == {"TRIMTAB_GENTREE_TOPOLOGY": str(Path(topology).absolute())}
+    assert change.environment == {
+        "TRIMTAB_BACKEND": "gentree",
+        "TRIMTAB_GENTREE_TOPOLOGY": str(Path(topology).absolute()),
+    }
     assert change.hosts == {}
 
 

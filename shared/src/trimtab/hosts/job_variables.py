@@ -11,3 +11,6 @@ STRICT_VARIABLE = "TRIMTAB_STRICT"
 
 CHECK_VARIABLE = "TRIMTAB_CHECK"
 """Set to 0, a job with a plan is not looked at from inside before its first step."""
+
+BACKEND_VARIABLE = "TRIMTAB_BACKEND"
+"""The backend of torch.distributed that DeepSpeed takes where its script names none."""

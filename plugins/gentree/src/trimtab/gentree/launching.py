@@ -1,4 +1,4 @@
-"""A training launch whose ranks know the network that the backend ``gentree`` plans for."""
+"""A training job whose ranks know the network that the backend ``gentree`` plans for."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from trimtab.core.topology import read_topology
 from trimtab.gentree.backend import ALWAYS_VARIABLE, CONSTANTS_VARIABLE, TOPOLOGY_VARIABLE
 from trimtab.gentree.config import GentreeConfig
 from trimtab.gentree.constants_file import read_constants
+from trimtab.hosts.job_variables import BACKEND_VARIABLE
 
 
 def launch_change(config: GentreeConfig, request: LaunchRequest) -> LaunchChange:
-    """The variables by which every rank finds the network.
+    """The variables by which DeepSpeed takes the backend, and every rank finds the network.
 
     Raises:
         BadInput: a file cannot be read, the links form no tree, or a host is none of its nodes.
@@ -21,7 +22,10 @@ def launch_change(config: GentreeConfig, request: LaunchRequest) -> LaunchChange
     cluster = read_topology(config.topology)
     slots = [(host, index) for host, count in request.hosts.items() for index in range(count)]
     NetworkTree.of_cluster(cluster, slots or None)
-    variables = {TOPOLOGY_VARIABLE: str(Path(config.topology).absolute())}
+    variables = {
+        BACKEND_VARIABLE: "gentree",
+        TOPOLOGY_VARIABLE: str(Path(config.topology).absolute()),
+    }
     if config.constants is not None:
         read_constants(config.constants)
         variables[CONSTANTS_VARIABLE] = str(Path(config.constants).absolute())

@@ -18,8 +18,8 @@ def trimtab_info() -> PluginInfo:
     """Says what the plugin is, and how it is switched on."""
     return PluginInfo(
         summary="plans AllReduce on tree networks with a cost model that knows incast and memory",
-        enable='init_process_group("gentree"), with {"trimtab": {"gentree": {"topology": FILE}}} in'
-        " the DeepSpeed configuration or TRIMTAB_GENTREE_TOPOLOGY=FILE",
+        enable='{"trimtab": {"gentree": {"topology": FILE}}} in the DeepSpeed configuration, or'
+        ' init_process_group("gentree") with TRIMTAB_GENTREE_TOPOLOGY=FILE',
         config=GentreeConfig,
     )
 

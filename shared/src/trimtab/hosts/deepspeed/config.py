@@ -50,12 +50,30 @@ def find(arguments: Sequence[str]) -> TrainingBlock | None:
     Raises:
         BadInput: a configuration has a block but is no JSON, or the block is no mapping.
     """
-    for where, text in _configurations(arguments):
-        if KEY in text:
-            config = _parse(text, where)
-            if isinstance(config, Mapping) and KEY in config:
-                return TrainingBlock(enabled(config, where=where), where)
-    return None
+    blocks = (_block_in(text, where) for where, text in _configurations(arguments))
+    return next((block for block in blocks if block is not None), None)
+
+
+def read_given(config: object) -> TrainingBlock | None:
+    """The block of a configuration as a script passes it to DeepSpeed.
+
+    Args:
+        config: a mapping, the path of a file, or base64 text; anything else has no block, and a
+            file that cannot be read is left to DeepSpeed to complain about.
+
+    Raises:
+        BadInput: a configuration has a block but is no JSON, or the block is no mapping.
+    """
+    if isinstance(config, Mapping):
+        where = "the DeepSpeed configuration"
+        return TrainingBlock(enabled(config, where=where), where) if KEY in config else None
+    if not isinstance(config, (str, Path)):
+        return None
+    try:
+        where, text = str(config), read_text(config)
+    except BadInput:
+        where, text = "the DeepSpeed configuration in base64", _decoded(str(config)) or ""
+    return _block_in(text, where)
 
 
 def read_block(path: str | Path) -> TrainingBlock:
@@ -113,6 +131,14 @@ def _configurations(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
             text = _decoded(value)
             if text is not None:
                 yield f"{option} in base64", text
+
+
+def _block_in(text: str, where: str) -> TrainingBlock | None:
+    """The block in a configuration's text; None where it has none."""
+    config = _parse(text, where) if KEY in text else None
+    if isinstance(config, Mapping) and KEY in config:
+        return TrainingBlock(enabled(config, where=where), where)
+    return None
 
 
 def _values(arguments: Sequence[str], option: str) -> Iterator[str]:

@@ -5,7 +5,9 @@ A plugin declares one by an entry point of `GROUP`: its name is the backend's na
 ``register_backend(..., extended_api=True)``. torch calls `register` at the end of ``import torch``
 (entry point group ``torch.backends``; ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` prevents that), which is
 why this module imports nothing that may be missing, and no plugin before its backend is used.
-In a job with a plan it also arms `trimtab.hosts.torch.first_step`.
+Where there are such backends, DeepSpeed's import is followed by
+`trimtab.hosts.deepspeed.backend_choice`; in a job with a plan, `trimtab.hosts.torch.first_step` is
+armed.
 """
 
 from __future__ import annotations
@@ -16,11 +18,15 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from trimtab.hosts.torch import first_step
+from trimtab.hosts.torch.after_import import after_import
 
 GROUP = "trimtab.torch_backends"
 
 DEVICES = ["cpu", "cuda"]
 """The devices of a registered backend, as a list: torch walks a plain string letter by letter."""
+
+_DEEPSPEED = "deepspeed.comm.comm"
+"""The module by which DeepSpeed initialises torch.distributed."""
 
 
 def register() -> None:
@@ -35,6 +41,8 @@ def register() -> None:
             _register(entry_point)
         except Exception as error:
             _warn(f"the backend {entry_point.name!r} is not registered", error)
+    if found:
+        after_import(_DEEPSPEED, _follow_deepspeed)
     try:
         first_step.arm()
     except Exception as error:
@@ -60,6 +68,15 @@ def _creator(entry_point: EntryPoint) -> Callable[[Any, Any], Any]:
         return entry_point.load()(options, backend_options)
 
     return create
+
+
+def _follow_deepspeed() -> None:
+    try:
+        from trimtab.hosts.deepspeed import backend_choice
+
+        backend_choice.install()
+    except Exception as error:
+        _warn("DeepSpeed will not choose a backend by its configuration", error)
 
 
 def _warn(what: str, error: Exception) -> None:

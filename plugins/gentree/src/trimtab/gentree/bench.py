@@ -9,8 +9,9 @@ from trimtab.core.benchmark import Benchmark, Case, Options, Progress
 from trimtab.core.cluster import Cluster, Link, Node
 from trimtab.core.collectives import NetworkTree
 from trimtab.core.cost import Constants
-from trimtab.gentree.gentree import PAPER
+from trimtab.gentree.gentree import PAPER, Search
 from trimtab.gentree.planner import choose
+from trimtab.gentree.prediction_bench import prediction_cases
 from trimtab.gentree.real_bench import real_cases
 
 Shape = tuple[int, ...]
@@ -38,7 +39,19 @@ UPLINKS_FASTER = 10
 PER_BYTE_S = 1e-10
 
 
-def two_tiers(hosts: Shape) -> Cluster:
+DEAR = Constants(
+    alpha_s=50e-6,
+    gamma_s_per_byte=PER_BYTE_S,
+    delta_s_per_byte=10 * PER_BYTE_S,
+    epsilon_ratio=1.0,
+    width="ports",
+)
+"""Where incast and memory decide: each sender beyond nine costs a byte's time once more, and memory
+is as slow as the network. Many rounds cost rings, wide exchanges incast, and halving memory."""
+DEAR_RACKS, DEAR_UPLINKS_FASTER, DEAR_BYTES = (48,) * 16, 4, 2e6
+
+
+def two_tiers(hosts: Shape, uplinks_faster: float = UPLINKS_FASTER) -> Cluster:
     """Hosts below leaf switches below a core, or below one switch."""
     links, names = [], iter(range(sum(hosts)))
     for leaf, count in enumerate(hosts):
@@ -47,7 +60,8 @@ def two_tiers(hosts: Shape) -> Cluster:
         ]
     switches = [f"leaf{leaf}" for leaf in range(len(hosts))]
     if len(hosts) > 1:
-        links += [_link(leaf, "core", UPLINKS_FASTER / HOST_S_PER_BYTE) for leaf in switches]
+        rate = uplinks_faster / HOST_S_PER_BYTE
+        links += [_link(leaf, "core", rate) for leaf in switches]
         switches.append("core")
     nodes = tuple(Node(name=f"n{i}", device="cpu") for i in range(sum(hosts)))
     return Cluster(nodes=nodes, switches=tuple(switches), links=tuple(links))
@@ -103,6 +117,29 @@ def _model_cases(
         )
 
 
+def dear_cases(options: Options, progress: Progress) -> Iterator[Case]:
+    """One regime in which no algorithm of a library suits: with chunks, and without any."""
+    if options.quick:
+        return
+    progress("trees by the model: dear incast and memory")
+    tree = NetworkTree.of_cluster(two_tiers(DEAR_RACKS, DEAR_UPLINKS_FASTER))
+    for name, search in (("chunks", Search()), ("no-chunks", Search(chunks=False))):
+        choice = choose(tree, DEAR_BYTES, DEAR, search=search)
+        rivals = dict(choice.baselines_s)
+        rivals["best of all baselines"] = min(rivals.values())
+        for baseline, seconds in rivals.items():
+            yield Case.compare(
+                f"simulator/16x48/dear-incast-and-memory/{name}",
+                "allreduce_s",
+                "s",
+                "lower",
+                baseline,
+                [(seconds, choice.seconds)],
+                lower_bound=choice.bound_s,
+                notes=f"{choice.switches[-1][1]} at the root, {choice.schedule.chunks} chunks",
+            )
+
+
 def planning_cases(options: Options, progress: Progress) -> Iterator[Case]:
     """CPU time to plan, against what an operator would wait."""
     sizes = {512: ((32,) * 16, 0.3), 4096: ((64,) * 64, 5.0)}
@@ -126,7 +163,9 @@ def run(options: Options, progress: Progress) -> list[Case]:
     """All cases."""
     return [
         *simulator_cases(options, progress),
+        *dear_cases(options, progress),
         *planning_cases(options, progress),
+        *prediction_cases(options, progress),
         *real_cases(options, progress),
     ]
 

@@ -186,8 +186,14 @@ class GenTree:
         smallest = min(len(set(growth.layout.owners.tolist())) for growth in chosen)
         counts = [self._fewest(child) for child in children] + [smallest]
         for few in sorted(set(counts)):
+            # Children that are alike do alike; their plan names the first of them.
+            once: dict[tuple[int, int], Growth] = {}
+            for child, growth in zip(children, chosen, strict=True):
+                key = self._kinds[child], id(growth)
+                if key not in once:
+                    once[key] = self._concentrated(child, growth, few)
             moved = [
-                self._concentrated(child, growth, few)
+                once[self._kinds[child], id(growth)]
                 for child, growth in zip(children, chosen, strict=True)
             ]
             if any(after is not before for after, before in zip(moved, chosen, strict=True)):

@@ -17,7 +17,7 @@ def knowing(service_s: float) -> Estimator:
 
 
 def test_a_workflow_that_cannot_be_in_time_is_due_at_the_next_date_that_it_can_keep():
-    policy = UrgencyPolicy(UrgencyConfig(), knowing(10.0))
+    policy = UrgencyPolicy(UrgencyConfig(age_cap=1.5), knowing(10.0))
     first, hopeless, timely, silent = (
         Call(str(number), 0.0, 1, 1, {} if deadline_s is None else {"deadline_s": deadline_s})
         for number, deadline_s in enumerate((1.0, 5.0, 10.5, None))

@@ -53,7 +53,7 @@ class UrgencyConfig(BaseModel):
         description="most of the admissions that one tenant gets while others wait; 1: no limit",
     )
     age_cap: AgeCap = Field(
-        1.5,
+        1.1,
         description="a workflow that can no longer meet its deadline, or that would make others "
         "late, is due anew after this many times its deadline",
     )

@@ -222,7 +222,7 @@ def surely_better(before: Sequence[float], after: Sequence[float]) -> bool:
 
 def queue_candidates() -> list[TunedOptions]:
     """The orders, and the shapes of the default one."""
-    shapes = product((1.25, 1.5, 2.0), (0.7, 0.9, 1.1), (0.5, 0.8))
+    shapes = product((1.1, 1.5, 2.0), (0.7, 0.9, 1.1), (0.5, 0.8))
     return [
         TunedOptions(order="urgency"),
         TunedOptions(order="llf"),

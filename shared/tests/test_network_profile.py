@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import combinations
 
 import pytest
@@ -9,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.core.errors import BadInput
-from trimtab.hosts.torch.network_profile import bandwidth_bytes_per_s, main, parse_sizes, rounds
+from trimtab.core.topology.measured import Measurement
+from trimtab.hosts.host_order import own_host
+from trimtab.hosts.torch.network_profile import (
+    bandwidth_bytes_per_s,
+    main,
+    nearest_ranks,
+    parse_sizes,
+    rounds,
+)
 
 
 @given(st.integers(0, 40))
@@ -55,6 +64,42 @@ def test_sizes() -> None:
     for text in ("", "big", "0B", "1PiB", "-1B"):
         with pytest.raises(BadInput, match="--sizes has"):
             parse_sizes(text)
+
+
+def measured(domains: list[int], names: list[str]) -> Measurement:
+    """Hosts of one domain are ten times nearer than those of two."""
+    count = range(len(domains))
+    rates = tuple(
+        tuple(None if i == j else 1e10 if domains[i] == domains[j] else 1e9 for j in count)
+        for i in count
+    )
+    return Measurement(hosts=tuple(names), bandwidth_bytes_per_s=rates)
+
+
+@pytest.mark.parametrize(
+    ("domains", "ranks"),
+    [
+        ([0, 1, 0, 1, 0], [0, 4, 8]),
+        ([0, 0, 1, 1], [0, 2, 4, 6]),  # two are too few, so that all take part
+        ([0, 0], [0, 2]),
+    ],
+)
+def test_constants_are_fitted_below_the_lowest_switch_with_enough_hosts(domains, ranks) -> None:
+    names = [f"h{i}" for i in range(len(domains))]
+    players = {2 * i: name for i, name in enumerate(names)}
+    assert nearest_ranks(measured(domains, names), players) == ranks
+
+
+def test_processes_of_one_machine_share_what_there_is() -> None:
+    """Tiers seen between them are noise."""
+    names = [f"{own_host(os.environ)}-{rank}" for rank in range(5)]
+    assert nearest_ranks(measured([0, 1, 0, 1, 0], names), dict(enumerate(names))) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
 def test_outside_of_a_job_it_says_so(

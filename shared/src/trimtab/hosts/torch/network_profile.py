@@ -209,12 +209,21 @@ def job_players() -> dict[int, str]:
 
 
 def nearest_ranks(found: Measurement, players: Mapping[int, str]) -> list[int]:
-    """The ranks of the most hosts that share a lowest switch."""
-    tiers = tiers_of(found)
-    domains = tiers[0].domain_of if tiers else (0,)
-    largest = max(dict.fromkeys(domains), key=domains.count)
-    hosts = {host for host, domain in zip(found.hosts, domains, strict=True) if domain == largest}
-    return [rank for rank, host in players.items() if host in hosts]
+    """The ranks of the most hosts below one switch: the lowest that has enough; all of a machine.
+
+    Args:
+        found: the bandwidth between the hosts.
+        players: the ranks that take part and the host of each, as of `job_players`.
+    """
+    own = own_host(os.environ)
+    if all(host == f"{own}-{rank}" for rank, host in players.items()):
+        return list(players)
+    for tier in tiers_of(found):
+        largest = max(dict.fromkeys(tier.domain_of), key=tier.domain_of.count)
+        if tier.domain_of.count(largest) >= LEAST_HOSTS:
+            below = {h for h, d in zip(found.hosts, tier.domain_of, strict=True) if d == largest}
+            return [rank for rank, host in players.items() if host in below]
+    return list(players)
 
 
 def fit_constants(found: Measurement | None, effort: Effort, cluster: Cluster | None) -> Constants:
@@ -229,7 +238,7 @@ def fit_constants(found: Measurement | None, effort: Effort, cluster: Cluster | 
         The same on every rank.
 
     Raises:
-        BadInput: fewer than three hosts share a switch, or the network lacks one of them.
+        BadInput: there are fewer than three hosts, or the network lacks one of them.
     """
     import torch.distributed as dist
 
@@ -242,8 +251,8 @@ def fit_constants(found: Measurement | None, effort: Effort, cluster: Cluster | 
     dist.broadcast_object_list(ranks)
     if len(ranks[0]) < LEAST_HOSTS:
         raise BadInput(
-            f"only {len(ranks[0])} hosts share a switch",
-            fix=f"fit constants among at least {LEAST_HOSTS}",
+            f"{len(ranks[0])} hosts do not tell the constants apart",
+            fix=f"fit them among at least {LEAST_HOSTS}",
         )
     runs = timed_runs(ranks[0], effort)
     told: list[Any] = [None]

@@ -126,6 +126,15 @@ def test_time_left_decides_between_an_early_end_and_stalling_others():
     assert chooser.choose(late, [fast, slow], 0.0) == 1
 
 
+@given(st.lists(FIXED, min_size=1, max_size=5).map(numbered), st.floats(-100, 1000))
+def test_where_nobody_else_is_delayed_a_call_goes_where_it_ends_first_however_late(
+    instances, due_s
+):
+    call = RoutedCall(100, 10.0, due_s=due_s)
+    wanted = rule("pft", prefill_cap_s=math.inf).choose(call, instances, 0.0)
+    assert rule("auto", prefill_cap_s=math.inf).choose(call, instances, 0.0) == wanted
+
+
 def test_decode_is_expected_to_stand_still_during_the_prefill_of_calls_that_come():
     busy, slow = Fixed(0, comp_s=4.0, share=0.8), Fixed(1, comp_s=6.0)
     assert rule("pft").choose(CALL, [busy, slow], 0.0) == 1

@@ -429,8 +429,9 @@ class PredictedFinish:
 
     def choose(self, call: RoutedCall, instances: Sequence[Instance], now_s: float) -> int | None:
         """The instance of the least score, or None while that one is full."""
-        scores = [(self._score(call, i, now_s), i.number) for i in instances]
-        chosen = _first_least(scores)
+        scores = self._scores(call, instances, now_s)
+        numbers = [instance.number for instance in instances]
+        chosen = _first_least(list(zip(scores, numbers, strict=True)))
         instance = instances[chosen]
         if not (self._holds and self._full(instance, now_s)):
             return chosen
@@ -450,8 +451,8 @@ class PredictedFinish:
             or instance.prefill_s(now_s) > self._prefill_cap_s
         )
 
-    def _score(self, call: RoutedCall, instance: Instance, now_s: float) -> float:
-        return self._finish_s(call, instance, now_s)
+    def _scores(self, call: RoutedCall, instances: Sequence[Instance], now_s: float) -> list[float]:
+        return [self._finish_s(call, instance, now_s) for instance in instances]
 
     def _finish_s(self, call: RoutedCall, instance: Instance, now_s: float) -> float:
         booked, in_flight = self._booked[instance.number], instance.in_flight
@@ -481,11 +482,17 @@ class Auto(PredictedFinish):
     def __init__(self, prefill_cap_s: float = 2.0) -> None:
         super().__init__(prefill_cap_s)
 
-    def _score(self, call: RoutedCall, instance: Instance, now_s: float) -> float:
-        own = instance.predict(call)
-        others_per_s = instance.haste_per_s(now_s) + self._booked[instance.number].haste_per_s
-        own_per_s = call.haste_per_s(own.total_s, now_s)
-        return own_per_s * self._finish_s(call, instance, now_s) + others_per_s * own.prefill_s
+    def _scores(self, call: RoutedCall, instances: Sequence[Instance], now_s: float) -> list[float]:
+        # A late workflow has at least what its call takes where that is least. Were it what it
+        # takes on each instance, a slow one would seem to cost it no more than a fast one.
+        own = [instance.predict(call) for instance in instances]
+        own_per_s = call.haste_per_s(min(there.total_s for there in own), now_s)
+        return [
+            own_per_s * self._finish_s(call, instance, now_s)
+            + (instance.haste_per_s(now_s) + self._booked[instance.number].haste_per_s)
+            * there.prefill_s
+            for instance, there in zip(instances, own, strict=True)
+        ]
 
 
 RULES: Mapping[str, Callable[..., Rule]] = {

@@ -91,6 +91,15 @@ def test_a_placement_that_neither_strips_nor_row_paths_have() -> None:
     assert found.spread == Spread(pipeline=7, data=2)
 
 
+def test_columns_of_three_pods_some_of_which_give_two_parts() -> None:
+    capacities = (4, 16, 43, 22, 57, 52, 59, 60, 53, 55, 30, 32, 49, 36, 48, 22, 8, 6, 9, 26)
+    demand = Demand(95, 8, (*capacities, 28, 45, 30, 28, 54, 45, 48))
+    found = priced_columns(demand, market(demand, 3, rounds=40), 6, nodes=50)
+    assert found is not None
+    assert fits(demand, found.grid)
+    assert found.spread == Spread(pipeline=6, data=3)
+
+
 @settings(max_examples=25)
 @given(st.integers(0, 10**6))
 def test_rows_are_found_for_the_columns_of_any_placement(seed: int) -> None:

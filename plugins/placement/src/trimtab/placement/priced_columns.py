@@ -1,6 +1,6 @@
-"""Columns of two pods: the placements that weigh data parallel groups most.
+"""Columns of two or three pods: the placements that weigh data parallel groups most.
 
-A column is cut into a tall part and a low one. Prices (`market`) say which cuts are cheap and what
+A column is cut into a tall part and lower ones. Prices (`market`) say which cuts are cheap and what
 pods had best hold; whole numbers of both are an integer programme, parts are dealt to columns, and
 rows are then chosen anew for the pods that each column has got (`rows_for`). Pods are thereby not
 bound to the top or the bottom of the grid, as row paths are.
@@ -100,7 +100,9 @@ def _dealt(held: Held, cuts: Sequence[Heights], tight: bool) -> list[Pods] | Non
             over = part[0] - height
             return (over, again, -left[part[1]]) if tight else (again, over, -left[part[1]])
 
-        able = [part for part in stock if part[0] >= height and part[1] not in own]
+        high = [part for part in stock if part[0] >= height]
+        # Where only pods are left that the column has, one of them gets two parts of it.
+        able = [part for part in high if part[1] not in own] or high[-1:]
         if not able:
             return None
         part = min(able, key=rank)  # type: ignore[arg-type]

@@ -29,8 +29,8 @@ _MOST_SHAPES = 400
 """Ways to cut a row up to which the tighter bound is asked for."""
 
 _ROUNDS = 100
-_FEW_ROUNDS = 80
-"""Of pricing, to prove that there is no placement, and to find one."""
+_FEW_ROUNDS = (40, 80)
+"""Of pricing, to prove that there is no placement, and in each attempt to find one."""
 
 _MOST_PRICED = 6000
 """Rows times capacities up to which columns are priced."""
@@ -184,7 +184,7 @@ def _widened(demand: Demand, front: Front, spread: Spread) -> Front:
     """The front with a placement of a spread, or with the proof that there is none."""
     found = None
     if spread.pipeline == len(front.bound.least_data) and _is_small(demand):
-        lone = lone_columns(demand, spread.data, nodes=_NODES)
+        lone = lone_columns(demand, spread.data, nodes=10 * _NODES)
         if not lone.possible:
             raised = front.bound.raised(spread.pipeline, spread.data + 1)
             return Front(front.candidates, raised)
@@ -213,7 +213,12 @@ def _find(demand: Demand, spread: Spread) -> Candidate | None:
             return found
         if demand.columns <= parts:
             break
-    return _turned(_walk, demand, spread) or _ragged(demand, spread)
+    found = _turned(_walk, demand, spread) or _ragged(demand, spread)
+    if found is None and spread.data == 3:
+        found = _price(demand, spread)
+    if found is None and spread.pipeline == 3:
+        found = _turned(_price, demand, spread)
+    return found
 
 
 def _turned(
@@ -227,8 +232,13 @@ def _turned(
 def _price(demand: Demand, spread: Spread) -> Candidate | None:
     if demand.rows * len(demand.classes) > _MOST_PRICED:
         return None
-    offers = market(demand, spread.data, rounds=_FEW_ROUNDS)
-    return priced_columns(demand, offers, spread.pipeline, nodes=_NODES)
+    nodes = _NODES if spread.data == 2 else _NODES // 6
+    for rounds in _FEW_ROUNDS:
+        offers = market(demand, spread.data, rounds=rounds)
+        found = priced_columns(demand, offers, spread.pipeline, nodes=nodes)
+        if found is not None:
+            return found
+    return None
 
 
 def _walk(demand: Demand, spread: Spread, parts: int | None = None) -> Candidate | None:

@@ -72,7 +72,6 @@ _POLICIES: dict[str, Callable[[Sequence[Visit]], Callable[[], ServingPolicy] | N
 """The sides that the simulator knows, as the policy that orders a crowd's calls."""
 
 WORKFLOWS = 32
-POOL_WORKFLOWS = 24
 REPEATS = 3
 QUICK_WORKFLOWS = 6
 QUICK_PACE = Pace({"interactive": 2.0, "report": 4.0}, capacity_per_s=0.8)
@@ -169,7 +168,7 @@ def _pooled(databases: Sequence[Database], seed: int, progress: Progress) -> Run
         pairs = list(zip(ROUTES, started, strict=True))
         pace = _pace(pairs, databases, sum(POOL_SEATS), progress)[-1]
         crowds = [
-            assemble(databases, pace, workflows=POOL_WORKFLOWS, seed=seed + n, load=POOL_LOAD)
+            assemble(databases, pace, workflows=WORKFLOWS, seed=seed + n, load=POOL_LOAD)
             for n in range(REPEATS)
         ]
         return _rounds(pairs, crowds, POOL_IN_TIME_SHARE, progress)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from trimtab.core.benchmark import Options
-from trimtab.core.collectives import NetworkTree
+from trimtab.core.errors import TrimtabError
 from trimtab.gentree import bench, real_bench
-from trimtab.gentree.backend import GroupPlans
-from trimtab.gentree.planner import leaf_order
+from trimtab.hosts.testbed.allreduce_job import Timing
+from trimtab.hosts.testbed.training_job import Step
 
 
 def silent(message: str, done: float | None = None) -> None:
@@ -47,22 +47,64 @@ def test_large_payloads_on_paper_come_near_the_bound(cases) -> None:
     assert min(c.lower_bound / c.value for c in large) > 0.85
 
 
-def test_the_bench_runs_where_hosts_cannot_be_made(monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("torch", "told"),
+    [
+        (None, "real hosts are left out: torch is not installed"),
+        ("here", "hosts with a network of their own are left out: not allowed here"),
+    ],
+)
+def test_the_bench_runs_where_hosts_cannot_be_made(monkeypatch, torch, told) -> None:
+    monkeypatch.setattr(real_bench, "find_spec", lambda name: torch)
     monkeypatch.setattr(real_bench, "obstacle", lambda: "not allowed here")
-    told: list[str] = []
+    said: list[str] = []
 
     def progress(message: str, done: float | None = None) -> None:
-        told.append(message)
+        said.append(message)
 
     assert real_bench.real_cases(Options(quick=True), progress) == []
-    assert told == ["real hosts are left out: not allowed here"]
+    assert said == [told]
 
 
-def test_alternating_racks_are_planned_and_racks_in_order_are_not_worse_than_gloo() -> None:
-    network = real_bench._network([4, 4])
-    slots = [(f"h{number}", 0) for number in real_bench.INTERLEAVED]
-    tree = NetworkTree.of_cluster(network, slots)
-    order = leaf_order(tree, slots)
-    plans = GroupPlans(tree, order, real_bench.CONSTANTS, always=False)
-    assert plans.schedule(2**22) is not None
-    assert order == list(real_bench.INTERLEAVED)
+def test_alternating_racks_are_planned_and_each_place_has_a_rank_for_each_slot() -> None:
+    for place in real_bench.places():
+        assert len(place.slots) == real_bench.RANKS
+        plans = place.plans()
+        if "interleaved" in place.name:
+            assert plans.schedule(2**22) is not None
+        assert plans.schedule(2**10) is not None, place.name
+
+
+def step(kind: str, backend: str, seconds: float, loss: float) -> str:
+    made = Step(kind=kind, backend=backend, seconds=seconds, loss=loss)
+    return made.model_dump_json()
+
+
+def test_steps_become_cases_and_losses_must_agree(monkeypatch) -> None:
+    lines = ["DeepSpeed info", step("ddp", "gloo", 3, 0.5), step("ddp", "gentree", 1, 0.5)]
+    monkeypatch.setattr(real_bench, "run", lambda place, module, task: lines)
+    (case,) = real_bench.training_cases(real_bench.interleaved())
+    assert (case.case, case.metric, case.baseline, case.ratio) == (
+        "real/ddp",
+        "step_time_s",
+        "gloo",
+        3,
+    )
+    lines[2] = step("ddp", "gentree", 1, 0.51)
+    with pytest.raises(TrimtabError, match="ddp trains otherwise over plans"):
+        real_bench.training_cases(real_bench.interleaved())
+
+
+def test_the_base_backend_is_timed_where_it_is_chosen(monkeypatch) -> None:
+    place = real_bench.places()[-1]
+    timed = [
+        Timing(payload_bytes=2**26, algorithm=name, seconds=seconds)
+        for name, seconds in (("gloo", 2.0), ("gentree", 2.0), (real_bench.RING, 4.0))
+    ]
+    lines = [timing.model_dump_json() for timing in timed]
+    monkeypatch.setattr(real_bench, "run", lambda place, module, task: lines)
+    against_gloo, against_ring = real_bench.allreduce_cases(place)
+    assert (against_gloo.ratio, against_ring.ratio) == (1, 2)
+    assert (against_gloo.baseline, against_ring.baseline) == ("gloo", real_bench.RING)
+    assert against_gloo.case == "real/loopback-8/67108864-bytes"
+    assert "the base backend was chosen" in str(against_gloo.notes)

@@ -1,31 +1,50 @@
-"""Real AllReduces on hosts with a network of their own, gloo's and ours in turns."""
+"""Real AllReduces and training steps, gloo's and ours in turns, on networks of several kinds."""
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 
 from trimtab.core.benchmark import Case, Options, Progress
-from trimtab.core.cluster import Cluster
+from trimtab.core.cluster import Cluster, InsideLink, Node
 from trimtab.core.collectives import Layout, NetworkTree, Schedule
 from trimtab.core.collectives.combine import ring
 from trimtab.core.cost import Constants
+from trimtab.core.documents import Document
 from trimtab.core.errors import TrimtabError
-from trimtab.gentree.backend import GroupPlans
+from trimtab.gentree.backend import (
+    ALWAYS_VARIABLE,
+    CONSTANTS_VARIABLE,
+    TOPOLOGY_VARIABLE,
+    GroupPlans,
+)
 from trimtab.gentree.planner import leaf_order
-from trimtab.hosts.testbed import TreeNetwork, obstacle, two_tiers
-from trimtab.hosts.testbed.allreduce_job import GLOO, Race, Task, Timing, timings
+from trimtab.hosts.job_variables import HOST_VARIABLE
+from trimtab.hosts.testbed import TreeNetwork, allreduce_job, obstacle, training_job, two_tiers
+from trimtab.hosts.testbed.allreduce_job import GLOO, Race
+from trimtab.hosts.testbed.training_job import Kind, Step
 
+RANKS = 8
 HOST_BYTES_PER_S = 12.5e6
-HOSTS = 8
-SIZES_BYTES = (1024, 65_536, 2**20, 2**22)
-QUICK_BYTES = (65_536, 2**22)
+SHORT_QUEUE_BYTES, LONG_QUEUE_BYTES = 64 * 1024, 1024 * 1024
+PORT = 29500
+
+REPEATS = {2**10: 15, 2**16: 15, 2**20: 7, 2**22: 5, 2**24: 3}
+"""How often each size is timed on hosts with a network of their own."""
+
+LOOPBACK_REPEATS = {2**10: 25, 2**16: 25, 2**20: 11, 2**24: 7, 2**26: 5}
+QUICK_REPEATS = {2**16: 5, 2**22: 3}
 
 CONSTANTS = Constants(alpha_s=1e-3, incast_threshold=9)
 """A round costs about a millisecond with eight processes on two cores."""
@@ -33,104 +52,261 @@ CONSTANTS = Constants(alpha_s=1e-3, incast_threshold=9)
 OURS, RING = "gentree", "ring by the same executor"
 INTERLEAVED = (0, 4, 1, 5, 2, 6, 3, 7)
 
+SAME_LOSS = 1e-6
+"""How far losses may be apart, relatively: sums in another order round differently."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where ranks run.
+
+    Attributes:
+        name: in the cases.
+        network: hosts in namespaces of their own, or this machine alone.
+        slots: host and device of each rank.
+        repeats: by size of the payload.
+        queue_bytes: what each end of a link holds back.
+        constants: of the plans.
+    """
+
+    name: str
+    network: Cluster
+    slots: tuple[tuple[str, int], ...]
+    repeats: Mapping[int, int]
+    queue_bytes: int = 256 * 1024
+    constants: Constants = CONSTANTS
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all ranks are plain processes of this machine."""
+        return len(self.network.nodes) == 1
+
+    def plans(self) -> GroupPlans:
+        """What the backend plans there."""
+        tree = NetworkTree.of_cluster(self.network, self.slots)
+        return GroupPlans(tree, leaf_order(tree, self.slots), self.constants, always=False)
+
+
+def interleaved(repeats: Mapping[int, int] = REPEATS) -> Place:
+    """Two racks of four behind links of a host's rate, with ranks alternating between them."""
+    slots = tuple((f"h{number}", 0) for number in INTERLEAVED)
+    return Place("racks-2x4/interleaved", _shaped([4, 4]), slots, repeats)
+
+
+def places() -> list[Place]:
+    """All places: racks with two orders of ranks, one switch with two queues, this machine."""
+    in_order = tuple((f"h{number}", 0) for number in range(RANKS))
+    star = partial(Place, network=_shaped([RANKS]), slots=in_order, repeats=REPEATS)
+    here = Node(
+        name="here",
+        device="cpu",
+        count=RANKS,
+        inside=InsideLink(bandwidth_bytes_per_s=0.5e9, latency_s=0),
+    )
+    return [
+        interleaved(),
+        Place("racks-2x4/in-order", _shaped([4, 4]), in_order, REPEATS),
+        star(name="star-8/queue-64KiB", queue_bytes=SHORT_QUEUE_BYTES),
+        star(name="star-8/queue-1MiB", queue_bytes=LONG_QUEUE_BYTES),
+        Place(
+            "loopback-8",
+            Cluster(nodes=(here,)),
+            tuple(("here", device) for device in range(RANKS)),
+            LOOPBACK_REPEATS,
+        ),
+    ]
+
 
 def real_cases(options: Options, progress: Progress) -> list[Case]:
-    """Times of an AllReduce among eight hosts, in namespaces with shaped links.
+    """Times of AllReduces and of training steps among eight ranks.
 
-    Two racks of four, with ranks dealt out in the order of the racks and alternating between them,
-    and one switch. Where this machine has no such namespaces, or no torch, there are no cases.
+    Most of them are hosts in namespaces with shaped links; where this machine has none, those
+    cases are left out, and all are without torch.
 
     Raises:
-        TrimtabError: the job failed.
+        TrimtabError: a job failed, or trained otherwise over a plan than over gloo.
     """
-    reason = obstacle() or (None if find_spec("torch") else "torch is not installed")
-    if reason:
-        progress(f"real hosts are left out: {reason}")
+    if find_spec("torch") is None:
+        progress("real hosts are left out: torch is not installed")
         return []
-    sizes, repeats = (QUICK_BYTES, 3) if options.quick else (SIZES_BYTES, 7)
-    racks = _network([4, 4])
-    cases = _raced("racks-2x4/interleaved", racks, INTERLEAVED, sizes, repeats, progress)
-    if not options.quick:
-        cases += _raced("racks-2x4/in-order", racks, range(HOSTS), sizes, repeats, progress)
-        cases += _raced("star-8", _network([HOSTS]), range(HOSTS), sizes, repeats, progress)
+    reason = obstacle()
+    if reason:
+        progress(f"hosts with a network of their own are left out: {reason}")
+    chosen = [interleaved(QUICK_REPEATS)] if options.quick else places()
+    cases = []
+    for place in chosen:
+        if place.is_here or not reason:
+            progress(f"real hosts: {place.name}")
+            cases += allreduce_cases(place)
+    if not (options.quick or reason):
+        progress("real hosts: training")
+        cases += training_cases(interleaved())
     return cases
 
 
-def _network(hosts: Sequence[int]) -> Cluster:
-    return two_tiers(hosts, host_bytes_per_s=HOST_BYTES_PER_S, uplink_bytes_per_s=HOST_BYTES_PER_S)
-
-
-def _raced(
-    name: str,
-    network: Cluster,
-    order: Sequence[int],
-    sizes: Sequence[int],
-    repeats: int,
-    progress: Progress,
-) -> list[Case]:
-    hosts = tuple(f"h{number}" for number in order)
-    slots = [(host, 0) for host in hosts]
-    tree = NetworkTree.of_cluster(network, slots)
-    plans = GroupPlans(tree, leaf_order(tree, slots), CONSTANTS, always=False)
-    around = Schedule.of(HOSTS, [ring([Layout.whole(rank) for rank in range(HOSTS)])[0]])
-    races, chosen = [], {}
-    for size in sizes:
-        plan = plans.schedule(size)
-        chosen[size] = plan
-        schedules = {RING: around} | ({OURS: plan} if plan is not None else {})
-        races.append(Race(payload_bytes=size, schedules=schedules))
-    task = Task(hosts=hosts, races=tuple(races), repeats=repeats)
-    progress(f"real hosts: {name}")
-    measured = run(network, task)
-    return [case for size in sizes for case in _cases(name, size, chosen[size], measured[size])]
-
-
-def run(network: Cluster, task: Task) -> dict[int, dict[str, list[float]]]:
-    """Runs a task on a network of its own: seconds by size and algorithm.
+def allreduce_cases(place: Place) -> list[Case]:
+    """The backend's own choice, plan or not, against gloo and a ring by our executor.
 
     Raises:
         TrimtabError: the job failed.
     """
-    with TreeNetwork(network) as up, tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "task.json"
-        path.write_text(task.model_dump_json())
-        command = [sys.executable, "-m", "trimtab.hosts.testbed.allreduce_job", str(path)]
-        env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
-        log = Path(folder) / "log"
-        with log.open("w") as errors:
-            for host in task.hosts[1:]:
-                up.start(host, command, env=env, stdout=subprocess.DEVNULL, stderr=errors)
-            first = up.start(task.hosts[0], command, env=env, stderr=errors)
-        assert first.stdout is not None
-        found = list(timings(first.stdout))
-        if first.wait():
-            last = (log.read_text().strip() or "no message").splitlines()[-1]
-            raise TrimtabError(f"the job on namespaced hosts failed: {last}")
-    return _by_size(found)
-
-
-def _by_size(found: Sequence[Timing]) -> dict[int, dict[str, list[float]]]:
+    around = Schedule.of(RANKS, [ring([Layout.whole(rank) for rank in range(RANKS)])[0]])
+    task = allreduce_job.Task(
+        ranks=RANKS,
+        address=_address(place),
+        backends=(OURS,),
+        races=tuple(
+            Race(payload_bytes=size, schedules={RING: around}, repeats=repeats)
+            for size, repeats in place.repeats.items()
+        ),
+    )
     seconds: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for timing in found:
+    for timing in allreduce_job.timings(run(place, allreduce_job.__name__, task)):
         seconds[timing.payload_bytes][timing.algorithm].append(timing.seconds)
-    return seconds
+    plans = place.plans()
+    return [
+        case
+        for size, found in seconds.items()
+        for case in _allreduce_cases(place, size, plans.schedule(size), found)
+    ]
 
 
-def _cases(
-    name: str, size: int, plan: Schedule | None, seconds: Mapping[str, list[float]]
+def _allreduce_cases(
+    place: Place, size: int, plan: Schedule | None, seconds: Mapping[str, list[float]]
 ) -> list[Case]:
-    """The plugin's own choice against gloo and against a ring by the same executor."""
-    ours = seconds[OURS] if plan is not None else seconds[GLOO]
     what = f"{plan.chunks} chunks" if plan is not None else "the base backend was chosen"
+    where = "one machine" if place.is_here else "network namespaces with shaped links"
     return [
         Case.compare(
-            f"real/{name}/{size}-bytes",
+            f"real/{place.name}/{size}-bytes",
             "allreduce_s",
             "s",
             "lower",
             baseline,
-            list(zip(seconds[baseline], ours, strict=True)),
-            notes=f"{what}; median {median(ours):.4g} s; network namespaces with shaped links",
+            list(zip(seconds[baseline], seconds[OURS], strict=True)),
+            notes=f"{what}; fastest {min(seconds[baseline]):.4g} s and {min(seconds[OURS]):.4g} s;"
+            f" {where}",
         )
         for baseline in (GLOO, RING)
     ]
+
+
+def training_cases(place: Place, steps: int = 4) -> list[Case]:
+    """Step times of data-parallel training over plans and over gloo, with the same losses.
+
+    Raises:
+        TrimtabError: the job failed, or the losses differ.
+    """
+    kinds: tuple[Kind, ...] = ("ddp", "zero1") if find_spec("deepspeed") else ("ddp",)
+    task = training_job.Task(
+        ranks=RANKS, address=_address(place), kinds=kinds, backends=(OURS,), steps=steps
+    )
+    found: dict[Kind, dict[str, list[Step]]] = defaultdict(lambda: defaultdict(list))
+    for step in training_job.steps(run(place, training_job.__name__, task)):
+        found[step.kind][step.backend].append(step)
+    return [_training_case(place, kind, by[GLOO], by[OURS]) for kind, by in found.items()]
+
+
+def _training_case(place: Place, kind: Kind, gloo: Sequence[Step], ours: Sequence[Step]) -> Case:
+    pairs = list(zip(gloo, ours, strict=True))
+    apart = max(abs(a.loss - b.loss) / abs(a.loss) for a, b in pairs)
+    if apart > SAME_LOSS:
+        raise TrimtabError(f"{kind} trains otherwise over plans: a loss is off by {apart:.1e}")
+    return Case.compare(
+        f"real/{kind}",
+        "step_time_s",
+        "s",
+        "lower",
+        GLOO,
+        [(a.seconds, b.seconds) for a, b in pairs],
+        notes=f"{place.name}; losses are {apart:.1e} apart at most, from {gloo[0].loss:.6g} to"
+        f" {gloo[-1].loss:.6g}",
+    )
+
+
+def run(place: Place, module: str, task: Document) -> list[str]:
+    """Runs a job on all ranks: what the first one prints, line by line.
+
+    Raises:
+        TrimtabError: the job failed.
+    """
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for name, content in (
+            ("task", task),
+            ("network", place.network),
+            ("constants", place.constants),
+        ):
+            (folder / f"{name}.json").write_text(content.model_dump_json())
+        log = stack.enter_context((folder / "log").open("w"))
+        up = None
+        if not place.is_here:
+            up = stack.enter_context(TreeNetwork(place.network, queue_bytes=place.queue_bytes))
+        command = [sys.executable, "-m", module, str(folder / "task.json")]
+        processes = []
+        for rank in range(len(place.slots)):
+            stdout = subprocess.DEVNULL if rank else subprocess.PIPE
+            environment = _environment(place, rank, folder)
+            if up is not None:
+                host = place.slots[rank][0]
+                started = up.start(host, command, env=environment, stdout=stdout, stderr=log)
+            else:
+                started = _start_here(command, environment, stdout, log.fileno())
+                stack.callback(_end, started)
+            processes.append(started)
+        first = processes[0]
+        assert first.stdout is not None
+        lines = list(first.stdout)
+        if first.wait():
+            last = ((folder / "log").read_text().strip() or "no message").splitlines()[-1]
+            raise TrimtabError(f"the job on {place.name} failed: {last}")
+    return lines
+
+
+def _environment(place: Place, rank: int, folder: Path) -> dict[str, str]:
+    host, device = place.slots[rank]
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(device),
+        "WORLD_SIZE": str(len(place.slots)),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "GLOO_SOCKET_IFNAME": "lo" if place.is_here else "eth0",
+        HOST_VARIABLE: host,
+        TOPOLOGY_VARIABLE: str(folder / "network.json"),
+        CONSTANTS_VARIABLE: str(folder / "constants.json"),
+        ALWAYS_VARIABLE: "0",
+    }
+
+
+def _start_here(
+    command: Sequence[str], environment: Mapping[str, str], stdout: int, stderr: int
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        text=True,
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _address(place: Place) -> str:
+    """Where the first rank waits for the others."""
+    if not place.is_here:
+        return f"{place.slots[0][0]}:{PORT}"
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{bound.getsockname()[1]}"
+
+
+def _shaped(hosts: Sequence[int]) -> Cluster:
+    return two_tiers(hosts, host_bytes_per_s=HOST_BYTES_PER_S, uplink_bytes_per_s=HOST_BYTES_PER_S)

@@ -1,25 +1,29 @@
-"""Gloo's AllReduce and planned ones on the same hosts, one after the other, again and again.
+"""AllReduces of gloo, of other backends and by plans, one after the other, again and again.
 
-Run on each host as ``python -m trimtab.hosts.testbed.allreduce_job TASK``, where TASK is a JSON
-file (`Task`). All algorithms run in one set of processes and take turns; a time is that of the
-slowest rank. The first host prints one JSON line (`Timing`) for each call that is timed.
+Each rank is run as ``python -m trimtab.hosts.testbed.allreduce_job TASK`` with its number in
+``RANK``, where TASK is a JSON file (`Task`). All algorithms run in one set of processes and take
+turns; a time is that of the slowest rank. The first rank prints one JSON line (`Timing`) for each
+call that is timed.
 """
 
 from __future__ import annotations
 
-import socket
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt
 
 from trimtab.core.collectives import Schedule
 from trimtab.core.documents import Document, parse_json, read_json, validate
 
-PORT = 29500
+if TYPE_CHECKING:
+    import torch
+
 GLOO = "gloo"
 
 
@@ -29,25 +33,29 @@ class Race(Document):
     Attributes:
         payload_bytes: on each rank.
         schedules: the planned ones, by name.
+        repeats: how often each is timed, after once that is not.
     """
 
     payload_bytes: PositiveInt
     schedules: dict[str, Schedule]
+    repeats: PositiveInt = 5
 
 
 class Task(Document):
     """What is run.
 
     Attributes:
-        hosts: by rank.
+        ranks: how many there are.
+        address: ``HOST:PORT`` at which the first one waits for the others.
         races: one for each size.
-        repeats: how often each algorithm is timed, after once that is not.
+        backends: of torch.distributed, that are compared beside gloo.
         timeout_s: of each message.
     """
 
-    hosts: tuple[str, ...]
+    ranks: PositiveInt
+    address: str
     races: tuple[Race, ...]
-    repeats: PositiveInt = 5
+    backends: tuple[str, ...] = ()
     timeout_s: PositiveInt = 60
 
 
@@ -56,7 +64,7 @@ class Timing(Document):
 
     Attributes:
         payload_bytes: on each rank.
-        algorithm: ``gloo`` or the name of a schedule.
+        algorithm: a backend, or the name of a schedule.
         seconds: of the slowest rank.
     """
 
@@ -66,18 +74,18 @@ class Timing(Document):
 
 
 def main() -> None:
-    """Runs this host's part of the task."""
+    """Runs this rank's part of the task."""
     import torch
     from torch import distributed
 
     task = read_json(Path(sys.argv[1]), Task)
-    rank = task.hosts.index(socket.gethostname())
+    rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     distributed.init_process_group(
         GLOO,
-        init_method=f"tcp://{task.hosts[0]}:{PORT}",
+        init_method=f"tcp://{task.address}",
         rank=rank,
-        world_size=len(task.hosts),
+        world_size=task.ranks,
         timeout=timedelta(seconds=task.timeout_s),
     )
     try:
@@ -93,17 +101,18 @@ def _timings(task: Task, rank: int) -> Iterator[Timing]:
     import torch
     from torch import distributed
 
+    groups = {name: distributed.new_group(backend=name) for name in task.backends}
     for race in task.races:
         data = torch.empty(race.payload_bytes // 4)
-        calls = _calls(task, race, rank, data)
-        for repeat in range(task.repeats + 1):
+        calls = _calls(task, race, rank, data, groups)
+        for repeat in range(race.repeats + 1):
             for name, call in calls.items():
                 data.fill_(rank + 1.0)
                 distributed.barrier()
                 began_s = time.perf_counter()
                 call()
                 took_s = torch.tensor(time.perf_counter() - began_s, dtype=torch.float64)
-                _check(data, len(task.hosts), name)
+                _check(data, task.ranks, name)
                 distributed.all_reduce(took_s, distributed.ReduceOp.MAX)
                 if repeat:
                     yield Timing(
@@ -111,35 +120,41 @@ def _timings(task: Task, rank: int) -> Iterator[Timing]:
                     )
 
 
-def _calls(task: Task, race: Race, rank: int, data: object) -> dict[str, Callable[[], object]]:
+def _calls(
+    task: Task,
+    race: Race,
+    rank: int,
+    data: torch.Tensor,
+    groups: dict[str, torch.distributed.ProcessGroup],
+) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
     import torch
     from torch import distributed
 
     from trimtab.hosts.torch.plan_runner import PlannedRank, PlanRunner, adding
 
-    assert isinstance(data, torch.Tensor)
     runner = PlanRunner(distributed.group.WORLD, timedelta(seconds=task.timeout_s))
     combine = adding(torch.Tensor.add_, fused=True)
     numbers = iter(range(1 << 30))
+
+    def grouped(group: torch.distributed.ProcessGroup) -> Callable[[], object]:
+        return lambda: distributed.all_reduce(data, group=group)
 
     def planned(schedule: Schedule) -> Callable[[], object]:
         turns, chunks = PlannedRank(schedule, rank).turns, schedule.chunks
         return lambda: runner.run(turns, data, combine, call=next(numbers), chunks=chunks)
 
     calls: dict[str, Callable[[], object]] = {GLOO: lambda: distributed.all_reduce(data)}
+    calls |= {name: grouped(group) for name, group in groups.items()}
     return calls | {name: planned(schedule) for name, schedule in race.schedules.items()}
 
 
-def _check(data: object, count: int, name: str) -> None:
-    import torch
-
-    assert isinstance(data, torch.Tensor)
+def _check(data: torch.Tensor, count: int, name: str) -> None:
     if not bool((data == count * (count + 1) / 2).all()):
         raise RuntimeError(f"{name} computed something else than the sum")
 
 
-def timings(lines: Iterator[str]) -> Iterator[Timing]:
+def timings(lines: Iterable[str]) -> Iterator[Timing]:
     """What the job prints, line by line."""
     return (validate(Timing, parse_json(line, where="the job"), where="the job") for line in lines)
 

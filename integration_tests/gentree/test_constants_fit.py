@@ -34,7 +34,7 @@ def test_constants_of_this_machine_are_fitted_and_planned_with(tmp_path: Path) -
     constants = read_constants(tmp_path / "k.yaml")
     fit = constants.fitted
     assert fit is not None
-    assert fit.runs == 2 * (3 + 1 + 1 + 2 + 7)  # direct, 2x2, ring, all-gathers, sums
+    assert fit.runs == 2 * (3 + 1 + 1 + 7)  # direct, 2x2, ring, sums
     for term in TERMS:
         interval = getattr(fit, term)
         assert 0 <= interval.low <= interval.value <= interval.high

@@ -30,7 +30,7 @@ SIZES = [2**16, 2**20, 2**22]
 
 def runs_of(model: GenModel, noise: float = 0.0, seed: int = 0, sizes=SIZES) -> list[Run]:
     random = np.random.default_rng(seed)
-    shapes = [("staged", g) for g in GROUPS] + [("gather", g) for g in GROUPS]
+    shapes = [("staged", g) for g in GROUPS]
     shapes += [("ring", (n,)) for n in (4, 8)] + [("sum", (k,)) for k in range(2, 9)]
     found = []
     for (algorithm, groups), size in product(shapes, sizes):

@@ -12,7 +12,7 @@ from trimtab.gentree import bench, prediction_bench
 
 
 def runs_of(model: GenModel, sizes: Sequence[int]) -> list[Run]:
-    shapes = [("staged", (n,)) for n in range(2, 9)] + [("ring", (8,)), ("gather", (8,))]
+    shapes = [("staged", (n,)) for n in range(2, 9)] + [("ring", (8,))]
     shapes += [("sum", (k,)) for k in range(2, 9)]
     found = []
     for algorithm, groups in shapes:

@@ -1,9 +1,9 @@
 """GenModel's five terms from collectives that were timed: non-negative least squares.
 
 Each run is a row of a linear model once the incast threshold is fixed, weighted by the inverse of
-its time so that relative errors count. Runs of the all-gather alone and of sums alone tell apart
-what an AllReduce shows only together (β from γ, γ from δ). The threshold is the one that best
-predicts the runs of a number of ranks that were left out.
+its time so that relative errors count. Runs of sums alone tell apart what an AllReduce shows only
+together (γ and δ from β). The threshold is the one that best predicts the runs of a number of ranks
+that were left out.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Run(Document):
     """A collective among ranks below one switch, timed several times.
 
     Attributes:
-        algorithm: ``staged``: direct exchange in groups; ``gather``: its all-gather alone;
-            ``ring``; ``sum``: what one rank adds up, without a network.
+        algorithm: ``staged``: direct exchange in groups; ``ring``; ``sum``: what one rank adds up,
+            without a network.
         groups: sizes of the groups, stage by stage; for a ring all ranks, for a sum its operands.
         payload_bytes: on each rank; of each operand of a sum.
         seconds: of each time, the slowest rank's.
     """
 
-    algorithm: Literal["staged", "gather", "ring", "sum"]
+    algorithm: Literal["staged", "ring", "sum"]
     groups: tuple[PositiveInt, ...] = Field(min_length=1)
     payload_bytes: PositiveInt
     seconds: tuple[PositiveFloat, ...] = Field(min_length=1)
@@ -78,11 +78,7 @@ class Run(Document):
         if self.algorithm == "sum":
             operands = self.groups[0]
             return Collective(0, (), operands - 1.0, (operands + 1.0) * (operands > 1))
-        both = hierarchical_ps(self.groups)
-        if self.algorithm == "staged":
-            return both
-        halves = tuple((share / 2, width) for share, width in both.traffic)
-        return Collective(both.rounds // 2, halves, 0.0, 0.0)
+        return hierarchical_ps(self.groups)
 
 
 class Interval(Document):

@@ -1,8 +1,8 @@
 """Times collectives of many shapes among the ranks of a job, for `trimtab.core.cost.fit_model`.
 
-Numbers of ranks from two up, direct exchange in groups, rings, all-gathers alone, and sums without
-a network: together they tell the terms of GenModel apart. Calls take turns, so that what a machine
-does meanwhile is spread over all of them. As a module it is a job of its own, see `main`.
+Numbers of ranks from two up, direct exchange in groups, rings, and sums without a network: together
+they tell the terms of GenModel apart. Calls take turns, so that what a machine does meanwhile is
+spread over all of them. As a module it is a job of its own, see `main`.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ def kinds(ranks: int) -> list[Kind]:
     ]
     halving: list[Kind] = [("staged", (2, 2, 2))] if ranks >= 8 else []
     rings: list[Kind] = [("ring", (count,)) for count in sorted({ranks // 2, ranks}) if count > 2]
-    gathers: list[Kind] = [("gather", (count,)) for count in sorted({2, ranks // 2, ranks} - {1})]
-    return [*direct, *two, *halving, *rings, *gathers]
+    return [*direct, *two, *halving, *rings]
 
 
 def timed_runs(ranks: Sequence[int], effort: Effort) -> list[Run]:
@@ -110,9 +109,8 @@ def _calls(
         data = torch.zeros(max(size // 4, 1))
         for kind in asked:
             planned = PlannedRank(_schedule(kind), rank)
-            takes_part = rank < planned.schedule.ranks
-            turns = (planned.gathering if kind[0] == "gather" else planned.turns) * takes_part
-            yield (kind, size), partial(_planned, runner, turns, data, combine, numbers)
+            call = partial(_planned, runner, planned.turns, data, combine, numbers)
+            yield (kind, size), call
         for operands in SUMMED:
             rows = data.new_zeros(operands - 1, len(data))
             yield (("sum", (operands,)), size), partial(combine, data, rows)

@@ -59,7 +59,7 @@ def prediction_cases(options: Options, progress: Progress) -> list[Case]:
         return []
     fitted = QUICK_FITTED_BYTES if options.quick else FITTED_BYTES
     held_out = QUICK_HELD_OUT_BYTES if options.quick else HELD_OUT_BYTES
-    repeats = 2 if options.quick else 3
+    repeats = 1 if options.quick else 3
     cases = []
     for star in STARS[:1] if options.quick else STARS:
         progress(f"the model's predictions: {star.name}")

@@ -25,6 +25,8 @@ def main() -> None:
         passed_on,
         subgroups,
         coalesced,
+        waited_and_not,
+        freed,
         identical,
         functional,
     )
@@ -176,6 +178,26 @@ def coalesced(rank: int, size: int) -> None:
     torch.testing.assert_close(tensors[1], expected)
 
 
+def waited_and_not(rank: int, size: int) -> None:
+    """Calls that run in the caller's thread and on the group's keep their order."""
+    total = torch.full((3,), float(rank))
+    for turn in range(30):
+        work = dist.all_reduce(total, Op.AVG, async_op=turn % 3 > 0)
+        if turn % 3 == 2:
+            assert torch.equal(work.get_future().wait()[0], total)
+            work.wait()
+            assert torch.equal(work.get_future().wait()[0], total)
+            assert total.tolist() == [(size - 1) / 2] * 3
+            total.fill_(rank)
+
+
+def freed(rank: int, size: int) -> None:
+    """Gloo's thread frees what nobody holds any more while further calls are made."""
+    for turn in range(300):
+        dist.broadcast(torch.full((10,), float(turn)), turn % size)
+    dist.barrier()
+
+
 def identical(rank: int, size: int) -> None:
     results = []
     for _ in range(3):
@@ -192,6 +214,15 @@ def functional(rank: int, size: int) -> None:
 
     total = collectives.all_reduce(values(rank, 11), "sum", dist.group.WORLD)
     torch.testing.assert_close(collectives.wait_tensor(total), exact(size, 11).float())
+    given = [torch.full((3,), float(rank)), torch.full((2,), rank + 0.5)]
+    parts = collectives.all_gather_into_tensor_coalesced(given, dist.group.WORLD)
+    for part, own in zip(parts, (0.0, 0.5), strict=True):
+        expected = torch.arange(size).repeat_interleave(len(part) // size) + own
+        assert torch.equal(collectives.wait_tensor(part), expected)
+    whole = [values(rank, 2 * size), values(rank + 9, size)]
+    kept = collectives.reduce_scatter_tensor_coalesced(whole, "sum", [0, 0], dist.group.WORLD)
+    expected = exact(size, 2 * size).float()[2 * rank : 2 * rank + 2]
+    torch.testing.assert_close(collectives.wait_tensor(kept[0]), expected)
 
 
 if __name__ == "__main__":

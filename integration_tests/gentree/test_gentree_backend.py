@@ -26,6 +26,8 @@ def test_every_collective(job) -> None:
         "passed_on",
         "subgroups",
         "coalesced",
+        "waited_and_not",
+        "freed",
         "identical",
         "functional",
     ]

@@ -85,13 +85,11 @@ class _Drive:
     """
 
     def __init__(self, order: Order, waiting: int, seed: int) -> None:
-        from vllm.v1.core.sched.request_queue import SchedulingPolicy
-
         from trimtab.hosts.vllm.waiting_queue import PolicyQueue
 
         self._chance = random.Random(seed)
         self._stack = PolicyStack([("urgency", UrgencyPolicy(UrgencyConfig(order=order)))])
-        self._queue: Any = PolicyQueue(self._key_of, SchedulingPolicy.FCFS)
+        self._queue: Any = PolicyQueue(self._key_of)
         self._waiting = waiting
         self._requests: dict[Call, _Request] = {}
         self._running: list[_Request] = []

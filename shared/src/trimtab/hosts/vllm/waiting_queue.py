@@ -25,7 +25,9 @@ class PolicyQueue(RequestQueue):
     """
 
     def __init__(
-        self, key_of: Callable[[Request], tuple[Any, ...]], engine_order: SchedulingPolicy
+        self,
+        key_of: Callable[[Request], tuple[Any, ...]],
+        engine_order: SchedulingPolicy = SchedulingPolicy.FCFS,
     ) -> None:
         self._key_of = key_of
         self._by_priority = engine_order is SchedulingPolicy.PRIORITY

@@ -266,4 +266,6 @@ def test_names_cannot_smuggle_commands_into_scripts() -> None:
 def test_unknown_target_names_the_nearest() -> None:
     with pytest.raises(BadInput, match="slurm"):
         emit(serving(), "slrum")
-    assert set(EMITTERS) == {"vllm", "deepspeed", "torchrun", "slurm", "kubernetes", "mpi"}
+    assert set(EMITTERS) == {
+        *("vllm", "deepspeed", "torchrun", "slurm", "kubernetes", "mpi", "msccl"),
+    }

@@ -229,7 +229,7 @@ def urgent() -> UrgencyPolicy:
 
 def test_ten_thousand_waiting_cost_each_step_a_bounded_part():
     """Counted, not timed: keys made anew and workflows looked at in one step."""
-    policy = UrgencyPolicy(UrgencyConfig())
+    policy = UrgencyPolicy(UrgencyConfig(age_cap=1.5))
     calls = []
     for number in range(10_000):
         fields = {"workflow": f"w{number}", "deadline_s": 20.0 + number % 7, "stage": "s"}

@@ -45,7 +45,7 @@ _SHIFT = 0.2
 
 _PATIENCE_S = 60.0
 
-_FEWEST_MOVES, _MOVES_PER_CALL = 8, 0.0005
+_FEWEST_MOVES, _MOVES_PER_CALL = 8, 0.001
 _FEWEST_LOOKS, _LOOKS_PER_CALL = 24, 0.003
 """What is done in one step at most, and how that grows with the calls: places found anew, and
 workflows reviewed. The rest is left to the next steps."""

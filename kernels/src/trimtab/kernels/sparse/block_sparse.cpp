@@ -450,6 +450,9 @@ __attribute__((visibility("default"))) int trimtab_supported() {
 #endif
 }
 
+// Callers compare it with their own: code built from an older source must not be called.
+__attribute__((visibility("default"))) int trimtab_problem_bytes() { return sizeof(Problem); }
+
 // Bytes of one packed element.
 __attribute__((visibility("default"))) int trimtab_element_bytes(int dtype) {
 #if defined(__AVX512BF16__)

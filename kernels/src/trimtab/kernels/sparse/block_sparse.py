@@ -135,22 +135,6 @@ class Choice:
         return cls(rows, chosen.nonzero()[:, -1].int())
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """The best compiled code that this machine can run, or None where none was built."""
-    folder = Path(__file__).parent
-    for name in _SETS:
-        for suffix in EXTENSION_SUFFIXES:
-            path = folder / f"block_sparse_{name}{suffix}"
-            try:
-                found = ctypes.CDLL(str(path))
-            except OSError:
-                continue
-            if found.trimtab_supported():
-                return found
-    return None
-
-
 class _Problem(ctypes.Structure):
     """``Problem`` of ``block_sparse.cpp``, field for field."""
 
@@ -170,6 +154,29 @@ class _Problem(ctypes.Structure):
         ("sample_step", ctypes.c_int32),
         ("keys_packed", ctypes.c_int32),
     )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The best compiled code that this machine can run, or None where none was built."""
+    folder = Path(__file__).parent
+    for name in _SETS:
+        for suffix in EXTENSION_SUFFIXES:
+            path = folder / f"block_sparse_{name}{suffix}"
+            try:
+                found = ctypes.CDLL(str(path))
+            except OSError:
+                continue
+            if _is_of_this_source(found) and found.trimtab_supported():
+                return found
+    return None
+
+
+def _is_of_this_source(found: ctypes.CDLL) -> bool:
+    """Whether the code takes the `_Problem` of this module; an older build would crash on it."""
+    if not hasattr(found, "trimtab_problem_bytes"):
+        return False
+    return bool(found.trimtab_problem_bytes() == ctypes.sizeof(_Problem))
 
 
 class TiledAttention:

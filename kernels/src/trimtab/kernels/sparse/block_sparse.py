@@ -201,11 +201,9 @@ class TiledAttention:
         blocks, wide = store.k_base.numel(), store.v_dim_at.numel()
         panel = TILE * (-(-q.shape[2] // 2) * 2 + -(-wide // 16) * 16)
         bytes_each = compiled.trimtab_element_bytes(_DTYPES[q.dtype])
-        fields = {
-            "q": q,
-            "k": store.k,
-            "v": store.v,
-            "panels": torch.empty(store.kv_heads * blocks * panel * bytes_each, dtype=torch.uint8),
+        panels = torch.empty(store.kv_heads * blocks * panel * bytes_each, dtype=torch.uint8)
+        tensors = {"q": q, "k": store.k, "v": store.v, "panels": panels}
+        offsets = {
             "k_base": store.k_base,
             "v_base": store.v_base,
             "block_token": store.block_token,
@@ -235,15 +233,15 @@ class TiledAttention:
             dtype=_DTYPES[q.dtype],
             threads=torch.get_num_threads(),
         )
-        for name, tensor in fields.items():
-            dense = name not in ("q", "k", "v") and not tensor.is_contiguous()
-            self._point(name, tensor.contiguous() if dense else tensor)
+        for name, tensor in tensors.items():
+            self._point(name, tensor)
+        for name, tensor in offsets.items():
+            self._point(name, tensor.contiguous())
 
-    def _point(self, name: str, tensor: Tensor) -> Tensor:
+    def _point(self, name: str, tensor: Tensor) -> None:
         """Hands a tensor to the compiled code, and keeps it for as long."""
         self._kept[name] = tensor
         setattr(self._problem, name, tensor.data_ptr())
-        return tensor
 
     def shares(self, step: int) -> Tensor:
         """The mean share of each block in the attention of every ``step``-th query of a tile.

@@ -100,18 +100,16 @@ def sparse_prefill(
     cu_queries = torch.tensor([0, q.shape[0]], dtype=torch.int32)
     cu_keys = torch.tensor([0, position + q.shape[0]], dtype=torch.int32)
     tiles = Tiles.of(cu_queries, cu_keys, q.shape[0])
-    if is_compiled_for(q):
-        attention = TiledAttention(q, store, tiles, scale)
-        step = SAMPLE_STEPS.get(selection.selector)
-        if step is None:
-            shares = selection.estimate(q, keys(), position, scale)
-        else:
-            shares = attention.shares(step)
-        mask = selection.keep(shares, position, q.shape[0])
-        attention.attend(Choice.of_mask(mask), out)
-    else:
+    compiled = TiledAttention(q, store, tiles, scale) if is_compiled_for(q) else None
+    step = SAMPLE_STEPS.get(selection.selector)
+    if compiled is None or step is None:
         shares = selection.estimate(q, keys(), position, scale)
-        mask = selection.keep(shares, position, q.shape[0])
+    else:
+        shares = compiled.shares(step)
+    mask = selection.keep(shares, position, q.shape[0])
+    if compiled is None:
         tiled_attention_in_torch(q, store, tiles, Choice.of_mask(mask), out, scale)
+    else:
+        compiled.attend(Choice.of_mask(mask), out)
     causal = int((tiles.last_block + 1).sum()) * q.shape[1]
     return int(mask.sum()) / max(1, causal)

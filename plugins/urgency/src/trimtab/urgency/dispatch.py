@@ -452,11 +452,10 @@ class PredictedFinish:
         )
 
     def _scores(self, call: RoutedCall, instances: Sequence[Instance], now_s: float) -> list[float]:
-        return [self._finish_s(call, instance, now_s) for instance in instances]
+        return [self._finish_s(i.predict(call), i, now_s) for i in instances]
 
-    def _finish_s(self, call: RoutedCall, instance: Instance, now_s: float) -> float:
+    def _finish_s(self, own: Prediction, instance: Instance, now_s: float) -> float:
         booked, in_flight = self._booked[instance.number], instance.in_flight
-        own = instance.predict(call)
         excess = in_flight + booked.calls + 1 - instance.seats
         seat_s = 0.0
         if excess > 0 and in_flight:
@@ -488,7 +487,7 @@ class Auto(PredictedFinish):
         own = [instance.predict(call) for instance in instances]
         own_per_s = call.haste_per_s(min(there.total_s for there in own), now_s)
         return [
-            own_per_s * self._finish_s(call, instance, now_s)
+            own_per_s * self._finish_s(there, instance, now_s)
             + (instance.haste_per_s(now_s) + self._booked[instance.number].haste_per_s)
             * there.prefill_s
             for instance, there in zip(instances, own, strict=True)

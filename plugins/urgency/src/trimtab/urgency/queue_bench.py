@@ -29,7 +29,7 @@ QUICK_SEEDS = 2
 _BY_ARRIVAL = "by-arrival"
 _STEP_S = 0.02
 _RUNNING = 16
-_ENDING = 2
+_ADMITTED = 2
 _RUNS = 3
 _SETTLED = 50
 """Steps before the clock counts: the first see all calls come at once."""
@@ -130,7 +130,7 @@ class _Drive:
         stale = self._stack.stale_calls(self._now_s)
         self._queue.rekey(self._requests[call] for call in stale if call in self._requests)
         self._queue.open_step(None)
-        for _ in range(_ENDING):
+        for _ in range(_ADMITTED):
             self._admit()
         took_s = time.thread_time() - began_s
         while len(self._running) > _RUNNING:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from trimtab.core.benchmark import Benchmark, Case, Options, Progress
 from trimtab.core.cluster import Cluster, Link, Node
 from trimtab.core.collectives import NetworkTree
 from trimtab.core.cost import Constants
 from trimtab.gentree.gentree import PAPER, Search
-from trimtab.gentree.planner import choose
+from trimtab.gentree.planner import Choice, choose
 from trimtab.gentree.prediction_bench import prediction_cases
 from trimtab.gentree.real_bench import real_cases
 
@@ -101,10 +101,16 @@ def _model_cases(
 ) -> Iterator[Case]:
     choice = choose(tree, payload_bytes, given)
     paper = choose(tree, payload_bytes, given, search=PAPER)
+    yield from _against_libraries(case, choice, {"gentree as published": paper.seconds})
+
+
+def _against_libraries(
+    case: str, choice: Choice, others_s: Mapping[str, float] | None = None
+) -> Iterator[Case]:
+    """The chosen plan against algorithms of libraries, the best of them, and further ones."""
     rivals = dict(choice.baselines_s)
     rivals["best of all baselines"] = min(rivals.values())
-    rivals["gentree as published"] = paper.seconds
-    for baseline, seconds in rivals.items():
+    for baseline, seconds in {**rivals, **(others_s or {})}.items():
         yield Case.compare(
             case,
             "allreduce_s",
@@ -125,19 +131,7 @@ def dear_cases(options: Options, progress: Progress) -> Iterator[Case]:
     tree = NetworkTree.of_cluster(two_tiers(DEAR_RACKS, DEAR_UPLINKS_FASTER))
     for name, search in (("chunks", Search()), ("no-chunks", Search(chunks=False))):
         choice = choose(tree, DEAR_BYTES, DEAR, search=search)
-        rivals = dict(choice.baselines_s)
-        rivals["best of all baselines"] = min(rivals.values())
-        for baseline, seconds in rivals.items():
-            yield Case.compare(
-                f"simulator/16x48/dear-incast-and-memory/{name}",
-                "allreduce_s",
-                "s",
-                "lower",
-                baseline,
-                [(seconds, choice.seconds)],
-                lower_bound=choice.bound_s,
-                notes=f"{choice.switches[-1][1]} at the root, {choice.schedule.chunks} chunks",
-            )
+        yield from _against_libraries(f"simulator/16x48/dear-incast-and-memory/{name}", choice)
 
 
 def planning_cases(options: Options, progress: Progress) -> Iterator[Case]:

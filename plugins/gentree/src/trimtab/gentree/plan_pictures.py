@@ -41,7 +41,7 @@ def messages_picture(step: Step, leaves: int) -> str:
             f'width="{side * 0.94:.2f}" height="{side * 0.94:.2f}" '
             f'fill-opacity="{0.15 + 0.85 * sent[source, to] / most:.2f}"><title>'
             f"{sent[source, to]:.3%} of the payload</title></rect>"
-            for source, to in zip(*map(np.ndarray.tolist, np.nonzero(sent)), strict=True)
+            for source, to in np.argwhere(sent).tolist()
         ),
     ]
     return _svg(_MATRIX, _MATRIX, parts)
@@ -65,8 +65,7 @@ def _messages(step: Step) -> list[tuple[int, int, float]]:
             # Each part passes every link of the ring but the one out of its owner.
             place = senders.index(owner)
             around = [senders[(place + 1 + i) % len(senders)] for i in range(len(senders))]
-            pairs = pairwise(around)
-            found += [(source, to, size) for source, to in pairs]
+            found += [(source, to, size) for source, to in pairwise(around)]
         else:
             found += [(sender, owner, size) for sender in senders if sender != owner]
     return found

@@ -32,7 +32,8 @@ from trimtab.gentree.backend import (
 from trimtab.gentree.planner import leaf_order
 from trimtab.hosts.job_variables import HOST_VARIABLE
 from trimtab.hosts.testbed import TreeNetwork, allreduce_job, obstacle, training_job, two_tiers
-from trimtab.hosts.testbed.allreduce_job import GLOO, Race
+from trimtab.hosts.testbed.allreduce_job import Race
+from trimtab.hosts.testbed.ranked_job import GLOO
 from trimtab.hosts.testbed.training_job import Kind, Step
 
 RANKS = 8

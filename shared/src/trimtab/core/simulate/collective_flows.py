@@ -229,7 +229,8 @@ class _Links:
         lengths = [len(flow.way) for flow in flows]
         flow_of = np.repeat(np.arange(len(flows)), lengths)
         link_of = np.concatenate([flow.way for flow in flows])
-        left = 1 / self._seconds_per_byte(flows, flow_of, link_of)
+        capacity = 1 / self._seconds_per_byte(flows, flow_of, link_of)
+        left = capacity
         going = np.ones(len(flows), dtype=np.bool_)
         while going.any():
             on = going[flow_of]
@@ -241,7 +242,7 @@ class _Links:
             rates[stopped] = least
             going[stopped] = False
             taken = np.bincount(link_of, rates[flow_of] * ~going[flow_of], minlength=len(left))
-            left = np.maximum(1 / self._now - taken, 1e-300)
+            left = np.maximum(capacity - taken, 1e-300)
         return rates
 
     def _seconds_per_byte(self, flows: Sequence[_Flow], flow_of: Ints, link_of: Ints) -> Floats:
@@ -262,5 +263,5 @@ class _Links:
             np.add.at(met, pairs[0], np.ones(len(rate)) if constants.width == "ports" else rate)
             widths += np.ceil(met - 1e-9)
         excess = np.maximum(widths - constants.incast_threshold, 0)
-        self._now: Floats = self._beta * (1 + excess * constants.epsilon_ratio)
-        return self._now
+        seconds: Floats = self._beta * (1 + excess * constants.epsilon_ratio)
+        return seconds

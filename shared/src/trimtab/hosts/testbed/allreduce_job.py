@@ -8,23 +8,18 @@ call that is timed.
 
 from __future__ import annotations
 
-import os
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt
 
 from trimtab.core.collectives import Schedule
-from trimtab.core.documents import Document, parse_json, read_json, validate
+from trimtab.core.documents import Document
+from trimtab.hosts.testbed.ranked_job import GLOO, RankedTask, printed, run_rank
 
 if TYPE_CHECKING:
     import torch
-
-GLOO = "gloo"
 
 
 class Race(Document):
@@ -41,22 +36,14 @@ class Race(Document):
     repeats: PositiveInt = 5
 
 
-class Task(Document):
+class Task(RankedTask):
     """What is run.
 
     Attributes:
-        ranks: how many there are.
-        address: ``HOST:PORT`` at which the first one waits for the others.
         races: one for each size.
-        backends: of torch.distributed, that are compared beside gloo.
-        timeout_s: of each message.
     """
 
-    ranks: PositiveInt
-    address: str
     races: tuple[Race, ...]
-    backends: tuple[str, ...] = ()
-    timeout_s: PositiveInt = 60
 
 
 class Timing(Document):
@@ -73,33 +60,11 @@ class Timing(Document):
     seconds: float
 
 
-def main() -> None:
-    """Runs this rank's part of the task."""
-    import torch
-    from torch import distributed
-
-    task = read_json(Path(sys.argv[1]), Task)
-    rank = int(os.environ["RANK"])
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        GLOO,
-        init_method=f"tcp://{task.address}",
-        rank=rank,
-        world_size=task.ranks,
-        timeout=timedelta(seconds=task.timeout_s),
-    )
-    try:
-        for timing in _timings(task, rank):
-            if rank == 0:
-                print(timing.model_dump_json(), flush=True)
-        distributed.barrier()
-    finally:
-        distributed.destroy_process_group()
-
-
 def _timings(task: Task, rank: int) -> Iterator[Timing]:
     import torch
     from torch import distributed
+
+    from trimtab.hosts.torch.timing import timed
 
     groups = {name: distributed.new_group(backend=name) for name in task.backends}
     for race in task.races:
@@ -108,16 +73,10 @@ def _timings(task: Task, rank: int) -> Iterator[Timing]:
         for repeat in range(race.repeats + 1):
             for name, call in calls.items():
                 data.fill_(rank + 1.0)
-                distributed.barrier()
-                began_s = time.perf_counter()
-                call()
-                took_s = torch.tensor(time.perf_counter() - began_s, dtype=torch.float64)
+                took_s, _ = timed(call)
                 _check(data, task.ranks, name)
-                distributed.all_reduce(took_s, distributed.ReduceOp.MAX)
                 if repeat:
-                    yield Timing(
-                        payload_bytes=race.payload_bytes, algorithm=name, seconds=took_s.item()
-                    )
+                    yield Timing(payload_bytes=race.payload_bytes, algorithm=name, seconds=took_s)
 
 
 def _calls(
@@ -156,8 +115,8 @@ def _check(data: torch.Tensor, count: int, name: str) -> None:
 
 def timings(lines: Iterable[str]) -> Iterator[Timing]:
     """What the job prints, line by line."""
-    return (validate(Timing, parse_json(line, where="the job"), where="the job") for line in lines)
+    return printed(lines, Timing)
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(Task, _timings)

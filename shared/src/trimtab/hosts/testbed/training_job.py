@@ -7,23 +7,19 @@ rank prints one JSON line (`Step`) for each step that is timed.
 
 from __future__ import annotations
 
-import os
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import PositiveInt
 
-from trimtab.core.documents import Document, parse_json, read_json, validate
+from trimtab.core.documents import Document
+from trimtab.hosts.testbed.ranked_job import GLOO, RankedTask, printed, run_rank
 
 if TYPE_CHECKING:
     import torch
 
-GLOO = "gloo"
 LAYERS = 4
 BATCH = 8
 
@@ -31,23 +27,16 @@ Kind = Literal["ddp", "zero1"]
 """torch's DistributedDataParallel with SGD, or DeepSpeed's ZeRO-1 with Adam."""
 
 
-class Task(Document):
+class Task(RankedTask):
     """What is run.
 
     Attributes:
-        ranks: how many there are.
-        address: ``HOST:PORT`` at which the first one waits for the others.
         kinds: of training, one after the other.
-        backends: of torch.distributed, that are compared beside gloo.
         width: of the network's layers.
         steps: how many are timed, after one that is not.
-        timeout_s: of each message.
     """
 
-    ranks: PositiveInt
-    address: str
     kinds: tuple[Kind, ...]
-    backends: tuple[str, ...]
     width: PositiveInt = 512
     steps: PositiveInt = 4
     timeout_s: PositiveInt = 120
@@ -69,33 +58,11 @@ class Step(Document):
     loss: float
 
 
-def main() -> None:
-    """Runs this rank's part of the task."""
-    import torch
-    from torch import distributed
-
-    task = read_json(Path(sys.argv[1]), Task)
-    rank = int(os.environ["RANK"])
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        GLOO,
-        init_method=f"tcp://{task.address}",
-        rank=rank,
-        world_size=task.ranks,
-        timeout=timedelta(seconds=task.timeout_s),
-    )
-    try:
-        for step in _steps(task, rank):
-            if rank == 0:
-                print(step.model_dump_json(), flush=True)
-        distributed.barrier()
-    finally:
-        distributed.destroy_process_group()
-
-
 def _steps(task: Task, rank: int) -> Iterator[Step]:
     import torch
     from torch import distributed
+
+    from trimtab.hosts.torch.timing import timed
 
     groups: dict[str, Any] = {GLOO: distributed.group.WORLD}
     groups |= {name: distributed.new_group(backend=name) for name in task.backends}
@@ -105,18 +72,14 @@ def _steps(task: Task, rank: int) -> Iterator[Step]:
         for number in range(task.steps + 1):
             given = torch.randn(BATCH, task.width, generator=batches)
             for name, step in trained.items():
-                distributed.barrier()
-                began_s = time.perf_counter()
-                loss = step(given)
-                took_s = torch.tensor(time.perf_counter() - began_s, dtype=torch.float64)
+                took_s, loss = timed(partial(step, given))
                 mean = torch.tensor(loss, dtype=torch.float64)
-                distributed.all_reduce(took_s, distributed.ReduceOp.MAX)
                 distributed.all_reduce(mean)
                 if number:
                     yield Step(
                         kind=kind,
                         backend=name,
-                        seconds=took_s.item(),
+                        seconds=took_s,
                         loss=mean.item() / task.ranks,
                     )
 
@@ -209,9 +172,8 @@ class _DataParallel:
 
 def steps(lines: Iterable[str]) -> Iterator[Step]:
     """What the job prints, line by line; DeepSpeed logs beside it."""
-    ours = (line for line in lines if line.startswith("{"))
-    return (validate(Step, parse_json(line, where="the job"), where="the job") for line in ours)
+    return printed((line for line in lines if line.startswith("{")), Step)
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(Task, _steps)

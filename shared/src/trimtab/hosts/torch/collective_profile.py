@@ -8,7 +8,6 @@ spread over all of them. As a module it is a job of its own, see `main`.
 from __future__ import annotations
 
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from trimtab.core.collectives import Layout, Schedule
 from trimtab.core.collectives.combine import ring, staged
 from trimtab.core.cost import Run
 from trimtab.hosts.torch.plan_runner import Combine, PlannedRank, PlanRunner, adding
+from trimtab.hosts.torch.timing import timed
 
 PAYLOADS_BYTES = (2**18, 2**20, 2**22)
 SUMMED = range(2, 9)
@@ -80,7 +80,7 @@ def timed_runs(ranks: Sequence[int], effort: Effort) -> list[Run]:
     seconds: dict[tuple[Kind, int], list[float]] = defaultdict(list)
     for repeat in range(effort.repeats + 1):
         for key, call in calls.items():
-            took_s = _slowest_s(call)
+            took_s, _ = timed(call)
             if repeat:
                 seconds[key].append(took_s)
     if dist.get_rank():
@@ -89,15 +89,6 @@ def timed_runs(ranks: Sequence[int], effort: Effort) -> list[Run]:
         Run(algorithm=algorithm, groups=groups, payload_bytes=size, seconds=tuple(times))
         for ((algorithm, groups), size), times in seconds.items()
     ]
-
-
-def _slowest_s(call: Callable[[], None]) -> float:
-    dist.barrier()
-    began_s = time.perf_counter()
-    call()
-    took_s = torch.tensor(time.perf_counter() - began_s, dtype=torch.float64)
-    dist.all_reduce(took_s, dist.ReduceOp.MAX)
-    return float(took_s)
 
 
 def _calls(

@@ -136,7 +136,8 @@ class _Several(dist.Work):
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         limit = [timeout] if timeout > timedelta(0) else []
-        return sum(not work.wait(*limit) for work in self._works) == 0
+        done = [work.wait(*limit) for work in self._works]
+        return all(done)
 
     def get_future(self) -> Any:
         return torch.futures.collect_all([work.get_future() for work in self._works])
@@ -228,7 +229,6 @@ class PlannedGroup(dist.ProcessGroup):
         self._planned = lru_cache(256)(self._plan)
         self._thread = _Thread()
         self._closing = weakref.finalize(self, self._thread.close)
-
         self._fault: Exception | None = None
 
     def getBackendName(self) -> str:  # noqa: N802

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 
 import numpy as np
 
@@ -15,6 +13,7 @@ from trimtab.core.collectives import NetworkTree, Step
 from trimtab.core.cost import Constants, PlanEvaluator
 from trimtab.core.documents import validate, write_atomic
 from trimtab.core.plan import Plan
+from trimtab.core.report_page import fact_boxes, filled
 from trimtab.gentree.plan_pictures import links_picture, messages_picture, sizes_picture
 from trimtab.gentree.planner import PlannedSize, leaf_order, planned_sizes
 from trimtab.gentree.table import shown_bytes, shown_seconds
@@ -47,8 +46,8 @@ def report_page(plan: Plan, cluster: Cluster) -> str:
     drawn = _Drawn(tree, constants, leaf_order(tree, slots))
     # Sizes with the same steps are drawn once, for the largest of them.
     different = {size.schedule.steps: size for size in sizes}
-    template = Template((files("trimtab.gentree") / "report.html").read_text("utf-8"))
-    return template.substitute(
+    return filled(
+        "trimtab.gentree",
         title=escape(f"AllReduce of {len(slots):,} ranks on {cluster.name}"),
         subtitle=escape(f"Made {plan.created:%Y-%m-%d %H:%M} UTC by trimtab plan allreduce."),
         facts=_facts(sizes[-1]),
@@ -67,10 +66,7 @@ def _facts(size: PlannedSize) -> str:
         (str(size.rounds), f"rounds, in {size.schedule.chunks} chunks"),
         (str(size.width), "meet in the widest incast, the receiver included"),
     ]
-    return "".join(
-        f'<div class="fact"><b>{escape(value)}</b><span>{escape(text)}</span></div>'
-        for value, text in facts
-    )
+    return fact_boxes(facts)
 
 
 def _table(sizes: Sequence[PlannedSize]) -> str:

@@ -6,9 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +15,7 @@ from trimtab.core.cluster import Cluster
 from trimtab.core.documents import validate, write_atomic
 from trimtab.core.errors import BadInput
 from trimtab.core.plan import Plan
+from trimtab.core.report_page import fact_boxes, filled
 from trimtab.placement.fabric import Fabric
 from trimtab.placement.job import TrainingJob
 from trimtab.placement.layout import HostGrid
@@ -69,8 +68,8 @@ def write_report(plan: Plan, cluster: Cluster, path: str | Path) -> None:
 def report_page(plan: Plan, cluster: Cluster) -> str:
     """The page of a plan as HTML; the arguments and errors are those of `write_report`."""
     shown = _shown(plan, cluster)
-    template = Template((files("trimtab.placement") / "report.html").read_text("utf-8"))
-    return template.substitute(
+    return filled(
+        "trimtab.placement",
         title=escape(f"Placement of {shown.job.name} on {cluster.name}"),
         subtitle=escape(_subtitle(shown)),
         facts=_facts(shown),
@@ -175,10 +174,7 @@ def _facts(shown: _Shown) -> str:
         (f"{old_data} → {data}", f"{tiers} of the widest data parallel group"),
         (f"{float(cast(Any, shown.plan.details.get('alpha', 0.5))):g}", "weight of data spread"),
     ]
-    return "".join(
-        f'<div class="fact"><b>{escape(value)}</b><span>{escape(text)}</span></div>'
-        for value, text in facts
-    )
+    return fact_boxes(facts)
 
 
 def _warnings(plan: Plan) -> str:

@@ -23,18 +23,13 @@ def test_its_network_is_planned() -> None:
     check_plan(size.schedule)
 
 
-@pytest.mark.integration
-def test_it_trains() -> None:
+def assert_trains(words: list[str], steps: int, folder: Path, **environment: str) -> None:
+    """Four ranks train for so many steps, and their loss falls."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-        + [str(HERE / "train.py")],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "TRIMTAB_HOST": "localhost",
-            "TRIMTAB_GENTREE_TOPOLOGY": str(HERE / "cluster.yaml"),
-            "TRIMTAB_GENTREE_ALWAYS": "1",
-        },
+        [sys.executable, *torchrun, *words],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRIMTAB_HOST": "localhost", **environment},
         capture_output=True,
         text=True,
         timeout=150,
@@ -42,29 +37,24 @@ def test_it_trains() -> None:
     )
     assert done.returncode == 0, done.stderr
     losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if "loss" in line]
-    assert len(losses) == 20
+    assert len(losses) == steps
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.integration
+def test_it_trains() -> None:
+    assert_trains(
+        ["train.py"],
+        20,
+        HERE,
+        TRIMTAB_GENTREE_TOPOLOGY=str(HERE / "cluster.yaml"),
+        TRIMTAB_GENTREE_ALWAYS="1",
+    )
 
 
 @pytest.mark.integration
 def test_another_examples_training_takes_it_from_its_configuration_alone() -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     script = ["train_deepspeed.py", "--steps", "8", "--deepspeed_config"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, *script, "../gentree/deepspeed.json"],
-        cwd=HERE.parent / "launch",
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "TRIMTAB_HOST": "localhost",
-        },
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
+    assert_trains(
+        [*script, "../gentree/deepspeed.json"], 8, HERE.parent / "launch", DS_ACCELERATOR="cpu"
     )
-    assert done.returncode == 0, done.stderr
-    losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if "loss" in line]
-    assert len(losses) == 8
-    assert losses[-1] < losses[0]

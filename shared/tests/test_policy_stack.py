@@ -79,7 +79,7 @@ def test_all_must_admit_and_any_may_end():
     one = call()
     stack = PolicyStack([("open", Gate(True)), ("closed", Gate(False))])
     assert not stack.admits(one, None, 0.0)
-    assert stack.on_step([one], 0.0) == {one}
+    assert stack.on_step([one], 0.0) == [one]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from typer import Typer
 
 from trimtab.core.benchmark import Benchmark
+from trimtab.core.branch_scoring import ScorerFactory
 from trimtab.core.errors import BadInput
 from trimtab.core.launch import LaunchChange, LaunchRequest
 from trimtab.core.policy import CallField, ServingPolicy
@@ -53,6 +54,12 @@ def trimtab_info() -> PluginInfo:
 @hookspec(firstresult=True)
 def trimtab_serving_policy(config: BaseModel) -> ServingPolicy | None:
     """Makes the policy that an engine host or the simulator drives, from the plugin's options."""
+
+
+@hookspec(firstresult=True)
+def trimtab_branch_scorers() -> Mapping[str, ScorerFactory]:
+    """Offers reward signals to the plugin ``branches``, by their names in its configuration."""
+    raise NotImplementedError
 
 
 @hookspec(firstresult=True)
@@ -112,6 +119,11 @@ class Plugin:
             config=self.configure(options)
         )
         return policy
+
+    def branch_scorers(self) -> Mapping[str, ScorerFactory]:
+        """The reward signals that the plugin offers."""
+        offered: Mapping[str, ScorerFactory] | None = self.manager.hook.trimtab_branch_scorers()
+        return offered or {}
 
     def launch(self, options: object, request: LaunchRequest) -> LaunchChange | None:
         """What the plugin changes of a training launch, for its block of options."""

@@ -9,11 +9,16 @@ methods that a policy overrides, so what a policy does not use costs nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING, Protocol
 
 from trimtab.core.errors import BadInput
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 FieldValue = str | int | float
 
@@ -22,7 +27,10 @@ class Outcome(Enum):
     """Why a call left the engine."""
 
     COMPLETED = "completed"
+    REPEATED = "repeated"
+    """The engine saw that the call repeats itself, and ended it."""
     ABORTED = "aborted"
+    """From outside: the client has gone, or the server found a stop string in the text."""
     ENDED_BY_POLICY = "ended-by-policy"
     FAILED = "failed"
 
@@ -41,8 +49,14 @@ class Call:
         fields: what the client said about the call: the ``trimtab.*`` entries of the request's
             ``vllm_xargs`` without their prefix, e.g. ``{"workflow": "w17", "deadline_s": 30.0}``.
         priority: the request's own integer priority; smaller is served first.
+        request_id: the client's request; the calls that it was fanned out to (``n`` > 1) share it.
+        branch: which of these calls this one is, from 0.
         output_tokens: tokens generated so far.
         admitted_s: when the call first got a place in the running batch; None while it waits.
+        note: what a policy tells the client's side with the call's last output; the host passes it
+            on as the ``stop_reason`` where it is set by the end of `ServingPolicy.on_finish`.
+        forget_kv: whether what the KV cache holds for this call alone is dropped when a policy ends
+            it, instead of being kept for a later prompt that begins alike.
     """
 
     call_id: str
@@ -51,8 +65,12 @@ class Call:
     max_output_tokens: int
     fields: Mapping[str, FieldValue] = field(default_factory=dict)
     priority: int = 0
+    request_id: str = ""
+    branch: int = 0
     output_tokens: int = 0
     admitted_s: float | None = None
+    note: str | None = None
+    forget_kv: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +81,22 @@ class Load:
     waiting: int
     kv_usage: float
     """Share of the KV cache's blocks in use, 0 to 1."""
+
+
+class Engine(Protocol):
+    """What a policy may ask of the engine that it serves, in the engine's own process."""
+
+    def prompt_ids(self, call: Call) -> Sequence[int]:
+        """The tokens of a call's prompt."""
+
+    def output_ids(self, call: Call) -> Sequence[int]:
+        """The tokens that a call has generated; also while `ServingPolicy.on_finish` runs."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens."""
+
+    def stop_reason(self, call: Call) -> int | str | None:
+        """What the engine itself says of why a call ended, while `on_finish` runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +180,29 @@ class ServingPolicy:
     def __init__(self) -> None:
         self.stale: set[Call] = set()
 
+    def attach(self, engine: Engine) -> None:
+        """The engine is up; called once, before anything else."""
+
     def on_arrival(self, call: Call, now_s: float) -> None:
         """A call has entered the engine; its key is asked for right after."""
+
+    def wants_logprobs(self, call: Call) -> int | None:
+        """How many top logprobs of each token the policy needs of a call that has just arrived.
+
+        0 is the sampled token's alone, None nothing at all. The client sees none of them.
+        """
+        raise NotImplementedError
+
+    def on_logprobs(self, calls: Sequence[Call], logprobs: NDArray[np.float32]) -> None:
+        """The logprobs of this step's tokens, before `on_finish` and `on_step`.
+
+        Asked again for the second token and so on, where calls got several in one step.
+
+        Args:
+            calls: of each row, the call that it belongs to; none twice.
+            logprobs: float32 [len(calls), 1 + k]; first the sampled token's, then the k largest.
+                There may be more columns than the policy asked for.
+        """
 
     def key(self, call: Call, now_s: float) -> SortKey:
         """Sort key of a waiting call; smaller is served first, ties by arrival.
@@ -166,7 +221,25 @@ class ServingPolicy:
         raise NotImplementedError
 
     def on_step(self, progressed: Collection[Call], now_s: float) -> Collection[Call]:
-        """The calls that got tokens in this step; returns those the engine must end now."""
+        """The calls that got tokens in this step and go on; returns those the engine must end now.
+
+        It comes after the step's `on_finish`, and also where calls have only finished.
+        """
+        raise NotImplementedError
+
+    def quiet_steps(self) -> int:
+        """How many steps `on_step` would end nothing in and `admits` would not answer otherwise.
+
+        Each running call gets a token in each of them; it counts while no call comes, starts or
+        ends. A simulator leaps over them; an engine host never asks.
+        """
+        return 1
+
+    def relieve(self, now_s: float) -> Call | None:
+        """The KV cache cannot hold the next step: a call to end before the engine preempts one.
+
+        Asked again until there is room, or the answer is None.
+        """
         raise NotImplementedError
 
     def on_admission(self, call: Call, now_s: float) -> None:

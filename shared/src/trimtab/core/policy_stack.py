@@ -6,9 +6,13 @@ import logging
 import math
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from trimtab.core.policy import Call, Load, Outcome, ServingPolicy
+from trimtab.core.policy import Call, Engine, Load, Outcome, ServingPolicy
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +48,17 @@ class PolicyStack:
         self._on_arrival = _overriding(self._policies, "on_arrival")
         self._ordering = _overriding(self._policies, "key")
         self._admitting = _overriding(self._policies, "admits")
+        self._reading = _overriding(self._policies, "wants_logprobs")
         self._stepping = _overriding(self._policies, "on_step")
+        self._relieving = _overriding(self._policies, "relieve")
         self._on_admission = _overriding(self._policies, "on_admission")
         self._on_finish = _overriding(self._policies, "on_finish")
         self._timed = _overriding(self._policies, "next_timer_s")
         self.orders = bool(self._ordering)
         self.gates = bool(self._admitting)
+        self.reads_logprobs = bool(self._reading)
         self.steps = bool(self._stepping)
+        self.relieves = bool(self._relieving)
         self.watches_admissions = bool(self._on_admission)
 
     def __bool__(self) -> bool:
@@ -80,6 +88,11 @@ class PolicyStack:
         self._policies.remove(entry)
         self.reordered |= entry in self._ordering
         self._index()
+
+    def attach(self, engine: Engine) -> None:
+        """Shows every policy the engine that it serves."""
+        for entry in _overriding(self._policies, "attach"):
+            self._ask(entry, "attach", engine, otherwise=None)
 
     def on_arrival(self, call: Call, now_s: float) -> None:
         """Tells every policy of a new call."""
@@ -117,12 +130,35 @@ class PolicyStack:
             for entry in tuple(self._admitting)
         )
 
-    def on_step(self, progressed: Collection[Call], now_s: float) -> set[Call]:
-        """The calls that some policy wants ended after this step."""
-        ended: set[Call] = set()
+    def wants_logprobs(self, call: Call) -> int | None:
+        """The most logprobs of a call's tokens that some policy needs; None for none at all."""
+        wanted: list[int | None] = [
+            self._ask(entry, "wants_logprobs", call, otherwise=None)
+            for entry in tuple(self._reading)
+        ]
+        return max((k for k in wanted if k is not None), default=None)
+
+    def on_logprobs(self, calls: Sequence[Call], logprobs: NDArray[np.float32]) -> None:
+        """Shows the step's logprobs to every policy that reads them."""
+        for entry in tuple(self._reading):
+            self._ask(entry, "on_logprobs", calls, logprobs, otherwise=None)
+
+    def relieve(self, now_s: float) -> Call | None:
+        """A call that the first policy that has one gives up, to make room in the KV cache."""
+        for entry in tuple(self._relieving):
+            call: Call | None = self._ask(entry, "relieve", now_s, otherwise=None)
+            if call is not None:
+                return call
+        return None
+
+    def on_step(self, progressed: Collection[Call], now_s: float) -> list[Call]:
+        """The calls that some policy wants ended after this step, in the policies' order."""
+        ended: dict[Call, None] = {}
         for entry in tuple(self._stepping):
-            ended.update(self._ask(entry, "on_step", progressed, now_s, otherwise=()))
-        return ended
+            ended.update(
+                dict.fromkeys(self._ask(entry, "on_step", progressed, now_s, otherwise=()))
+            )
+        return list(ended)
 
     def stale_calls(self, now_s: float) -> set[Call]:
         """Runs the timers that are due and takes the calls whose keys have changed."""

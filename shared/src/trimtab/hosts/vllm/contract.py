@@ -23,6 +23,9 @@ METHODS: Mapping[str, tuple[str, ...]] = {
         "finished_status",
     ),
     "vllm.v1.core.sched.scheduler:Scheduler.get_kv_cache_usage": ("self",),
+    "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks": ("self",),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks": ("self", "block_ids"),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids": ("self", "request_id"),
     "vllm.v1.core.sched.request_queue:create_request_queue": ("policy",),
     "vllm.v1.core.sched.request_queue:RequestQueue.add_request": ("self", "request"),
     "vllm.v1.core.sched.request_queue:RequestQueue.pop_request": ("self",),
@@ -78,9 +81,21 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 }
 """Functions by ``module:name`` with their parameters' names."""
 
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "vllm.v1.core.sched.output:NewRequestData": ("req_id", "sampling_params"),
+    "vllm.v1.engine:EngineCoreOutput": ("stop_reason",),
+    "vllm.v1.outputs:LogprobsLists": ("logprobs", "cu_num_generated_tokens"),
+    "vllm.v1.outputs:ModelRunnerOutput": ("logprobs", "req_id_to_index", "sampled_token_ids"),
+}
+"""Classes by ``module:name`` with the fields that are read or set on what they hold."""
+
 SCHEDULER_ATTRIBUTES = (
     "connector",
     "get_request_counts",
+    "kv_cache_config",
+    "kv_cache_manager",
+    "max_num_scheduled_tokens",
+    "num_spec_tokens",
     "policy",
     "requests",
     "running",
@@ -125,6 +140,18 @@ def _method_fault(path: str, parameters: tuple[str, ...]) -> str | None:
     return None
 
 
+def _field_faults() -> list[str]:
+    faults = []
+    for path, fields in FIELDS.items():
+        try:
+            known = set(inspect.signature(_found(path)).parameters)  # type: ignore[arg-type]
+        except (ImportError, AttributeError):
+            faults.append(f"{path} is gone")
+            continue
+        faults += [f"{path} has no field {name!r}" for name in fields if name not in known]
+    return faults
+
+
 def _attribute_faults() -> list[str]:
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -144,4 +171,9 @@ def _queue_faults() -> list[str]:
 def broken() -> list[str]:
     """One sentence for each symbol that vLLM, as installed, no longer has in this shape."""
     methods = (_method_fault(path, parameters) for path, parameters in METHODS.items())
-    return [fault for fault in methods if fault] + _attribute_faults() + _queue_faults()
+    return [
+        *(fault for fault in methods if fault),
+        *_field_faults(),
+        *_attribute_faults(),
+        *_queue_faults(),
+    ]

@@ -1,7 +1,7 @@
 """vLLM's real scheduler and block pool, driven without a model.
 
 For benchmarks and tests that need the scheduler's decisions and not the tokens: each step "samples"
-one fixed token for every request whose prompt is computed.
+one fixed token for every request whose prompt is computed, or the end of the text.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class DryEngine:
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(block_size, sha256)
         self._in_flight: list[SchedulerOutput] = []
+        self._ends_after: dict[str, int] = {}
         self._ahead = 1 if async_scheduling else 0
         config = _config(
             blocks, block_size, max_num_seqs, max_num_batched_tokens, policy, prefix_caching
@@ -100,8 +101,11 @@ class DryEngine:
         priority: int = 0,
         arrival_time: float = 0.0,
         xargs: Mapping[str, Any] | None = None,
+        ends_after: int | None = None,
     ) -> Request:
-        """Hands a request to the scheduler."""
+        """Hands a request to the scheduler; its text ends by itself with token ``ends_after``."""
+        if ends_after is not None:
+            self._ends_after[request_id] = ends_after
         sampling = SamplingParams(max_tokens=max_tokens, extra_args=dict(xargs or {}))
         sampling.update_from_generation_config({}, eos_token_id=_END_TOKEN)
         request = Request(
@@ -141,12 +145,18 @@ class DryEngine:
             req_ids=ids,
             req_id_to_index={request_id: index for index, request_id in enumerate(ids)},
             sampled_token_ids=[
-                [_TOKEN] if self._samples(i, starts[i], scheduled) else [] for i in ids
+                [self._token(i)] if self._samples(i, starts[i], scheduled) else [] for i in ids
             ],
             logprobs=None,
             prompt_logprobs_dict={},
             pooler_output=[],
         )
+
+    def _token(self, request_id: str) -> int:
+        last = self._ends_after.get(request_id)
+        request = self.scheduler.requests.get(request_id)
+        ends = last is not None and request is not None and request.num_output_tokens + 1 >= last
+        return _END_TOKEN if ends else _TOKEN
 
     def _samples(self, request_id: str, start: int, scheduled: SchedulerOutput) -> bool:
         """Whether a step computes the last known token of a request, so that a new one follows."""

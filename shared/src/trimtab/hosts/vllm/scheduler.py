@@ -6,31 +6,40 @@ vLLM this relies on is listed in `trimtab.hosts.vllm.contract` and checked by a 
 
 from __future__ import annotations
 
+import copy
 import logging
+import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import create_request_queue
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from trimtab.core.policy import Call, Load, Outcome
 from trimtab.core.policy_stack import PolicyStack, StackKey
 from trimtab.hosts import versions
-from trimtab.hosts.vllm import call_fields, options
+from trimtab.hosts.vllm import call_fields, options, token_logprobs
+from trimtab.hosts.vllm.blocks import blocks_short, private_blocks
+from trimtab.hosts.vllm.engine_view import EngineView
 from trimtab.hosts.vllm.waiting_queue import PolicyQueue
 
 logger = logging.getLogger(__name__)
 
 _OUTCOMES = {
+    RequestStatus.FINISHED_REPETITION: Outcome.REPEATED,
     RequestStatus.FINISHED_ABORTED: Outcome.ABORTED,
     RequestStatus.FINISHED_IGNORED: Outcome.FAILED,
     RequestStatus.FINISHED_ERROR: Outcome.FAILED,
 }
+
+
+_CHILD = re.compile(r"(\d{1,9})_(.+)", re.DOTALL)
+"""The id that vLLM gives to each call of a request with ``n`` > 1."""
 
 
 class Scheduler(AsyncScheduler):
@@ -49,6 +58,10 @@ class Scheduler(AsyncScheduler):
         versions.require("vllm")
         self._stack = PolicyStack(options.policies(self.vllm_config.additional_config))
         self._calls: dict[str, Call] = {}
+        self._logprobs: dict[Call, int] = {}
+        self._ended: list[tuple[Request, Call]] = []
+        self._view = EngineView(self.vllm_config.model_config)
+        self._stack.attach(self._view)
         self._queue: PolicyQueue | None = None
         if self._stack.orders or self._stack.gates:
             self._queue = self.waiting = PolicyQueue(self._key_of, self.policy)
@@ -64,6 +77,8 @@ class Scheduler(AsyncScheduler):
         if not self._calls:
             return super().schedule(throttle_prefills)
         now_s = time.monotonic()
+        if self._stack.relieves:
+            self._make_room(now_s)
         self._refresh_queue(now_s)
         scheduled = super().schedule(throttle_prefills)
         self._note_admissions(scheduled, now_s)
@@ -74,7 +89,9 @@ class Scheduler(AsyncScheduler):
     ) -> dict[int, EngineCoreOutputs]:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self._calls:
-            self._note_outputs(outputs)
+            self._note_outputs(outputs, model_runner_output)
+        if self._ended:
+            self._tell_ended(outputs)
         return outputs
 
     def finish_requests(
@@ -90,6 +107,7 @@ class Scheduler(AsyncScheduler):
     def _register(self, request: Request) -> None:
         now_s = time.monotonic()
         sampling = request.sampling_params
+        child = _CHILD.fullmatch(request.request_id)
         call = Call(
             call_id=request.request_id,
             arrival_s=now_s,
@@ -99,14 +117,23 @@ class Scheduler(AsyncScheduler):
                 sampling.extra_args if sampling is not None else None, options.call_fields()
             ),
             priority=request.priority,
+            request_id=child[2] if child else request.request_id,
+            branch=int(child[1]) if child else 0,
         )
         self._calls[request.request_id] = call
+        self._view.requests[call] = request
         self._stack.on_arrival(call, now_s)
+        if self._stack.reads_logprobs:
+            wanted = self._stack.wants_logprobs(call)
+            if wanted is not None:
+                self._logprobs[call] = wanted
 
     def _unregister(self, request_id: str, outcome: Outcome) -> None:
         call = self._calls.pop(request_id, None)
         if call is not None:
             self._stack.on_finish(call, outcome, time.monotonic())
+            self._logprobs.pop(call, None)
+            del self._view.requests[call]
 
     def _key_of(self, request: Request) -> StackKey:
         call = self._calls.get(request.request_id)
@@ -154,7 +181,17 @@ class Scheduler(AsyncScheduler):
 
         return refuses
 
+    def _make_room(self, now_s: float) -> None:
+        """Ends calls that policies give up, where vLLM would have to preempt one in this step."""
+        while blocks_short(self) > 0:
+            call = self._stack.relieve(now_s)
+            if call is None or call.call_id not in self._calls:
+                return
+            self._end([call])
+
     def _note_admissions(self, scheduled: SchedulerOutput, now_s: float) -> None:
+        if self._logprobs:
+            self._ask_for_logprobs(scheduled)
         admitted = [new.req_id for new in scheduled.scheduled_new_reqs]
         admitted.extend(scheduled.scheduled_cached_reqs.resumed_req_ids)
         for request_id in admitted:
@@ -166,41 +203,85 @@ class Scheduler(AsyncScheduler):
             if self._stack.watches_admissions:
                 self._stack.on_admission(call, now_s)
 
-    def _note_outputs(self, outputs: dict[int, EngineCoreOutputs]) -> None:
-        progressed = []
+    def _ask_for_logprobs(self, scheduled: SchedulerOutput) -> None:
+        """Has the worker return logprobs that policies need; the request itself stays as it was."""
+        for new in scheduled.scheduled_new_reqs:
+            call, sampling = self._calls.get(new.req_id), new.sampling_params
+            wanted = self._logprobs.get(call) if call is not None else None
+            if wanted is None or sampling is None or sampling.logprobs == -1:
+                continue
+            if sampling.logprobs is None or sampling.logprobs < wanted:
+                new.sampling_params = copy.copy(sampling)
+                new.sampling_params.logprobs = wanted
+
+    def _note_outputs(
+        self, outputs: dict[int, EngineCoreOutputs], model_output: ModelRunnerOutput
+    ) -> None:
+        calls = self._calls
+        progressed: list[Call] = []
+        finished: list[tuple[Call, EngineCoreOutput]] = []
         for client in outputs.values():
             for output in client.outputs:
-                call = self._calls.get(output.request_id)
+                call = calls.get(output.request_id)
                 if call is None:
                     continue
                 call.output_tokens += len(output.new_token_ids)
-                if output.finish_reason is not None and self._has_left(output.request_id):
-                    self._unregister(output.request_id, Outcome.COMPLETED)
-                else:
+                if output.finish_reason is None or not self._has_left(output.request_id):
                     progressed.append(call)
-        if self._stack.steps and progressed:
-            self._end(self._stack.on_step(progressed, time.monotonic()), outputs)
+                else:
+                    finished.append((call, output))
+        if self._logprobs and model_output.logprobs is not None:
+            self._show_logprobs([*progressed, *(call for call, _ in finished)], model_output)
+        for call, output in finished:
+            self._finish(call, output)
+        if self._stack.steps and (progressed or finished):
+            self._end(self._stack.on_step(progressed, time.monotonic()))
+
+    def _show_logprobs(self, calls: Sequence[Call], model_output: ModelRunnerOutput) -> None:
+        reading = self._logprobs
+        readers = calls if len(reading) == len(calls) else [c for c in calls if c in reading]
+        for some, logprobs in token_logprobs.by_round(readers, model_output):
+            self._stack.on_logprobs(some, logprobs)
+
+    def _finish(self, call: Call, output: EngineCoreOutput) -> None:
+        """A call has come to its end: policies are told, and may say what its client is told."""
+        repeated = output.finish_reason is FinishReason.REPETITION
+        self._view.stop_reasons[call] = output.stop_reason
+        self._unregister(call.call_id, Outcome.REPEATED if repeated else Outcome.COMPLETED)
+        del self._view.stop_reasons[call]
+        if call.note is not None:
+            output.stop_reason = call.note
 
     def _has_left(self, request_id: str) -> bool:
         """Whether a request is over; a streaming session goes on after its turn's finish reason."""
         request = self.requests.get(request_id)
         return request is None or request.is_finished()
 
-    def _end(self, ended: set[Call], outputs: dict[int, EngineCoreOutputs]) -> None:
-        """Ends calls for a policy: blocks are free and clients told in this same step."""
+    def _end(self, ended: Iterable[Call]) -> None:
+        """Ends calls for a policy: their blocks are free at once."""
         by_id = {call.call_id: call for call in ended if call.call_id in self._calls}
         if not by_id:
             return
+        for request_id, call in by_id.items():
+            if call.forget_kv:
+                self.kv_cache_manager.evict_blocks(private_blocks(self, request_id))
+        for request in super().finish_requests(list(by_id), RequestStatus.FINISHED_STOPPED):
+            self._ended.append((request, by_id[request.request_id]))
         for request_id in by_id:
             self._unregister(request_id, Outcome.ENDED_BY_POLICY)
-        for request in super().finish_requests(list(by_id), RequestStatus.FINISHED_STOPPED):
+
+    def _tell_ended(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """Tells clients of the calls that were ended, with this step's outputs."""
+        for request, call in self._ended:
             client = outputs.setdefault(request.client_index, EngineCoreOutputs())
             client.outputs.append(
                 EngineCoreOutput(
                     request_id=request.request_id,
                     new_token_ids=[],
                     finish_reason=request.get_finished_reason(),
+                    stop_reason=call.note,
                     events=request.take_events(),
                     trace_headers=request.trace_headers,
                 )
             )
+        self._ended.clear()

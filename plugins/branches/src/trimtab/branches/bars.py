@@ -1,0 +1,104 @@
+"""The thresholds of pruning: the paper's, and those that compare like with like."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
+
+_REMEMBERED = 256
+_ENOUGH = 16
+LOWEST_SHARE = 0.1
+
+
+class PaperBars:
+    """Two fixed thresholds (SART, two-phase pruning).
+
+    Args:
+        alpha: the threshold while no branch has finished.
+    """
+
+    def __init__(self, alpha: float) -> None:
+        self._alpha = alpha
+
+    def exploring(self, tokens: int) -> float:
+        """The same for every length."""
+        return self._alpha
+
+    def exploiting(self, first_score: float, tokens: int) -> float:
+        """The first finished branch's score (alpha'), which never lowers the bar."""
+        return max(self._alpha, first_score)
+
+
+class Recent:
+    """The last scores of one kind, in order."""
+
+    def __init__(self) -> None:
+        self._by_age: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    def add(self, score: float) -> None:
+        """Takes a score in, and forgets the oldest of too many."""
+        self._by_age.append(score)
+        insort(self._sorted, score)
+        if len(self._sorted) > _REMEMBERED:
+            del self._sorted[bisect_left(self._sorted, self._by_age.popleft())]
+
+    def quantile(self, share: float) -> float:
+        """The score that this share of them lies under; minus infinity with too few of them."""
+        if len(self._sorted) < _ENOUGH:
+            return -math.inf
+        return self._sorted[min(int(share * len(self._sorted)), len(self._sorted) - 1)]
+
+    def rank(self, score: float) -> float:
+        """The share of them that lies at or under a score."""
+        return bisect_right(self._sorted, score) / len(self._sorted) if self._sorted else 0.0
+
+
+class History:
+    """The recent scores of all requests' branches, by length, and of those that finished.
+
+    A score of half a text and one of a whole text are on different scales, so each is only ever
+    compared with those of about its length (powers of two of ``score_every``).
+    """
+
+    def __init__(self) -> None:
+        self._by_length: dict[int, Recent] = {}
+        self.finished = Recent()
+
+    def at(self, tokens: int) -> Recent:
+        """The scores of branches of about so many tokens."""
+        return self._by_length.setdefault(tokens.bit_length(), Recent())
+
+
+class LikeWithLike:
+    """Thresholds of safe mode: a branch is compared with others that were as far as it is.
+
+    Args:
+        history: the recent scores.
+        alpha: a fixed threshold while no branch has finished; the lowest tenth by default.
+        margin: how far under the first finished branch another one may score.
+    """
+
+    def __init__(self, history: History, alpha: float | None, margin: float) -> None:
+        self._history = history
+        self._alpha = alpha
+        self._margin = margin
+
+    def exploring(self, tokens: int) -> float:
+        """Alpha, or what one in ten branches of this length scores less than."""
+        if self._alpha is not None:
+            return self._alpha
+        return self._history.at(tokens).quantile(LOWEST_SHARE)
+
+    def exploiting(self, first_score: float, tokens: int) -> float:
+        """What has the same rank among branches of this length as the first has among finished.
+
+        Half of the rank is the most: of one good first branch nothing follows for the better half.
+        """
+        recent = self._history.at(tokens)
+        rank = min(self._history.finished.rank(first_score), 0.5)
+        return max(self.exploring(tokens), recent.quantile(rank) - self._margin)

@@ -1,0 +1,230 @@
+"""The branches of one request: when it is answered, and which of them are pruned (SART).
+
+No engine here: whoever drives a group tells it what the branches do, and ends those it names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from trimtab.branches.note import Fate
+
+
+class Bars(Protocol):
+    """Where the two thresholds of pruning lie."""
+
+    def exploring(self, tokens: int) -> float:
+        """The score that a branch of so many tokens must have while no branch has finished."""
+
+    def exploiting(self, first_score: float, tokens: int) -> float:
+        """The same, once a first branch has finished with a score."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a request asked for.
+
+    Attributes:
+        branches: launched (N).
+        enough: finished ones that answer the request (M).
+        score_every: output tokens between two scorings (T).
+        max_pruned: most prunings while none has finished (beta).
+        survivors: pruning never leaves fewer, the finished ones among them (kappa).
+        misses: scorings in a row under the bar before a branch is pruned (h).
+        grace: scorings before which a branch is never pruned (g).
+        prunes: whether branches are pruned at all.
+    """
+
+    branches: int
+    enough: int
+    score_every: int
+    max_pruned: int
+    survivors: int = 1
+    misses: int = 1
+    grace: int = 0
+    prunes: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class Branch:
+    """One branch of a group; `fate` is None while it lives."""
+
+    index: int
+    tokens: int = 0
+    scored: int = 0
+    """The multiples of `Rules.score_every` that have been judged."""
+    score: float | None = None
+    score_at: int = 0
+    misses: int = 0
+    missed_at: int = -1
+    """The multiple of `Rules.score_every` of the last miss: two signals of one moment miss once."""
+    fate: Fate | None = None
+    phase: int = 1
+
+
+class BranchGroup:
+    """The state of one request.
+
+    Args:
+        rules: what the request asked for.
+        bars: the thresholds.
+    """
+
+    def __init__(self, rules: Rules, bars: Bars) -> None:
+        self.rules = rules
+        self._bars = bars
+        self.branches: dict[int, Branch] = {}
+        self.closed = False
+        self._first_score: float | None = None
+        self._exploiting = False
+        self._pruned = 0
+        self._done = 0
+        self._live = 0
+        self._to_judge: set[int] = set()
+
+    @property
+    def phase(self) -> int:
+        """1 while no branch has finished, then 2."""
+        return 2 if self._exploiting else 1
+
+    @property
+    def done(self) -> int:
+        """Branches that have finished; those cut by their length have not."""
+        return self._done
+
+    @property
+    def live(self) -> int:
+        """Branches that have arrived and not ended."""
+        return self._live
+
+    @property
+    def pruned(self) -> int:
+        """Branches pruned while none had finished."""
+        return self._pruned
+
+    @property
+    def complete(self) -> bool:
+        """Whether every branch has arrived and ended."""
+        return not self._live and len(self.branches) >= self.rules.branches
+
+    def living(self) -> Iterator[Branch]:
+        """The branches that have not ended, by index."""
+        return (self.branches[i] for i in sorted(self.branches) if self.branches[i].fate is None)
+
+    def add(self, index: int) -> None:
+        """A branch has arrived."""
+        self.branches[index] = Branch(index)
+        self._live += 1
+
+    def progress(self, index: int, tokens: int) -> bool:
+        """A branch has generated so many tokens by now; whether it must be scored.
+
+        It must each time it has passed a multiple of ``score_every``, also where it jumped over it.
+        """
+        branch = self.branches[index]
+        branch.tokens = tokens
+        return tokens // self.rules.score_every > branch.scored
+
+    def score(self, index: int, value: float | None, at_tokens: int) -> None:
+        """A branch's score when it had so many tokens; None: nothing is known of it.
+
+        An answer that is older than the last one, or for a branch that has ended, changes nothing.
+        """
+        branch = self.branches.get(index)
+        if branch is None or branch.fate is not None or at_tokens < branch.score_at:
+            return
+        branch.scored = max(branch.scored, at_tokens // self.rules.score_every)
+        if value is not None and math.isfinite(value):
+            branch.score, branch.score_at = value, at_tokens
+            self._to_judge.add(index)
+
+    def finish(self, index: int, fate: Fate) -> None:
+        """A branch has come to an end that the group did not ask for."""
+        branch = self.branches[index]
+        if branch.fate is not None:
+            return
+        if fate is Fate.FINISHED and not self._exploiting:
+            self._exploiting = True
+            self._first_score = branch.score
+        self._end(branch, fate)
+        self._done += fate is Fate.FINISHED
+
+    def decide(self, enough: int | None = None, *, certain: bool = False) -> list[Branch]:
+        """The branches to end now; they count as ended from here on.
+
+        Args:
+            enough: finished branches that suffice at the present load; the request's own number by
+                default.
+            certain: whether the finished ones leave no doubt of the answer.
+        """
+        if self.closed:
+            return self._close(Fate.STOPPED)
+        needed = self.rules.enough if enough is None else min(enough, self.rules.enough)
+        if self._done >= needed or (certain and self._done):
+            self.closed = True
+            return self._close(Fate.STOPPED)
+        return self._prune() if self._to_judge else []
+
+    def weakest(self) -> Branch | None:
+        """The live branch with the lowest score that pruning may spare, if there is one."""
+        if not self.rules.prunes or self._live + self._done <= self.rules.survivors:
+            return None
+        scored = [b for b in self.living() if b.score is not None]
+        return min(scored, key=lambda b: (b.score, -b.index), default=None)
+
+    def evict(self, branch: Branch) -> None:
+        """Ends a live branch because the engine has no room for it."""
+        self._end(branch, Fate.EVICTED)
+
+    def _end(self, branch: Branch, fate: Fate) -> None:
+        branch.fate, branch.phase = fate, self.phase
+        self._live -= 1
+        self._to_judge.discard(branch.index)
+
+    def _close(self, fate: Fate) -> list[Branch]:
+        ended = list(self.living())
+        for branch in ended:
+            self._end(branch, Fate.WITHHELD if not branch.tokens else fate)
+        return ended
+
+    def _prune(self) -> list[Branch]:
+        """Judges the branches that have a new score, the worst first."""
+        judged = sorted(
+            (self.branches[i] for i in self._to_judge), key=lambda b: (b.score or 0.0, -b.index)
+        )
+        self._to_judge.clear()
+        if not self.rules.prunes:
+            return []
+        ended = []
+        for branch in judged:
+            if not self._misses(branch):
+                continue
+            if self._live + self._done - 1 < self.rules.survivors:
+                break
+            if not self._exploiting:
+                if self._pruned >= self.rules.max_pruned:
+                    break
+                self._pruned += 1
+            self._end(branch, Fate.PRUNED)
+            ended.append(branch)
+        return ended
+
+    def _misses(self, branch: Branch) -> bool:
+        """Whether a branch is under the bar for as many times in a row as it takes."""
+        if branch.score_at < self.rules.grace * self.rules.score_every:
+            return False
+        if branch.score is None or branch.score >= self._bar(branch.score_at):
+            branch.misses = 0
+            return False
+        moment = branch.score_at // self.rules.score_every
+        branch.misses += moment > branch.missed_at
+        branch.missed_at = moment
+        return branch.misses >= self.rules.misses
+
+    def _bar(self, tokens: int) -> float:
+        if self._exploiting and self._first_score is not None:
+            return self._bars.exploiting(self._first_score, tokens)
+        return self._bars.exploring(tokens)

@@ -1,0 +1,383 @@
+"""The policy: scores each request's branches, ends those that are not needed, bends to load."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trimtab.branches import agreement
+from trimtab.branches.bars import History, LikeWithLike, PaperBars
+from trimtab.branches.bending import Bend
+from trimtab.branches.config import BranchesConfig, Pruning
+from trimtab.branches.extract import Extractor, extractor, load_function, normalised
+from trimtab.branches.group import Bars, Branch, BranchGroup, Rules
+from trimtab.branches.note import Fate, Note
+from trimtab.branches.scoring import Score
+from trimtab.core.errors import BadInput
+from trimtab.core.policy import Call, Engine, FieldValue, Outcome, ServingPolicy
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from trimtab.core.branch_scoring import BranchScorer
+
+PAPER_ALPHA = 0.5
+_REMEMBERED = 4096
+_ANSWER_TOKENS = 1024
+"""The end of a text in which its answer is looked for while the engine waits."""
+_PRUNINGS = ("safe", "paper", "off")
+_VOTES = ("majority", "weighted")
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A request with branches."""
+
+    request_id: str
+    group: BranchGroup
+    extract: Extractor | None
+    """Finds the answer in a text; None where no vote is taken."""
+    calls: dict[int, Call] = field(default_factory=dict)
+    started: int = 0
+    scores: dict[int, float] = field(default_factory=dict)
+    """The last scores of the branches that have ended."""
+    votes: list[str] = field(default_factory=list)
+    aborted: list[Branch] = field(default_factory=list)
+
+
+class BranchesPolicy(ServingPolicy):
+    """Ends branches by their scores, once enough have finished, and where memory is short.
+
+    Args:
+        config: the options.
+        scorers: the signals with their weights; those of the options by default.
+    """
+
+    def __init__(
+        self,
+        config: BranchesConfig,
+        scorers: Mapping[str, tuple[BranchScorer, float]] | None = None,
+    ) -> None:
+        super().__init__()
+        self._config = config
+        self._score = Score.of(config) if scorers is None else Score(scorers)
+        self._engine: Engine | None = None
+        self._asked: dict[str, _Asked] = {}
+        self._closed: OrderedDict[str, None] = OrderedDict()
+        self._slots: dict[Call, int] = {}
+        self._free_slots: list[int] = []
+        self._due_at: dict[Call, int] = {}
+        self._touched: dict[_Asked, None] = {}
+        self._late: list[Call] = []
+        self._histories: dict[int, History] = {}
+        self._bend = Bend()
+        self._unserved: set[str] = set()
+        self._seated: set[Call] = set()
+        self._running: Counter[str] = Counter()
+        self._idle: OrderedDict[str, None] = OrderedDict()
+
+    def attach(self, engine: Engine) -> None:
+        """Remembers the engine, which knows the branches' texts."""
+        self._engine = engine
+        self._score.attach(engine)
+
+    def on_arrival(self, call: Call, now_s: float) -> None:
+        """Puts a branch to its siblings."""
+        self._unserved.add(call.request_id)
+        branches = call.fields.get("branches")
+        if not isinstance(branches, int) or branches < 2:
+            return
+        if call.request_id in self._closed:
+            self._late.append(call)
+            return
+        asked = self._asked.get(call.request_id)
+        if asked is None:
+            asked = self._asked[call.request_id] = self._open(call, branches)
+        asked.group.add(call.branch)
+        asked.calls[call.branch] = call
+        call.forget_kv = self._config.forget_pruned
+        slot = self._free_slots.pop() if self._free_slots else len(self._slots)
+        self._slots[call] = slot
+        self._due_at[call] = asked.group.rules.score_every
+        self._score.start(slot, call)
+
+    def key(self, call: Call, now_s: float) -> float:
+        """The first branch of every request comes before the second of any, while calls wait."""
+        return float(call.branch) if self._config.bend and call in self._slots else 0.0
+
+    def on_admission(self, call: Call, now_s: float) -> None:
+        """A call runs; after a preemption for the second time."""
+        self._unserved.discard(call.request_id)
+        if call in self._seated:
+            return
+        self._seated.add(call)
+        self._running[call.request_id] += 1
+        asked = self._asked.get(call.request_id)
+        if asked is not None:
+            asked.started += 1
+
+    def wants_logprobs(self, call: Call) -> int | None:
+        """What the token signals need of a branch."""
+        return self._score.top_logprobs if call in self._slots else None
+
+    def on_logprobs(self, calls: Sequence[Call], logprobs: NDArray[np.float32]) -> None:
+        """Moves the token signals on."""
+        slots = self._slots
+        try:
+            rows = np.array([slots[call] for call in calls], dtype=np.intp)
+        except KeyError:
+            ours = [row for row, call in enumerate(calls) if call in slots]
+            if ours:
+                self.on_logprobs([calls[row] for row in ours], logprobs[ours])
+            return
+        self._score.observe(rows, logprobs)
+
+    def on_finish(self, call: Call, outcome: Outcome, now_s: float) -> None:
+        """A call has left the engine: its last score, its vote, and its note."""
+        self._leave(call)
+        slot = self._slots.get(call)
+        if slot is None:
+            return
+        asked = self._asked.get(call.request_id)
+        if asked is not None:
+            branch = asked.group.branches[call.branch]
+            if branch.fate is None:
+                self._end_of_its_own(asked, call, branch, outcome)
+            self._touched[asked] = None
+        self._bend.learn(call.output_tokens, whole=outcome is Outcome.COMPLETED)
+        self._score.finish(slot, call, outcome)
+        del self._slots[call], self._due_at[call]
+        self._free_slots.append(slot)
+
+    def on_step(self, progressed: Collection[Call], now_s: float) -> Collection[Call]:
+        """Scores the branches that have come far enough, and names those to end."""
+        due = self._due_at
+        never = math.inf
+        for call in progressed:
+            if call.output_tokens >= due.get(call, never):
+                self._score_now(call)
+        for call, at_tokens in self._score.arrived():
+            self._take_score(call, at_tokens)
+        ended: list[Call] = []
+        if self._late:
+            ended += self._late
+            self._late = []
+        while self._touched:
+            asked, _ = self._touched.popitem()
+            ended += self._decide(asked)
+        return ended
+
+    def relieve(self, now_s: float) -> Call | None:
+        """The live branch with the lowest score of all those that pruning may spare."""
+        weakest: tuple[float, Call, _Asked, Branch] | None = None
+        for asked in self._asked.values():
+            branch = asked.group.weakest()
+            if branch is None or branch.score is None or asked.group.closed:
+                continue
+            if weakest is None or branch.score < weakest[0]:
+                weakest = (branch.score, asked.calls[branch.index], asked, branch)
+        if weakest is None:
+            return None
+        score, call, asked, branch = weakest
+        asked.group.evict(branch)
+        asked.scores[branch.index] = score
+        call.note = _note(asked, branch, None)
+        return call
+
+    def _open(self, call: Call, branches: int) -> _Asked:
+        config, fields = self._config, call.fields
+        pruning = self._pruning(fields)
+        safe = pruning == "safe"
+        every = _whole(fields, "score_every", config.score_every)
+        rules = Rules(
+            branches=branches,
+            enough=min(_whole(fields, "enough", config.m or -(-branches // 2)), branches),
+            score_every=every,
+            max_pruned=_whole(
+                fields,
+                "max_pruned",
+                branches // 2 if config.max_pruned is None else config.max_pruned,
+            ),
+            survivors=min(2, branches) if safe else 1,
+            misses=2 if safe else 1,
+            grace=1 if safe else 0,
+            prunes=pruning != "off",
+        )
+        alpha = fields.get("prune_below", config.prune_below)
+        bars = self._bars(safe, every, None if alpha is None else float(alpha))
+        return _Asked(call.request_id, BranchGroup(rules, bars), self._extractor(fields))
+
+    def _pruning(self, fields: Mapping[str, FieldValue]) -> Pruning:
+        said = fields.get("pruning", self._config.pruning)
+        for mode in _PRUNINGS:
+            if said == mode:
+                return mode  # type: ignore[return-value]
+        return "paper" if "prm" in self._config.signals else "safe"
+
+    def _bars(self, safe: bool, every: int, alpha: float | None) -> Bars:
+        if not safe:
+            return PaperBars(PAPER_ALPHA if alpha is None else alpha)
+        history = self._histories.setdefault(every.bit_length(), History())
+        return LikeWithLike(history, alpha, self._config.margin)
+
+    def _extractor(self, fields: Mapping[str, FieldValue]) -> Extractor | None:
+        """What finds the answers that are voted on; None where no vote can end a request."""
+        config = self._config
+        if fields.get("answer", config.answer) not in _VOTES or config.certainty is None:
+            return None
+        rule = str(fields.get("extract", config.extract))
+        if config.extractor is not None:
+            return load_function(config.extractor, where="trimtab.branches.extractor")
+        if rule.startswith("regex:") and "extract" in fields:
+            return None  # a client's pattern may take its time, but not the engine's
+        try:
+            return extractor(rule)
+        except BadInput:
+            return None
+
+    def _leave(self, call: Call) -> None:
+        """Gives a call's seat back in the counts of who waits and who runs."""
+        self._unserved.discard(call.request_id)
+        if call not in self._seated:
+            return
+        self._seated.remove(call)
+        self._running[call.request_id] -= 1
+        if not self._running[call.request_id]:
+            del self._running[call.request_id]
+
+    def _end_of_its_own(self, asked: _Asked, call: Call, branch: Branch, outcome: Outcome) -> None:
+        """A branch that nobody here asked to end."""
+        branch.tokens = call.output_tokens
+        if outcome is Outcome.ABORTED:
+            # Whether a stop string was found or the client has gone shows when all have been told.
+            asked.aborted.append(branch)
+            return
+        slot = self._slots[call]
+        self._score.ask(slot, call)
+        score = 0.0 if outcome is Outcome.REPEATED else self._score.score(slot, call)
+        asked.group.score(branch.index, score, call.output_tokens)
+        asked.group.finish(branch.index, _fate(call, outcome))
+        self._remember_end(asked, call, branch)
+        stop = self._engine.stop_reason(call) if self._engine is not None else None
+        call.note = _note(asked, branch, stop)
+
+    def _remember_end(self, asked: _Asked, call: Call, branch: Branch) -> None:
+        if branch.score is not None:
+            asked.scores[branch.index] = branch.score
+        if branch.fate is not Fate.FINISHED:
+            return
+        if branch.score is not None:
+            self._history(asked).finished.add(branch.score)
+        if asked.extract is not None and self._engine is not None:
+            tail = self._engine.output_ids(call)[-_ANSWER_TOKENS:]
+            answer = asked.extract(self._engine.decode(tail))
+            if answer is not None:
+                asked.votes.append(normalised(answer))
+
+    def _history(self, asked: _Asked) -> History:
+        return self._histories.setdefault(asked.group.rules.score_every.bit_length(), History())
+
+    def _score_now(self, call: Call) -> None:
+        asked = self._asked[call.request_id]
+        every = asked.group.rules.score_every
+        self._due_at[call] = (call.output_tokens // every + 1) * every
+        asked.group.progress(call.branch, call.output_tokens)
+        self._score.ask(self._slots[call], call)
+        self._take_score(call, call.output_tokens)
+
+    def _take_score(self, call: Call, at_tokens: int) -> None:
+        """Combines the signals of a branch that has new ones."""
+        slot = self._slots.get(call)
+        asked = self._asked.get(call.request_id)
+        if slot is None or asked is None:
+            return
+        score = self._score.score(slot, call)
+        asked.group.score(call.branch, score, at_tokens)
+        if score is not None:
+            self._history(asked).at(at_tokens).add(score)
+            self._touched[asked] = None
+
+    def _decide(self, asked: _Asked) -> list[Call]:
+        group = asked.group
+        if asked.aborted:
+            self._settle_aborts(asked)
+        ended = []
+        for branch in group.decide(self._enough(asked), certain=self._certain(asked)):
+            call = asked.calls[branch.index]
+            branch.tokens = call.output_tokens
+            if branch.score is not None:
+                asked.scores[branch.index] = branch.score
+            call.note = _note(asked, branch, None)
+            ended.append(call)
+        if group.closed or group.complete:
+            self._forget(asked)
+        elif not group.live:
+            self._await_siblings(asked)
+        return ended
+
+    def _settle_aborts(self, asked: _Asked) -> None:
+        """Aborts of some branches were stop strings, those of all that lived a client that left."""
+        aborted, asked.aborted = asked.aborted, []
+        left = asked.group.live == len(aborted)
+        for branch in aborted:
+            asked.group.finish(branch.index, Fate.STOPPED if left else Fate.FINISHED)
+            if not left:
+                self._remember_end(asked, asked.calls[branch.index], branch)
+
+    def _enough(self, asked: _Asked) -> int:
+        """The finished branches that answer a request at this load."""
+        rules = asked.group.rules
+        if not self._config.bend or not asked.group.done:
+            return rules.enough
+        seats = asked.started
+        if self._unserved:
+            requests = len(self._running) + len(self._unserved)
+            seats = min(seats, max(1, len(self._seated) // requests))
+        return self._bend.enough(seats, rules.branches, rules.enough)
+
+    def _certain(self, asked: _Asked) -> bool:
+        threshold = self._config.certainty
+        if not asked.votes or threshold is None:
+            return False
+        if agreement.decided(asked.votes, asked.group.rules.enough - asked.group.done):
+            return True
+        return len(asked.votes) > 1 and agreement.certainty(asked.votes) >= threshold
+
+    def _await_siblings(self, asked: _Asked) -> None:
+        """All that have come are over, and some have not come: they may never do."""
+        self._idle[asked.request_id] = None
+        if len(self._idle) > _REMEMBERED:
+            oldest, _ = self._idle.popitem(last=False)
+            self._asked.pop(oldest, None)
+
+    def _forget(self, asked: _Asked) -> None:
+        """Drops a request whose branches have all ended or are ended now."""
+        if len(asked.group.branches) < asked.group.rules.branches:
+            self._closed[asked.request_id] = None
+            if len(self._closed) > _REMEMBERED:
+                self._closed.popitem(last=False)
+        self._idle.pop(asked.request_id, None)
+        del self._asked[asked.request_id]
+
+
+def _whole(fields: Mapping[str, FieldValue], name: str, otherwise: int) -> int:
+    return int(fields.get(name, otherwise))
+
+
+def _fate(call: Call, outcome: Outcome) -> Fate:
+    if outcome is Outcome.REPEATED:
+        return Fate.REPEATED
+    if outcome is not Outcome.COMPLETED:
+        return Fate.STOPPED
+    return Fate.LENGTH if call.output_tokens >= call.max_output_tokens else Fate.FINISHED
+
+
+def _note(asked: _Asked, branch: Branch, stop: int | str | None) -> str:
+    others = {i: score for i, score in asked.scores.items() if i != branch.index}
+    assert branch.fate is not None
+    return Note(branch.fate, branch.phase, branch.score, branch.tokens, stop, others).to_text()

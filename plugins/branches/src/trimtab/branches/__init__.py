@@ -5,14 +5,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trimtab.branches.config import BranchesConfig as BranchesConfig
+    from trimtab.branches.middleware import Middleware as Middleware
     from trimtab.branches.policy import BranchesPolicy as BranchesPolicy
 
 _HOME = {
     "BranchesConfig": "trimtab.branches.config",
     "BranchesPolicy": "trimtab.branches.policy",
+    "Middleware": "trimtab.branches.middleware",
 }
 
-__all__ = ["BranchesConfig", "BranchesPolicy"]
+__all__ = ["BranchesConfig", "BranchesPolicy", "Middleware"]
 
 
 def __getattr__(name: str) -> object:

@@ -21,6 +21,7 @@ from trimtab.hosts.vllm.middleware import (
     Scope,
     Send,
     generates,
+    json_object,
     read_body,
     refuse,
     request_headers,
@@ -87,7 +88,7 @@ class PriorityMiddleware:
             await refuse(send, error, error.where.removeprefix("header "))
             return
         body, receive = await read_body(receive)
-        content = _json_object(body)
+        content = json_object(body)
         if content is None:
             await self._app(scope, receive, send)
             return
@@ -165,15 +166,6 @@ class _Response:
         self._events += chunk.count(b"data:")
         for found in _USAGE.finditer(chunk):
             self._said = int(found[1])
-
-
-def _json_object(body: bytes | None) -> dict[str, Any] | None:
-    """The body's JSON object; None for anything else, which is the server's to judge."""
-    try:
-        content = json.loads(body) if body else None
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _longest(content: Mapping[str, Any]) -> int:

@@ -71,6 +71,21 @@ def with_body(scope: Scope, receive: Receive, body: bytes) -> tuple[Scope, Recei
     return {**scope, "headers": headers}, replay
 
 
+def json_object(body: bytes | None) -> dict[str, Any] | None:
+    """The body's JSON object; None for anything else, which is the server's to judge."""
+    try:
+        content = json.loads(body) if body else None
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def additional_config(scope: Scope) -> object:
+    """The server's ``--additional-config``, from what vLLM keeps in its application's state."""
+    state = getattr(scope.get("app"), "state", None)
+    return getattr(getattr(state, "vllm_config", None), "additional_config", None)
+
+
 async def refuse(send: Send, error: BadInput, param: str) -> None:
     """Answers 400 in the shape of the OpenAI API's errors."""
     detail = {"message": str(error), "type": "BadRequestError", "param": param, "code": 400}

@@ -61,6 +61,7 @@ def workloads(draw: st.DrawFn) -> list[Request]:
     requests: list[Request] = []
     for number in range(draw(st.integers(1, 14))):
         prompt = draw(st.integers(1, 40))
+        branches = draw(st.lists(st.integers(1, 24), max_size=4))
         depends: tuple[str, ...] = ()
         if requests and draw(st.booleans()):
             chosen = draw(st.sets(st.integers(0, number - 1), min_size=1, max_size=2))
@@ -70,12 +71,13 @@ def workloads(draw: st.DrawFn) -> list[Request]:
                 request_id=str(number),
                 arrival_s=draw(st.integers(0, 200)) * TICK_S,
                 prompt_tokens=prompt,
-                output_tokens=draw(st.integers(1, 24)),
+                output_tokens=max(branches, default=0) or draw(st.integers(1, 24)),
+                branch_tokens=tuple(branches),
                 workflow=draw(st.sampled_from([None, "a", "b"])),
                 deadline_s=draw(st.sampled_from([None, 0.5])),
                 depends_on=depends,
                 gap_s=draw(st.sampled_from([0.0, 3 * TICK_S])),
-                prefix=draw(st.sampled_from([None, "p", "q"])),
+                prefix=None if branches else draw(st.sampled_from([None, "p", "q"])),
                 prefix_tokens=draw(st.integers(0, prompt)),
             )
         )
@@ -124,7 +126,7 @@ class Timed(ServingPolicy):
         self.waiting.pop(call, None)
 
     def key(self, call: Call, now_s: float) -> tuple[float, float]:
-        return (self.sign * float(call.call_id), now_s)
+        return (self.sign * float(call.request_id), now_s)
 
     def next_timer_s(self) -> float:
         return self.due_s
@@ -151,6 +153,50 @@ class Ender(ServingPolicy):
         return [call for call in progressed if call.output_tokens >= 10]
 
 
+class Doomed(ServingPolicy):
+    """Ends branches at multiples of seven tokens and stops a request's others with its second end.
+
+    It says itself when it must be asked next, and gives up the last branch of the fullest request
+    when the cache is full.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: dict[str, dict[int, Call]] = {}
+        self.ended: dict[str, int] = {}
+        self.judged: dict[Call, int] = {}
+
+    def on_arrival(self, call: Call, now_s: float) -> None:
+        self.groups.setdefault(call.request_id, {})[call.branch] = call
+
+    def on_finish(self, call: Call, outcome: Outcome, now_s: float) -> None:
+        del self.groups[call.request_id][call.branch]
+        self.ended[call.request_id] = self.ended.get(call.request_id, 0) + 1
+
+    def on_step(self, progressed: Collection[Call], now_s: float) -> Collection[Call]:
+        doomed = []
+        for call in progressed:
+            due = call.output_tokens // 7
+            if due > self.judged.get(call, 0):
+                self.judged[call] = due
+                if (call.branch + due) % 3 == 0:
+                    doomed.append(call)
+        for name, group in self.groups.items():
+            if self.ended.get(name, 0) >= 2:
+                doomed += group.values()
+        return doomed
+
+    def quiet_steps(self) -> int:
+        if any(group and self.ended.get(name, 0) >= 2 for name, group in self.groups.items()):
+            return 1
+        calls = [call for group in self.groups.values() for call in group.values()]
+        return min((7 - call.output_tokens % 7 for call in calls), default=1)
+
+    def relieve(self, now_s: float) -> Call | None:
+        fullest = max(self.groups.values(), key=len, default={})
+        return fullest[max(fullest)] if len(fullest) > 1 else None
+
+
 POLICIES: list[Sequence[type[ServingPolicy]]] = [
     (),
     (LongestFirst,),
@@ -158,6 +204,8 @@ POLICIES: list[Sequence[type[ServingPolicy]]] = [
     (Gate,),
     (Ender,),
     (LongestFirst, Timed, Gate, Ender),
+    (Doomed,),
+    (Doomed, LongestFirst, Timed, Gate),
 ]
 
 
@@ -175,7 +223,9 @@ def check_twins(
     result = simulate(
         requests, replicas, dispatcher=RoundRobin(), policies=maker(classes), kv_link=link
     )
-    assert [call.request_id for call in result.calls] == [s.request.request_id for s in expected]
+    assert [(call.request_id, call.branch) for call in result.calls] == [
+        (sequence.request.request_id, sequence.branch) for sequence in expected
+    ]
     for call, sequence in zip(result.calls, expected, strict=True):
         assert call.issued_s == sequence.issued_s
         assert call.first_token_s == sequence.first_s

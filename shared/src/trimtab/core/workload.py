@@ -7,7 +7,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -36,6 +36,9 @@ class Request:
         gap_s: seconds between the last dependency's end and the issue (a tool call, say).
         prefix: the name of the prompt's shared prefix.
         prefix_tokens: the length of that prefix.
+        branch_tokens: the realised length of each of the ``n`` branches that a request asks for,
+            whose longest is ``output_tokens``; empty for one that asks for a single answer.
+        fields: what the client says to policies, as in `trimtab.core.policy.Call.fields`.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -52,6 +55,8 @@ class Request:
     gap_s: float = 0.0
     prefix: str | None = None
     prefix_tokens: int = 0
+    branch_tokens: tuple[int, ...] = ()
+    fields: Mapping[str, str | int | float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -116,13 +121,16 @@ class Workload:
 
 
 def _stated(request: Request) -> dict[str, object]:
-    values = {field.name: getattr(request, field.name) for field in fields(request)}
-    defaults = {field.name: field.default for field in fields(request)}
     return {
-        name: value
-        for name, value in values.items()
-        if defaults[name] is MISSING or value != defaults[name]
+        each.name: value
+        for each in fields(request)
+        if (value := getattr(request, each.name)) != _default(each)
     }
+
+
+def _default(each: Field[object]) -> object:
+    """A field's default; for a field that has none, what equals no value."""
+    return each.default if each.default_factory is MISSING else each.default_factory()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +178,24 @@ def _wrong_number(request: Request) -> tuple[str, str] | None:
         return (
             f"prefix_tokens is {request.prefix_tokens}",
             f"the whole prompt has {request.prompt_tokens}",
+        )
+    return _wrong_branches(request) if request.branch_tokens else None
+
+
+def _wrong_branches(request: Request) -> tuple[str, str] | None:
+    """What is wrong with a request's branches, and what would be right."""
+    shortest, longest = min(request.branch_tokens), max(request.branch_tokens)
+    if shortest < 1:
+        return f"a branch has {shortest} tokens", "give each at least 1"
+    if longest != request.output_tokens:
+        return (
+            f"output_tokens is {request.output_tokens}",
+            f"its longest branch has {longest}",
+        )
+    if request.prefix is not None:
+        return (
+            f"it has branches and the prefix {request.prefix!r}",
+            "leave the prefix out: branches share their whole prompt",
         )
     return None
 

@@ -26,13 +26,14 @@ class Block:
 
 @dataclass(eq=False)
 class Generation:
-    """A request on its way; its first ``shared`` blocks are its prefix's.
+    """A request, or a branch of one, on its way; its first ``shared`` blocks are its prefix's.
 
     ``prefix`` are all of the prefix's blocks that it holds, which may be more.
     """
 
     request: Request
     number: int
+    branch: int = 0
     order: float = 0.0
     generated: int = 0
     computed: int = 0
@@ -49,6 +50,24 @@ class Generation:
     key: tuple[Any, ...] = ()
     call: Call | None = None
     outcome: str = "completed"
+
+    @property
+    def output_tokens(self) -> int:
+        """What it generates unless it is ended."""
+        lengths = self.request.branch_tokens
+        return lengths[self.branch] if lengths else self.request.output_tokens
+
+    @property
+    def shared_name(self) -> object:
+        """The name of the part of its prompt that others may read: for branches all of it."""
+        request = self.request
+        return ("prompt of", request.request_id) if request.branch_tokens else request.prefix
+
+    @property
+    def shared_tokens(self) -> int:
+        """The length of that part."""
+        request = self.request
+        return request.prompt_tokens if request.branch_tokens else request.prefix_tokens
 
     @property
     def tokens(self) -> int:
@@ -71,6 +90,7 @@ class Engine:
         self.running: list[Generation] = []
         self.scheduled: list[tuple[Generation, int]] = []
         self.sending: list[Generation] = []
+        self.relieved: list[Generation] = []
         self.policies = Policies(policies)
         self.incoming = 0
         self.arrivals = 0
@@ -107,18 +127,18 @@ class Engine:
         if not self.caches or generation.kv_arrives:
             return [], [], []
         last = (generation.tokens - 1) // self.size
-        request = generation.request
-        whole = self.readable(request.prefix) if request.prefix else []
-        used = whole[: min(self.prefix_blocks(request), last)]
+        name = generation.shared_name
+        whole = self.readable(name) if name else []
+        used = whole[: min(self.prefix_blocks(generation), last)]
         own = self.readable(generation)
         if own and own[0].tag != (generation, len(used)):
             own = []
         held = bool(used) and used[0] in self.holders
         return whole if held else used, used, own
 
-    def prefix_blocks(self, request: Request) -> int:
-        """How many whole blocks a request's prefix fills."""
-        return min(request.prefix_tokens, request.prompt_tokens) // self.size
+    def prefix_blocks(self, generation: Generation) -> int:
+        """How many whole blocks its prefix fills."""
+        return min(generation.shared_tokens, generation.request.prompt_tokens) // self.size
 
     def arrive(self, generation: Generation, now_s: float) -> None:
         """Queues a generation."""
@@ -131,13 +151,18 @@ class Engine:
                 "workflow": request.workflow,
                 "stage": request.stage,
                 "deadline_s": request.deadline_s,
+                "branches": len(request.branch_tokens) or None,
+                **request.fields,
             }
+            branched = f"{generation.branch}_" if request.branch_tokens else ""
             generation.call = Call(
-                request.request_id,
+                branched + request.request_id,
                 now_s,
                 request.prompt_tokens,
                 self.profile.limits.max_model_len - request.prompt_tokens,
                 {k: v for k, v in said.items() if v is not None},
+                request_id=request.request_id,
+                branch=generation.branch,
             )
             self.policies.on_arrival(generation.call, now_s)
             generation.key = self.policies.key(generation.call, now_s)
@@ -167,6 +192,7 @@ class Engine:
             for generation in self.waiting:
                 if generation.call in stale:
                     generation.key = self.policies.key(generation.call, now_s)
+        self.relieve()
         self.scheduled = []
         budget, preempted, index = self.budget, False, 0
         while index < len(self.running):
@@ -188,6 +214,26 @@ class Engine:
         if not self.scheduled:
             return self.start(now_s) if preempted else None
         return self.profile.step.seconds(self.batch())
+
+    def relieve(self) -> None:
+        """Lets policies give up calls until the running ones have room for their next tokens."""
+        while self.policies.relieves and self.wanted_blocks() > len(self.free):
+            call = self.policies.relieve(self.now_s)
+            ended = [g for g in [*self.running, *self.waiting] if call and g.call is call]
+            if not ended:
+                return
+            self.leave(ended[0], Outcome.ENDED_BY_POLICY)
+            self.relieved += ended
+
+    def wanted_blocks(self) -> int:
+        """The blocks that the running generations take in the next step."""
+        budget, wanted = self.budget, 0
+        for generation in self.running:
+            chunk = min(self.todo(generation), budget)
+            budget -= chunk
+            tokens = generation.computed + chunk
+            wanted += -(-tokens // self.size) - len(generation.blocks)
+        return wanted
 
     def todo(self, generation: Generation) -> int:
         """Tokens to compute before the next one can be sampled."""
@@ -234,7 +280,7 @@ class Engine:
             else:
                 self.free.remove(block)
                 self.holders[block] = 1
-        for block in self.readable(head.request.prefix) if used else ():
+        for block in self.readable(head.shared_name) if used else ():
             if block not in self.holders:
                 self.free.remove(block)
                 self.free.insert(0, block)
@@ -256,7 +302,7 @@ class Engine:
 
     def publish(self, generation: Generation, computed: int) -> None:
         """Lets others read the prefix's blocks once all of them are computed."""
-        name, count = generation.request.prefix, self.prefix_blocks(generation.request)
+        name, count = generation.shared_name, self.prefix_blocks(generation)
         if not (self.caches and name and count and generation.prefilling) or generation.shared:
             return
         if computed >= count * self.size and not self.readable(name):
@@ -288,7 +334,7 @@ class Engine:
             generation.generated += 1
             if generation.first_s < 0:
                 generation.first_s = now_s
-            if generation.generated == generation.request.output_tokens:
+            if generation.generated == generation.output_tokens:
                 done.append(generation)
             elif self.role == "prefill":
                 sent.append(generation)
@@ -310,7 +356,7 @@ class Engine:
             if generation.call:
                 generation.call.output_tokens = generation.generated
                 calls.append(generation.call)
-        if self.policies.steps and calls:
+        if self.policies.steps and (calls or done):
             ended = self.policies.on_step(calls, self.now_s)
             for generation in sorted([*self.running, *self.waiting], key=lambda g: g.number):
                 if generation.call in ended:
@@ -357,14 +403,18 @@ class Cluster:
         self.link = kv_link or KvLink(math.inf, 0.0)
         self.link_free = dict.fromkeys(self.engines, 0.0)
         self.generations = [
-            Generation(r, number, missing=len(r.depends_on)) for number, r in enumerate(requests)
+            Generation(request, 0, branch, missing=len(request.depends_on))
+            for request in requests
+            for branch in range(len(request.branch_tokens) or 1)
         ]
-        self.serial = len(requests)
+        for number, generation in enumerate(self.generations):
+            generation.number = number
+        self.serial = len(self.generations)
         self.turn = 0
         self.issues = [
             (s.request.arrival_s, number, s)
             for number, s in enumerate(self.generations)
-            if not s.missing
+            if not s.missing and not s.branch
         ]
         self.deliveries: list[tuple[float, int, Generation, Engine, Engine]] = []
         self.ends: dict[Engine, float] = {}
@@ -390,6 +440,8 @@ class Cluster:
                 seconds = engine.start(now)
                 if seconds is not None:
                     self.ends[engine] = now + seconds
+                relieved, engine.relieved = engine.relieved, []
+                self.conclude(relieved, now)
 
     def issue(self, now: float) -> Engine:
         """Sends the next request to an engine."""
@@ -397,8 +449,10 @@ class Cluster:
         self.issues.remove(item)
         engine = self.entries[self.turn % len(self.entries)]
         self.turn += 1
-        item[2].issued_s = now
-        engine.arrive(item[2], now)
+        for generation in self.generations:
+            if generation.request is item[2].request:
+                generation.issued_s = now
+                engine.arrive(generation, now)
         return engine
 
     def deliver(self, now: float) -> set[Engine]:
@@ -426,10 +480,18 @@ class Cluster:
             self.serial += 1
             at = self.link_free[engine] + self.link.latency_s
             self.deliveries.append((at, self.serial, generation, engine, target))
+        self.conclude(done, now)
+
+    def conclude(self, done: list[Generation], now: float) -> None:
+        """Notes the end of generations, and issues what waited for the last of a request's."""
         for generation in done:
             self.finished.append(generation)
+            name = generation.request.request_id
+            mine = [g for g in self.generations if g.request.request_id == name]
+            if any(g not in self.finished for g in mine):
+                continue
             for other in self.generations:
-                if generation.request.request_id in other.request.depends_on:
+                if name in other.request.depends_on and not other.branch:
                     other.missing -= 1
                     if not other.missing:
                         self.serial += 1

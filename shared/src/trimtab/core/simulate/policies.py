@@ -25,10 +25,12 @@ class Policies:
         self._ordering = overriding("key")
         self._admitting = overriding("admits")
         self._stepping = overriding("on_step")
+        self._relieving = overriding("relieve")
         self._timed = overriding("next_timer_s")
         self.orders = bool(self._ordering)
         self.gates = bool(self._admitting)
         self.steps = bool(self._stepping)
+        self.relieves = bool(self._relieving)
         self.timed = bool(self._timed)
 
     def __bool__(self) -> bool:
@@ -54,6 +56,18 @@ class Policies:
     def on_step(self, progressed: Collection[Call], now_s: float) -> set[Call]:
         """The calls that some policy wants ended."""
         return {call for p in self._stepping for call in p.on_step(progressed, now_s)}
+
+    def quiet_steps(self) -> int:
+        """Steps that may pass before a policy that ends or refuses calls must be asked again."""
+        return min(policy.quiet_steps() for policy in {*self._stepping, *self._admitting})
+
+    def relieve(self, now_s: float) -> Call | None:
+        """A call that the first policy that has one gives up."""
+        for policy in self._relieving:
+            call = policy.relieve(now_s)
+            if call is not None:
+                return call
+        return None
 
     def on_admission(self, call: Call, now_s: float) -> None:
         """Tells every policy that a call got a place in the batch."""

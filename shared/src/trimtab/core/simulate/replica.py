@@ -72,6 +72,7 @@ class Replica:
         self.waiting_tokens = 0
         self.version = 0
         self.busy_s = 0.0
+        self.kv_block_s = 0.0
         self.steps = 0
         self.preemptions = 0
         self.peak_running = 0
@@ -89,6 +90,7 @@ class Replica:
         if self._policies.orders or self._policies.gates:
             self._queue = KeyQueue(self._key_of)
         self._running: dict[Job, None] = {}
+        self._relieved: list[Job] = []
         self._admissions = 0
         self._partial: Job | None = None
         self._completing: list[Job] = []
@@ -101,6 +103,7 @@ class Replica:
         # The jump under way: its start, its steps, the first step's time and each next one's gain.
         self._now_s = 0.0
         self._start_s = 0.0
+        self._start_free = limits.kv_blocks
         self._jump = 0
         self._first_s = 0.0
         self._gain_s = 0.0
@@ -148,6 +151,11 @@ class Replica:
         self._jump = steps
         return True
 
+    def take_relieved(self) -> list[Job]:
+        """The jobs that policies have given up since the last call, to make room."""
+        relieved, self._relieved = self._relieved, []
+        return relieved
+
     def start(self, now_s: float) -> bool:
         """Begins the next step or jump; False when there is nothing to do."""
         self._now_s = now_s
@@ -172,6 +180,8 @@ class Replica:
         self.busy_s += now_s - self._start_s
         if steps > 1:
             self._allocate(self._blocks_of_steps(self.steps + 1, steps - 1))
+        used = self._kv.blocks - (self._start_free + self._kv.free) / 2
+        self.kv_block_s += used * (now_s - self._start_s)
         self.steps += steps
         result = StepResult()
         self._end_decodes(result, now_s)
@@ -198,6 +208,8 @@ class Replica:
                 blocks += self._blocks(partial.computed + chunk) - self._blocks(partial.computed)
             if blocks <= self._kv.free:
                 break
+            if self._relieve():
+                continue
             self._preempt()
             preempted = True
         self._allocate(blocks)
@@ -205,6 +217,14 @@ class Replica:
         if partial is not None:
             self._compute(partial, chunk, prefill)
         return preempted, prefill
+
+    def _relieve(self) -> bool:
+        """Lets a policy give up a job, so that none has to be preempted."""
+        call = self._policies.relieve(self._now_s) if self._policies.relieves else None
+        if call is None or call not in self._jobs:
+            return False
+        self._relieved.append(self._end_for_policy(call, self._now_s))
+        return True
 
     def _admit(self, prefill: _Prefill) -> None:
         budget = self._budget - self._decodes - prefill.tokens
@@ -215,8 +235,8 @@ class Replica:
                 return
             shared, own = self._cached_blocks(job)
             taken = self._blocks(job.tokens) - shared
-            if shared and job.request.prefix:
-                taken += self._kv.holding_cost(job.request.prefix, shared)
+            if shared and job.prefix:
+                taken += self._kv.holding_cost(job.prefix, shared)
             if taken > self._kv.free:
                 return
             queue.pop()
@@ -237,8 +257,8 @@ class Replica:
         self._running[job] = None
         self.peak_running = max(self.peak_running, len(self._running))
         self.waiting_tokens -= job.request.prompt_tokens
-        if shared and job.request.prefix:
-            self._kv.hold(job.request.prefix, shared)
+        if shared and job.prefix:
+            self._kv.hold(job.prefix, shared)
         if own:
             self._kv.take_back(job.own_name)
         job.shared_blocks = shared
@@ -255,11 +275,10 @@ class Replica:
         """Blocks of a waiting job that are still readable: its prefix's, then its own."""
         if not self._caches or job.kv_arrives:
             return 0, 0
-        request = job.request
         last = (job.tokens - 1) // self._block
         shared = own = 0
-        if request.prefix:
-            shared = min(self._kv.readable(request.prefix), self._prefix_blocks(job), last)
+        if job.prefix:
+            shared = min(self._kv.readable(job.prefix), self._prefix_blocks(job), last)
         if job.preemptions and job.own_start == shared:
             own = self._kv.readable(job.own_name)
         return shared, own
@@ -274,10 +293,10 @@ class Replica:
             self._partial = None
         else:
             self._partial = job
-        if job.request.prefix and self._caches and not job.shared_blocks:
+        if job.prefix and self._caches and not job.shared_blocks:
             blocks = self._prefix_blocks(job)
             computed = job.computed >= blocks * self._block
-            if blocks and computed and self._kv.publish(job.request.prefix, blocks):
+            if blocks and computed and self._kv.publish(job.prefix, blocks):
                 job.shared_blocks = blocks
 
     def _preempt(self) -> None:
@@ -293,8 +312,8 @@ class Replica:
         self._kv.release_unfilled(self._blocks(computed) - computed // self._block)
         self._kv.release(whole, job.own_name)
         job.own_start = job.shared_blocks
-        if job.shared_blocks and job.request.prefix:
-            self._kv.let_go(job.request.prefix)
+        if job.shared_blocks and job.prefix:
+            self._kv.let_go(job.prefix)
         job.shared_blocks = 0
         job.tokens = job.request.prompt_tokens + job.generated
         job.computed = 0
@@ -309,6 +328,7 @@ class Replica:
         cost = self._cost
         kv_tokens = self._bases + self._decodes * (self.steps + 1)
         self._start_s = now_s
+        self._start_free = self._kv.free
         self._first_s = cost.base_s + cost.decode_s * self._decodes + cost.kv_token_s * kv_tokens
         self._gain_s = cost.kv_token_s * self._decodes
         self._jump = 1
@@ -318,13 +338,21 @@ class Replica:
                 + cost.prefill_token_s * prefill.tokens
                 + cost.prefill_pair_s * prefill.pairs
             )
-        elif not preempted and not self._must_look_again():
-            self._jump = self._like_steps()
+        elif not preempted:
+            quiet = self._quiet_steps()
+            if quiet > 1:
+                self._jump = int(min(quiet, self._like_steps()))
 
-    def _must_look_again(self) -> bool:
-        """Whether the next step may differ although nothing happens until then."""
+    def _quiet_steps(self) -> float:
+        """Steps in which no policy does anything, if nothing happens until then."""
         policies = self._policies
-        return bool(policies) and (policies.steps or self._queue.parked or policies.has_stale())
+        if not policies:
+            return math.inf
+        if policies.has_stale():
+            return 1
+        # A job that does not fit may be refused later, and then those behind it pass.
+        asks = policies.gates and len(self._queue) and len(self._running) < self._seats
+        return policies.quiet_steps() if policies.steps or asks else math.inf
 
     def _like_steps(self) -> int:
         """Steps until a sequence ends, the KV cache overflows, or a timer is due."""
@@ -384,7 +412,9 @@ class Replica:
     def _matters(self, job: Job) -> bool:
         """Whether a job that has just arrived may change the next step."""
         policies = self._policies
-        if policies and (policies.timed or policies.gates or policies.has_stale()):
+        if policies and (
+            policies.steps or policies.timed or policies.gates or policies.has_stale()
+        ):
             return True
         return len(self._running) < self._seats and self._queue.head() is job
 
@@ -393,14 +423,14 @@ class Replica:
     def _decode(self, job: Job, computed: int) -> None:
         """Lets a job decode from the next counted step on."""
         job.base = computed - self.steps
-        job.finish_step = self.steps + job.request.output_tokens - job.generated
+        job.finish_step = self.steps + job.output_tokens - job.generated
         self._decodes += 1
         self._bases += job.base
         self._residues[job.base % self._block] += 1
         heapq.heappush(self._ends, (job.finish_step, job.admission, job))
 
     def _stop_decoding(self, job: Job) -> None:
-        job.generated = job.request.output_tokens - (job.finish_step - self.steps)
+        job.generated = job.output_tokens - (job.finish_step - self.steps)
         job.finish_step = -1
         self._decodes -= 1
         self._bases -= job.base
@@ -421,9 +451,9 @@ class Replica:
             first = job.first_token_s < 0
             if first:
                 job.first_token_s = now_s
-            if first and job.generated < job.request.output_tokens:
+            if first and job.generated < job.output_tokens:
                 result.started.append(job)
-            if job.generated == job.request.output_tokens:
+            if job.generated == job.output_tokens:
                 self._leave(job, job.computed, now_s)
                 result.finished.append(job)
             elif self.role == "prefill":
@@ -441,8 +471,8 @@ class Replica:
     def _release(self, job: Job, computed: int) -> None:
         self._kv.release_unfilled(self._blocks(computed) - computed // self._block)
         self._kv.release(computed // self._block - job.shared_blocks)
-        if job.shared_blocks and job.request.prefix:
-            self._kv.let_go(job.request.prefix)
+        if job.shared_blocks and job.prefix:
+            self._kv.let_go(job.prefix)
         job.shared_blocks = 0
 
     # Policies.
@@ -453,14 +483,18 @@ class Replica:
             "workflow": request.workflow,
             "stage": request.stage,
             "deadline_s": request.deadline_s,
+            "branches": len(request.branch_tokens) or None,
+            **request.fields,
         }
         room = self.profile.limits.max_model_len - request.prompt_tokens
         job.call = Call(
-            call_id=request.request_id,
+            call_id=job.name,
             arrival_s=now_s,
             prompt_tokens=request.prompt_tokens,
             max_output_tokens=min(self._max_output_tokens or room, room),
             fields={name: value for name, value in said.items() if value is not None},
+            request_id=request.request_id,
+            branch=job.branch,
         )
         self._jobs[job.call] = job
         self._policies.on_arrival(job.call, now_s)
@@ -499,16 +533,16 @@ class Replica:
         for job in self._running:
             if job.call is not None and job is not self._partial:
                 left = job.finish_step - self.steps
-                job.call.output_tokens = job.request.output_tokens - left
+                job.call.output_tokens = job.output_tokens - left
                 progressed.append(job.call)
-        if self._policies.steps and progressed:
+        if self._policies.steps and (progressed or result.finished):
             for call in self._in_order(self._policies.on_step(progressed, now_s)):
-                self._end_for_policy(call, result, now_s)
+                result.finished.append(self._end_for_policy(call, now_s))
 
     def _in_order(self, calls: set[Call]) -> list[Call]:
         return sorted((c for c in calls if c in self._jobs), key=lambda c: self._jobs[c].number)
 
-    def _end_for_policy(self, call: Call, result: StepResult, now_s: float) -> None:
+    def _end_for_policy(self, call: Call, now_s: float) -> Job:
         job = self._jobs.pop(call)
         if job not in self._running:
             self._queue.remove(job)
@@ -521,8 +555,8 @@ class Replica:
             self._stop_decoding(job)
             self._leave(job, job.base + self.steps, now_s)
         job.outcome = Outcome.ENDED_BY_POLICY
-        result.finished.append(job)
         self._policies.on_finish(call, Outcome.ENDED_BY_POLICY, now_s)
+        return job
 
     # Blocks.
 
@@ -530,7 +564,7 @@ class Replica:
         return -(-tokens // self._block)
 
     def _prefix_blocks(self, job: Job) -> int:
-        return min(job.request.prefix_tokens, job.request.prompt_tokens) // self._block
+        return min(job.prefix_tokens, job.request.prompt_tokens) // self._block
 
     def _allocate(self, blocks: int) -> None:
         self._kv.allocate(blocks)

@@ -16,7 +16,7 @@ from trimtab.core.simulate.replica import Replica
 
 @dataclass(frozen=True, slots=True)
 class CallRecord:
-    """What became of one request; times in seconds after the workload's start."""
+    """What became of one request, or of one branch; times in seconds after the workload's start."""
 
     request_id: str
     workflow: str | None
@@ -31,6 +31,8 @@ class CallRecord:
     cached_tokens: int
     preemptions: int
     outcome: str
+    branch: int = 0
+    """Which branch of its request it is; a request without branches has this one alone."""
 
     @property
     def latency_s(self) -> float:
@@ -79,6 +81,8 @@ class ReplicaRecord:
     preemptions: int
     peak_running: int
     peak_kv_usage: float
+    kv_block_s: float
+    """Blocks of the KV cache that were held, times how long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ class ServingResult:
     """A simulated run.
 
     Attributes:
-        calls: the requests in the order in which they ended.
+        calls: the requests in the order in which they ended; each branch is a call.
         workflows: the workflows by name; a request without one counts by its own id.
         replicas: the replicas by number.
     """
@@ -104,7 +108,7 @@ class ServingResult:
 
     @property
     def mean_latency_s(self) -> float:
-        """Mean over the requests; 0 for an empty workload."""
+        """Mean over the calls; 0 for an empty workload."""
         return sum(c.latency_s for c in self.calls) / max(1, len(self.calls))
 
     @property
@@ -123,7 +127,7 @@ class ServingResult:
         return sum(w.met for w in self.workflows) / max(1, len(self.workflows))
 
     def latency_quantile_s(self, quantile: float) -> float:
-        """A quantile of the requests' latency."""
+        """A quantile of the calls' latency."""
         return (
             float(np.quantile([c.latency_s for c in self.calls], quantile)) if self.calls else 0.0
         )
@@ -205,6 +209,7 @@ def _call(job: Job) -> CallRecord:
         cached_tokens=job.cached_tokens,
         preemptions=job.preemptions,
         outcome=job.outcome.value,
+        branch=job.branch,
     )
 
 
@@ -234,4 +239,5 @@ def _replica(replica: Replica) -> ReplicaRecord:
         preemptions=replica.preemptions,
         peak_running=replica.peak_running,
         peak_kv_usage=1.0 - replica.least_free / replica.profile.limits.kv_blocks,
+        kv_block_s=replica.kv_block_s,
     )

@@ -189,10 +189,13 @@ class _Simulation:
         self._dispatcher = dispatcher
         self._decode_dispatcher = decode_dispatcher
         self._router = router
-        self._jobs = [Job(request, number) for number, request in enumerate(cluster.requests)]
+        groups = Job.all_of(cluster.requests)
+        self._branches = {group[0].request.request_id: group for group in groups}
+        self._open = {request_id: len(group) for request_id, group in self._branches.items()}
         self._held: dict[str, Job] = {}
+        self._started: set[str] = set()
         self._dependents: defaultdict[str, list[Job]] = defaultdict(list)
-        self._order = len(self._jobs)
+        self._order = sum(self._open.values())
         self._done: list[Job] = []
         self._link_free_s = [0.0] * len(replicas)
         self._destination: dict[Job, tuple[Replica, Replica]] = {}
@@ -212,7 +215,7 @@ class _Simulation:
 
     def _first_events(self) -> list[_Event]:
         events = []
-        for job in self._jobs:
+        for job, *_ in self._branches.values():
             for name in job.request.depends_on:
                 self._dependents[name].append(job)
             if not job.request.depends_on:
@@ -235,7 +238,8 @@ class _Simulation:
     def _issue(self, event: _Event) -> None:
         job, now_s = event.job, event.time_s
         assert job is not None
-        job.issued_s = now_s
+        for branch in self._branches[job.request.request_id]:
+            branch.issued_s = now_s
         if self._router is not None:
             self._held[job.request.request_id] = job
             self._send_all(self._router.on_arrival(job.request, now_s), now_s)
@@ -273,6 +277,11 @@ class _Simulation:
         self._enqueue(job, replica, event.time_s)
 
     def _enqueue(self, job: Job, replica: Replica, now_s: float) -> None:
+        """Queues a request's call, or all of its branches."""
+        for branch in self._branches[job.request.request_id]:
+            self._queue(branch, replica, now_s)
+
+    def _queue(self, job: Job, replica: Replica, now_s: float) -> None:
         replica.arrive(job, now_s)
         if replica.idle:
             self._wake(replica, now_s)
@@ -296,6 +305,9 @@ class _Simulation:
         self._starting[event.order] = False
         if replica.start(event.time_s):
             self._schedule_end(replica)
+        relieved = replica.take_relieved()
+        if relieved:
+            self._conclude(relieved, event.time_s)
 
     def _end_step(self, event: _Event) -> None:
         replica = self._replicas[event.order]
@@ -305,18 +317,37 @@ class _Simulation:
         ended = replica.finish(now_s)
         for job in ended.prefilled:
             self._transfer(job, replica, now_s)
-        for job in ended.finished:
-            self._done.append(job)
-            self._release_dependents(job, now_s)
+        over = self._leave(ended.finished, now_s)
         if self._router is not None:
             for job in ended.started:
-                self._send_all(self._router.on_first_token(job.request, now_s), now_s)
-            for job in ended.finished:
-                self._send_all(self._router.on_end(job.request, now_s), now_s)
+                if job.request.request_id not in self._started:
+                    self._started.add(job.request.request_id)
+                    self._send_all(self._router.on_first_token(job.request, now_s), now_s)
+        self._tell_router(over, now_s)
         self._wake(replica, now_s)
 
-    def _release_dependents(self, job: Job, now_s: float) -> None:
-        for dependent in self._dependents.get(job.request.request_id, ()):
+    def _conclude(self, jobs: Sequence[Job], now_s: float) -> None:
+        self._tell_router(self._leave(jobs, now_s), now_s)
+
+    def _leave(self, jobs: Sequence[Job], now_s: float) -> list[Request]:
+        """Notes the end of calls; the requests that ended with them."""
+        over = []
+        for job in jobs:
+            self._done.append(job)
+            request = job.request
+            self._open[request.request_id] -= 1
+            if not self._open[request.request_id]:
+                over.append(request)
+                self._release_dependents(request, now_s)
+        return over
+
+    def _tell_router(self, over: Sequence[Request], now_s: float) -> None:
+        if self._router is not None:
+            for request in over:
+                self._send_all(self._router.on_end(request, now_s), now_s)
+
+    def _release_dependents(self, request: Request, now_s: float) -> None:
+        for dependent in self._dependents.get(request.request_id, ()):
             dependent.missing -= 1
             if not dependent.missing:
                 ready_s = now_s + dependent.request.gap_s
@@ -345,4 +376,4 @@ class _Simulation:
         target.incoming -= 1
         job.kv_arrives = True
         job.tokens = job.request.prompt_tokens + job.generated
-        self._enqueue(job, target, event.time_s)
+        self._queue(job, target, event.time_s)

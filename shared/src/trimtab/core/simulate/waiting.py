@@ -47,11 +47,6 @@ class FifoQueue:
     def open_step(self, refuses: Callable[[Job], bool] | None) -> None:
         """Does nothing: no job is refused."""
 
-    @property
-    def parked(self) -> bool:
-        """Whether a job was refused in this step."""
-        return False
-
 
 class KeyQueue:
     """In the order of a key, ties by arrival; jobs refused in a step let those behind them pass."""
@@ -124,11 +119,6 @@ class KeyQueue:
                 heapq.heappush(self._heap, entry)
         self._parked.clear()
         self._refuses = refuses
-
-    @property
-    def parked(self) -> bool:
-        """Whether a job was refused in this step."""
-        return bool(self._parked)
 
     def _add(self, job: Job, order: int) -> None:
         # A voided entry may equal its job's new one: the number tells them apart.

@@ -30,6 +30,25 @@ class PaperBars:
         return max(self._alpha, first_score)
 
 
+class FixedBar:
+    """One threshold for all, whoever has finished.
+
+    Args:
+        alpha: the threshold; minus infinity prunes nothing.
+    """
+
+    def __init__(self, alpha: float) -> None:
+        self._alpha = alpha
+
+    def exploring(self, tokens: int) -> float:
+        """The same for every length."""
+        return self._alpha
+
+    def exploiting(self, first_score: float, tokens: int) -> float:
+        """The same before and after a first branch has finished."""
+        return self._alpha
+
+
 class Recent:
     """The last scores of one kind, in order."""
 

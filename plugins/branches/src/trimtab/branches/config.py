@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trimtab.branches.fields import MAX_BRANCHES
 
-Pruning = Literal["safe", "paper", "off"]
+Pruning = Literal["safe", "paper", "below", "pressure", "off"]
 Answer = Literal["best", "majority", "weighted", "shortest"]
 Show = Literal["one", "all"]
 Weight = Annotated[float, Field(gt=0, le=1000)]
@@ -59,15 +59,16 @@ class BranchesConfig(BaseModel):
     )
     pruning: Pruning | None = Field(
         None,
-        description="safe: only branches that score badly twice, against others that were as far; "
-        "paper: the paper's two phases; off; by default paper with a reward model, else safe",
+        description="safe: branches that score badly twice, against others that were as far; paper: "
+        "the paper's two phases; below: whatever scores under prune_below; pressure: only where "
+        "memory is short; off; by default paper with a reward model, else safe",
     )
     prune_below: float | None = Field(
         None,
         ge=0,
         le=1,
         description="score under which a branch is pruned while none has finished; by default .5 "
-        "in paper mode, and the lowest tenth of recent scores at the same length in safe mode",
+        "in the modes paper and below, and the lowest tenth of recent scores at the same length in safe mode",
     )
     max_pruned: int | None = Field(
         None,

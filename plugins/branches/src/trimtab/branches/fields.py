@@ -36,7 +36,7 @@ FIELDS: Mapping[str, CallField] = {
         minimum=0,
         maximum=MAX_BRANCHES,
     ),
-    "pruning": CallField(str, "safe, paper or off", minimum=1, maximum=16),
+    "pruning": CallField(str, "safe, paper, below, pressure or off", minimum=1, maximum=16),
     "answer": CallField(
         str, "which answer wins: best, majority, weighted or shortest", minimum=1, maximum=16
     ),

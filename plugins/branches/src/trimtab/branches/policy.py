@@ -6,12 +6,12 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from trimtab.branches import agreement
-from trimtab.branches.bars import History, LikeWithLike, PaperBars
+from trimtab.branches.bars import FixedBar, History, LikeWithLike, PaperBars
 from trimtab.branches.bending import Bend
 from trimtab.branches.config import BranchesConfig, Pruning
 from trimtab.branches.extract import Extractor, extractor, load_function, normalised
@@ -30,7 +30,6 @@ PAPER_ALPHA = 0.5
 _REMEMBERED = 4096
 _ANSWER_TOKENS = 1024
 """The end of a text in which its answer is looked for while the engine waits."""
-_PRUNINGS = ("safe", "paper", "off")
 _VOTES = ("majority", "weighted")
 
 
@@ -184,6 +183,7 @@ class BranchesPolicy(ServingPolicy):
         if weakest is None:
             return None
         score, call, asked, branch = weakest
+        asked.group.progress(branch.index, call.output_tokens)
         asked.group.evict(branch)
         asked.scores[branch.index] = score
         call.note = _note(asked, branch, None)
@@ -194,14 +194,13 @@ class BranchesPolicy(ServingPolicy):
         pruning = self._pruning(fields)
         safe = pruning == "safe"
         every = _whole(fields, "score_every", config.score_every)
+        explored = branches // 2 if pruning in ("safe", "paper") else branches
         rules = Rules(
             branches=branches,
             enough=min(_whole(fields, "enough", config.m or -(-branches // 2)), branches),
             score_every=every,
             max_pruned=_whole(
-                fields,
-                "max_pruned",
-                branches // 2 if config.max_pruned is None else config.max_pruned,
+                fields, "max_pruned", explored if config.max_pruned is None else config.max_pruned
             ),
             survivors=min(2, branches) if safe else 1,
             misses=2 if safe else 1,
@@ -209,21 +208,24 @@ class BranchesPolicy(ServingPolicy):
             prunes=pruning != "off",
         )
         alpha = fields.get("prune_below", config.prune_below)
-        bars = self._bars(safe, every, None if alpha is None else float(alpha))
+        bars = self._bars(pruning, every, None if alpha is None else float(alpha))
         return _Asked(call.request_id, BranchGroup(rules, bars), self._extractor(fields))
 
     def _pruning(self, fields: Mapping[str, FieldValue]) -> Pruning:
         said = fields.get("pruning", self._config.pruning)
-        for mode in _PRUNINGS:
+        for mode in get_args(Pruning):
             if said == mode:
-                return mode  # type: ignore[return-value]
+                return mode  # type: ignore[no-any-return]
         return "paper" if "prm" in self._config.signals else "safe"
 
-    def _bars(self, safe: bool, every: int, alpha: float | None) -> Bars:
-        if not safe:
-            return PaperBars(PAPER_ALPHA if alpha is None else alpha)
-        history = self._histories.setdefault(every.bit_length(), History())
-        return LikeWithLike(history, alpha, self._config.margin)
+    def _bars(self, pruning: Pruning, every: int, alpha: float | None) -> Bars:
+        if pruning == "safe":
+            history = self._histories.setdefault(every.bit_length(), History())
+            return LikeWithLike(history, alpha, self._config.margin)
+        if pruning == "pressure":
+            return FixedBar(-math.inf)
+        fixed = PAPER_ALPHA if alpha is None else alpha
+        return PaperBars(fixed) if pruning == "paper" else FixedBar(fixed)
 
     def _extractor(self, fields: Mapping[str, FieldValue]) -> Extractor | None:
         """What finds the answers that are voted on; None where no vote can end a request."""
@@ -286,7 +288,6 @@ class BranchesPolicy(ServingPolicy):
         asked = self._asked[call.request_id]
         every = asked.group.rules.score_every
         self._due_at[call] = (call.output_tokens // every + 1) * every
-        asked.group.progress(call.branch, call.output_tokens)
         self._score.ask(self._slots[call], call)
         self._take_score(call, call.output_tokens)
 
@@ -306,10 +307,11 @@ class BranchesPolicy(ServingPolicy):
         group = asked.group
         if asked.aborted:
             self._settle_aborts(asked)
+        for branch in group.living():
+            group.progress(branch.index, asked.calls[branch.index].output_tokens)
         ended = []
         for branch in group.decide(self._enough(asked), certain=self._certain(asked)):
             call = asked.calls[branch.index]
-            branch.tokens = call.output_tokens
             if branch.score is not None:
                 asked.scores[branch.index] = branch.score
             call.note = _note(asked, branch, None)
@@ -334,7 +336,7 @@ class BranchesPolicy(ServingPolicy):
         rules = asked.group.rules
         if not self._config.bend or not asked.group.done:
             return rules.enough
-        seats = asked.started
+        seats = rules.branches - (len(asked.calls) - asked.started)
         if self._unserved:
             requests = len(self._running) + len(self._unserved)
             seats = min(seats, max(1, len(self._seated) // requests))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -21,7 +23,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -51,6 +53,9 @@ class DryEngine:
         async_scheduling: whether to run one step ahead of the outputs, as on a GPU.
         additional_config: as vLLM's ``--additional-config``.
         prefix_caching: whether prompts share blocks.
+        logprobs: of the next tokens of requests, by their ids, the logprobs: float32
+            [requests, 1 + k], the tokens' own and the k largest; only asked where a request of the
+            step wants some.
     """
 
     def __init__(
@@ -65,11 +70,14 @@ class DryEngine:
         async_scheduling: bool = False,
         additional_config: Mapping[str, Any] | None = None,
         prefix_caching: bool = True,
+        logprobs: Callable[[Sequence[str]], NDArray[np.float32]] | None = None,
     ) -> None:
         init_none_hash(sha256)
+        self._logprobs_of = logprobs
+        self._asking: set[str] = set()
         self._hasher = get_request_block_hasher(block_size, sha256)
         self._in_flight: list[SchedulerOutput] = []
-        self._ends_after: dict[str, int] = {}
+        self._ends: dict[str, tuple[int, int]] = {}
         self._ahead = 1 if async_scheduling else 0
         config = _config(
             blocks, block_size, max_num_seqs, max_num_batched_tokens, policy, prefix_caching
@@ -102,10 +110,14 @@ class DryEngine:
         arrival_time: float = 0.0,
         xargs: Mapping[str, Any] | None = None,
         ends_after: int | None = None,
+        last_token: int = _TOKEN,
     ) -> Request:
-        """Hands a request to the scheduler; its text ends by itself with token ``ends_after``."""
+        """Hands a request to the scheduler.
+
+        Its text ends by itself with token ``ends_after``; the one before that is ``last_token``.
+        """
         if ends_after is not None:
-            self._ends_after[request_id] = ends_after
+            self._ends[request_id] = (ends_after, last_token)
         sampling = SamplingParams(max_tokens=max_tokens, extra_args=dict(xargs or {}))
         sampling.update_from_generation_config({}, eos_token_id=_END_TOKEN)
         request = Request(
@@ -147,16 +159,34 @@ class DryEngine:
             sampled_token_ids=[
                 [self._token(i)] if self._samples(i, starts[i], scheduled) else [] for i in ids
             ],
-            logprobs=None,
+            logprobs=self._logprobs(ids, scheduled),
             prompt_logprobs_dict={},
             pooler_output=[],
         )
 
-    def _token(self, request_id: str) -> int:
-        last = self._ends_after.get(request_id)
+    def _logprobs(self, ids: list[str], scheduled: SchedulerOutput) -> LogprobsLists | None:
+        """A row for each request of the step, where some request that runs has asked for one."""
+        if self._logprobs_of is None:
+            return None
+        for new in scheduled.scheduled_new_reqs:
+            if new.sampling_params is not None and new.sampling_params.logprobs is not None:
+                self._asking.add(new.req_id)
+        if self._asking.isdisjoint(ids):
+            return None
+        table = self._logprobs_of(ids)
+        nothing = np.zeros(table.shape, dtype=np.int32)
+        return LogprobsLists(nothing, table, nothing[:, 0])
+
+    def _generated(self, request_id: str) -> int:
         request = self.scheduler.requests.get(request_id)
-        ends = last is not None and request is not None and request.num_output_tokens + 1 >= last
-        return _END_TOKEN if ends else _TOKEN
+        return 0 if request is None else request.num_output_tokens
+
+    def _token(self, request_id: str) -> int:
+        if request_id not in self._ends:
+            return _TOKEN
+        length, last_token = self._ends[request_id]
+        left = length - self._generated(request_id)
+        return _END_TOKEN if left <= 1 else last_token if left == 2 else _TOKEN
 
     def _samples(self, request_id: str, start: int, scheduled: SchedulerOutput) -> bool:
         """Whether a step computes the last known token of a request, so that a new one follows."""

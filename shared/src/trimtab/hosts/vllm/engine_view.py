@@ -37,9 +37,9 @@ class EngineView:
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, without special ones; empty where the engine has no tokenizer."""
+        """The text of tokens, without special ones; their numbers where there is no tokenizer."""
         if self._tokenizer is None:
-            return ""
+            return " ".join(map(str, token_ids))
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 

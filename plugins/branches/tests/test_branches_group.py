@@ -1,0 +1,301 @@
+"""The branches of a request: what pruning and early stop may and may not do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.branches.bars import History, LikeWithLike, PaperBars, Recent
+from trimtab.branches.group import Bars, Branch, BranchGroup, Rules
+from trimtab.branches.note import Fate
+
+
+@dataclass
+class Life:
+    """What a branch would do if it were left alone."""
+
+    length: int
+    scores: list[float]
+    arrives: int = 0
+
+
+@dataclass
+class Told:
+    """What a run of a group showed."""
+
+    ended: dict[int, Fate] = field(default_factory=dict)
+    answers: list[int] = field(default_factory=list)
+    tokens: dict[int, int] = field(default_factory=dict)
+
+
+def run(rules: Rules, bars: Bars, lives: list[Life], steps: list[int]) -> tuple[BranchGroup, Told]:
+    """Decodes all branches side by side, with so many tokens a step in turn."""
+    group, told = BranchGroup(rules, bars), Told()
+    live: dict[int, int] = {}
+    waiting = dict(enumerate(lives))
+    for step in range(10_000):
+        for index in [i for i, life in waiting.items() if life.arrives <= step]:
+            del waiting[index]
+            if group.closed:
+                told.ended[index] = Fate.WITHHELD
+                continue
+            group.add(index)
+            live[index] = 0
+        for index in list(live):
+            live[index] = min(live[index] + steps[step % len(steps)], lives[index].length)
+            due = group.progress(index, live[index])
+            whole = live[index] == lives[index].length
+            if due or whole:
+                scores = lives[index].scores
+                moment = min(live[index] // rules.score_every, len(scores) - 1)
+                group.score(index, scores[moment], live[index])
+            if whole:
+                group.finish(index, Fate.FINISHED)
+                assert index not in told.ended
+                told.ended[index], told.tokens[index] = Fate.FINISHED, live.pop(index)
+                told.answers.append(index)
+        for branch in group.decide():
+            assert branch.index not in told.ended
+            assert branch.fate is not None
+            told.ended[branch.index] = branch.fate
+            told.tokens[branch.index] = live.pop(branch.index)
+        if not live and not waiting:
+            return group, told
+    raise AssertionError("the group never ends")
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, prunes: bool = True) -> tuple[Rules, list[Life], list[int]]:
+    branches = draw(st.integers(2, 9))
+    rules = Rules(
+        branches=branches,
+        enough=draw(st.integers(1, branches)),
+        score_every=draw(st.integers(1, 12)),
+        max_pruned=draw(st.integers(0, branches)),
+        survivors=draw(st.integers(1, 2)),
+        misses=draw(st.integers(1, 2)),
+        grace=draw(st.integers(0, 2)),
+        prunes=prunes,
+    )
+    lives = [
+        Life(
+            draw(st.integers(1, 60)),
+            draw(st.lists(st.floats(0, 1), min_size=1, max_size=6)),
+            draw(st.integers(0, 3)),
+        )
+        for _ in range(branches)
+    ]
+    return rules, lives, draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+
+
+@given(cases(), st.floats(0, 1))
+def test_every_branch_ends_once_and_one_answers(
+    case: tuple[Rules, list[Life], list[int]], alpha: float
+) -> None:
+    rules, lives, steps = case
+    group, told = run(rules, PaperBars(alpha), lives, steps)
+    assert sorted(told.ended) == list(range(rules.branches))
+    assert told.answers
+    assert group.pruned <= rules.max_pruned
+    pruned = sum(fate is Fate.PRUNED for fate in told.ended.values())
+    assert len(told.ended) - pruned >= rules.survivors
+    if pruned == 0:
+        assert len(told.answers) >= rules.enough
+    assert all(told.tokens[i] <= lives[i].length for i in told.tokens)
+    assert run(rules, PaperBars(alpha), lives, steps)[1] == told
+
+
+@given(cases(prunes=False))
+def test_without_pruning_the_first_to_finish_answer(
+    case: tuple[Rules, list[Life], list[int]],
+) -> None:
+    rules, lives, steps = case
+    _, told = run(rules, PaperBars(1.0), lives, steps)
+    assert Fate.PRUNED not in told.ended.values()
+    assert len(told.answers) >= rules.enough
+    stopped = [i for i, fate in told.ended.items() if fate is not Fate.FINISHED]
+    assert rules.enough < rules.branches or not stopped
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=200), st.integers(1, 40))
+def test_a_branch_is_due_once_for_each_multiple_that_a_step_reaches(
+    steps: list[int], every: int
+) -> None:
+    group = BranchGroup(Rules(2, 2, every, 0), PaperBars(0.0))
+    group.add(0)
+    tokens, due = 0, []
+    for step in steps:
+        tokens += step
+        if group.progress(0, tokens):
+            due.append(tokens // every)
+            group.score(0, 1.0, tokens)
+    reached = {sum(steps[: n + 1]) // every for n in range(len(steps))} - {0}
+    assert due == sorted(reached)
+
+
+def opened(**rules: int) -> BranchGroup:
+    defaults = {"branches": 4, "enough": 2, "score_every": 10, "max_pruned": 2}
+    group = BranchGroup(Rules(**{**defaults, **rules}), PaperBars(0.5))
+    for index in range(4):
+        group.add(index)
+    return group
+
+
+def score_all(group: BranchGroup, *scores: float) -> list[Branch]:
+    for index, score in enumerate(scores):
+        if group.branches[index].fate is None:
+            group.progress(index, group.branches[index].tokens + 10)
+            group.score(index, score, group.branches[index].tokens)
+    return group.decide()
+
+
+def test_exploration_prunes_the_worst_up_to_its_cap() -> None:
+    group = opened()
+    assert [b.index for b in score_all(group, 0.4, 0.1, 0.2, 0.3)] == [1, 2]
+    assert score_all(group, 0.4, 0.1, 0.2, 0.3) == []
+
+
+def test_the_first_to_finish_raises_the_bar_and_takes_the_cap_away() -> None:
+    group = opened(enough=3)
+    group.score(0, 0.8, 12)
+    group.finish(0, Fate.FINISHED)
+    assert group.phase == 2
+    assert [b.index for b in score_all(group, 0.0, 0.7, 0.9, 0.6)] == [3, 1]
+
+
+def test_a_bad_first_finisher_never_lowers_the_bar() -> None:
+    group = opened(enough=3)
+    group.score(0, 0.1, 12)
+    group.finish(0, Fate.FINISHED)
+    assert [b.index for b in score_all(group, 0.0, 0.4, 0.6, 0.6)] == [1]
+
+
+def test_a_branch_that_was_cut_by_its_length_answers_for_none() -> None:
+    group = opened(enough=1)
+    group.finish(0, Fate.LENGTH)
+    assert group.done == 0
+    assert group.phase == 1
+    assert group.decide() == []
+
+
+def test_a_late_score_that_is_older_changes_nothing() -> None:
+    group = opened()
+    group.score(0, 0.9, 20)
+    group.score(0, 0.0, 10)
+    assert group.decide() == []
+    assert group.branches[0].score == 0.9
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_what_is_no_score_leaves_the_branch_unscored(value: float | None) -> None:
+    group = opened()
+    group.progress(0, 10)
+    group.score(0, value, 10)
+    assert group.decide() == []
+    assert not group.progress(0, 19)
+
+
+def test_a_score_for_a_branch_that_is_unknown_or_over_is_passed_over() -> None:
+    group = opened()
+    group.score(17, 0.1, 10)
+    group.finish(0, Fate.FINISHED)
+    group.score(0, 0.1, 30)
+    assert group.decide() == []
+
+
+def test_two_misses_in_a_row_take_two_moments() -> None:
+    group = opened(misses=2)
+    assert score_all(group, 0.1, 0.9, 0.9, 0.9) == []
+    group.score(0, 0.05, 15)  # a second signal of the same moment
+    assert group.decide() == []
+    assert [b.index for b in score_all(group, 0.1, 0.9, 0.9, 0.9)] == [0]
+
+
+def test_a_good_score_between_two_bad_ones_forgives_the_first() -> None:
+    group = opened(misses=2)
+    for score in (0.1, 0.9, 0.1):
+        assert score_all(group, score, 0.9, 0.9, 0.9) == []
+
+
+def test_all_that_finish_in_one_step_count() -> None:
+    group = opened(enough=1)
+    for index in (0, 1, 2):
+        group.finish(index, Fate.FINISHED)
+    assert [b.index for b in group.decide()] == [3]
+    assert group.done == 3
+
+
+def test_fewer_suffice_under_load_but_never_more() -> None:
+    group = opened(enough=2)
+    group.progress(2, 5)
+    group.finish(0, Fate.FINISHED)
+    assert group.decide(enough=9) == []
+    ended = group.decide(enough=1)
+    assert [(b.index, b.fate) for b in ended] == [
+        (1, Fate.WITHHELD),
+        (2, Fate.STOPPED),
+        (3, Fate.WITHHELD),
+    ]
+
+
+def test_a_certain_vote_needs_a_vote() -> None:
+    group = opened()
+    assert group.decide(certain=True) == []
+    group.finish(0, Fate.FINISHED)
+    assert len(group.decide(certain=True)) == 3
+
+
+def test_memory_takes_the_weakest_and_leaves_the_survivors() -> None:
+    group = opened(survivors=2)
+    score_all(group, 0.9, 0.6, 0.7, 0.8)
+    order = []
+    while (weakest := group.weakest()) is not None:
+        group.evict(weakest)
+        order.append(weakest.index)
+    assert order == [1, 2]
+    assert {b.index for b in group.living()} == {0, 3}
+
+
+def test_memory_takes_nothing_where_pruning_is_off() -> None:
+    group = BranchGroup(Rules(4, 4, 10, 0, prunes=False), PaperBars(0.5))
+    group.add(0)
+    group.add(1)
+    group.score(0, 0.1, 10)
+    assert group.weakest() is None
+
+
+@given(st.lists(st.floats(0, 1), max_size=600), st.floats(0, 1))
+def test_recent_scores_know_their_quantiles_and_ranks(scores: list[float], share: float) -> None:
+    recent = Recent()
+    for score in scores:
+        recent.add(score)
+    kept = sorted(scores[-256:])
+    assert len(recent) == len(kept)
+    assert recent.rank(2.0) == (1.0 if kept else 0.0)
+    if len(kept) >= 16:
+        assert recent.quantile(share) == kept[min(int(share * len(kept)), len(kept) - 1)]
+    else:
+        assert recent.quantile(share) == -math.inf
+
+
+def test_safe_mode_compares_branches_of_one_length() -> None:
+    history = History()
+    for n in range(100):
+        history.at(100).add(n / 100)
+        history.at(1000).add(0.5 + n / 200)
+        history.finished.add(0.5 + n / 200)
+    bars = LikeWithLike(history, None, margin=0.0)
+    assert bars.exploring(100) == pytest.approx(0.1)
+    assert bars.exploring(1000) == pytest.approx(0.55)
+    # A finished branch at the lower quarter asks of others the lower quarter of their own length.
+    assert bars.exploiting(0.625, 100) == pytest.approx(0.26, abs=0.02)
+    assert bars.exploiting(0.99, 100) == pytest.approx(0.5, abs=0.02)
+
+
+def test_safe_mode_prunes_nothing_before_it_has_seen_enough() -> None:
+    bars = LikeWithLike(History(), None, margin=0.05)
+    assert bars.exploring(100) == bars.exploiting(0.9, 100) == -math.inf

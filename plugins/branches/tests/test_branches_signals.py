@@ -1,0 +1,163 @@
+"""The reward signals, each against a plain reckoning of what it says."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.branches.config import BranchesConfig
+from trimtab.branches.scoring import Score
+from trimtab.branches.signals import tokens
+from trimtab.branches.signals.replay import Replay
+from trimtab.branches.signals.shortness import Shortness
+from trimtab.core.errors import BadInput
+from trimtab.core.policy import Call, Outcome
+
+WINDOW = 4
+
+
+def call(branch: int = 0, **fields: str) -> Call:
+    return Call(f"{branch}_r", 0.0, 10, 100, fields, request_id="r", branch=branch)
+
+
+def table(values: list[list[float]]) -> np.ndarray:
+    return np.asarray(values, dtype=np.float32)
+
+
+def feed(signal: tokens.TokenSignal, series: list[list[float]]) -> None:
+    """Gives slot n the n-th series, a token a step, side by side."""
+    for slot in range(len(series)):
+        signal.start(slot, call(slot))
+    for step in range(max(map(len, series), default=0)):
+        slots = [n for n, own in enumerate(series) if step < len(own)]
+        rows = [[series[n][step], *([-1.0] * 20)] for n in slots]
+        signal.observe(np.asarray(slots, dtype=np.intp), table(rows))
+
+
+series = st.lists(st.lists(st.floats(-20, 0, width=32), max_size=12), min_size=1, max_size=80)
+
+
+@given(series)
+def test_the_last_window_of_every_branch(values: list[list[float]]) -> None:
+    signal = tokens.TokenSignal(
+        tokens.sampled, tokens.probability_of, top_logprobs=0, window=WINDOW
+    )
+    feed(signal, values)
+    for slot, own in enumerate(values):
+        expected = float(np.exp(np.mean(own[-WINDOW:]))) if own else None
+        assert signal.score(slot, call(slot)) == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+@given(series)
+def test_the_worst_window_of_every_branch(values: list[list[float]]) -> None:
+    signal = tokens.TokenSignal(
+        tokens.sampled, tokens.probability_of, top_logprobs=0, window=WINDOW, which="lowest"
+    )
+    feed(signal, values)
+    for slot, own in enumerate(values):
+        whole = [np.mean(own[n : n + WINDOW]) for n in range(len(own) - WINDOW + 1)]
+        expected = float(np.exp(min(whole) if whole else np.mean(own))) if own else None
+        assert signal.score(slot, call(slot)) == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+def test_a_slot_that_is_used_again_starts_anew() -> None:
+    signal = tokens.TokenSignal(
+        tokens.sampled, tokens.probability_of, top_logprobs=0, window=WINDOW, which="lowest"
+    )
+    feed(signal, [[-9.0] * 8])
+    signal.start(0, call())
+    assert signal.score(0, call()) is None
+    signal.observe(np.array([0]), table([[0.0] * 21]))
+    assert signal.score(0, call()) == 1.0
+
+
+def test_confidence_is_larger_for_a_peaked_distribution() -> None:
+    peaked = table([[-0.01, -0.01, *([-12.0] * 19)]])
+    flat = table([[-3.0] * 21])
+    assert tokens.confidence(peaked)[0] == pytest.approx((0.01 + 12 * 19) / 20)
+    assert tokens.share_of(tokens.confidence(peaked)[0]) > tokens.share_of(3.0) > 0
+    assert tokens.certainty(peaked)[0] > 0.9
+    assert tokens.certainty(flat)[0] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_more_columns_than_asked_for_change_nothing() -> None:
+    row = [-1.0, *np.linspace(-1, -9, 20)]
+    assert tokens.confidence(table([[*row, -50.0]])) == tokens.confidence(table([row]))
+
+
+def test_the_shorter_branch_scores_higher() -> None:
+    signal = Shortness()
+    assert signal.score(0, call()) is None
+    for length in (10, 20, 30, 40):
+        done = call()
+        done.output_tokens = length
+        signal.finish(0, done, Outcome.COMPLETED)
+    ended = call()
+    ended.output_tokens = 1
+    signal.finish(0, ended, Outcome.ENDED_BY_POLICY)
+    now = call()
+    scores = []
+    for now.output_tokens in (5, 25, 50):
+        scores.append(signal.score(0, now))
+    assert scores == [1.0, 0.5, 0.0]
+
+
+def test_replayed_scores_come_one_by_one_and_the_last_one_stays() -> None:
+    signal = Replay()
+    branch = call(1, replay=json.dumps([[0.9], [0.1, 0.2]]))
+    signal.start(0, branch)
+    assert signal.score(0, branch) is None
+    seen = []
+    for _ in range(3):
+        signal.ask(0, branch)
+        seen.append(signal.score(0, branch))
+    assert seen == [0.1, 0.2, 0.2]
+
+
+@pytest.mark.parametrize("said", ["", "[", "[]", "{}", "7", '[["x"], ["y"]]', "[[1], [NaN]]"])
+def test_what_cannot_be_replayed_is_no_score(said: str) -> None:
+    signal = Replay()
+    branch = call(1, replay=said)
+    signal.start(0, branch)
+    signal.ask(0, branch)
+    assert signal.score(0, branch) is None
+
+
+def test_signals_are_combined_by_their_weights() -> None:
+    score = Score.of(BranchesConfig(signals={"replay": 3.0, "shortness": 1.0}))
+    assert score.top_logprobs is None
+    branch = call(0, replay="[[0.8]]")
+    score.start(0, branch)
+    score.ask(0, branch)
+    assert score.score(0, branch) == pytest.approx(0.8)  # nothing is known of lengths yet
+    done = call(1)
+    done.output_tokens = 10
+    score.start(1, done)
+    score.finish(1, done, Outcome.COMPLETED)
+    branch.output_tokens = 20
+    assert score.score(0, branch) == pytest.approx(0.75 * 0.8)
+
+
+def test_the_most_logprobs_that_a_signal_needs_are_asked_for() -> None:
+    config = BranchesConfig(signals={"probability": 1.0, "entropy": 1.0})
+    assert Score.of(config).top_logprobs == tokens.TOP_LOGPROBS
+
+
+@pytest.mark.parametrize(
+    ("signals", "where", "said"),
+    [
+        ({"magic": 1.0}, "trimtab.branches.signals", "no plugin offers a signal 'magic'"),
+        ({"prm": 1.0}, "trimtab.branches.prm", "the signal 'prm' has no reward model"),
+    ],
+)
+def test_a_signal_that_cannot_be_is_refused(
+    signals: dict[str, float], where: str, said: str
+) -> None:
+    with pytest.raises(BadInput) as refused:
+        Score.of(BranchesConfig(signals=signals))
+    assert refused.value.where == where
+    assert said in str(refused.value)

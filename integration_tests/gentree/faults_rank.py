@@ -1,4 +1,7 @@
-"""One rank of a job in which something goes wrong; it prints what it is told, and when."""
+"""One rank of a job in which one thing after the other goes wrong; it prints what it is told.
+
+Each fault has a group of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +14,37 @@ from datetime import timedelta
 import torch
 from torch import distributed as dist
 
+TIMEOUT = timedelta(seconds=5)
 
-def main(fault: str) -> None:
+
+def main(faults: list[str]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gentree", timeout=timedelta(seconds=5))
+    dist.init_process_group("gentree", timeout=timedelta(seconds=60))
     rank = dist.get_rank()
     tensor = torch.ones(100_000)
-    dist.all_reduce(tensor)
-    began_s = time.monotonic()
-    try:
-        if rank == 2:
-            spoil(fault, tensor)
-        else:
-            dist.all_reduce(tensor)
-    except RuntimeError as error:
-        print(f"after {time.monotonic() - began_s:.1f} s: {error}", flush=True)
+    for fault in faults:
+        group = dist.new_group(timeout=TIMEOUT)
+        dist.all_reduce(tensor, group=group)
+        began_s = time.monotonic()
+        try:
+            if rank == 2:
+                spoil(fault, tensor, group)
+            else:
+                dist.all_reduce(tensor, group=group)
+        except RuntimeError as error:
+            print(f"{fault}, after {time.monotonic() - began_s:.1f} s: {error}", flush=True)
     time.sleep(5 if rank == 0 else 1)  # the first rank has the store, which the others still ask
     os._exit(0)
 
 
-def spoil(fault: str, tensor: torch.Tensor) -> None:
+def spoil(fault: str, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> None:
     if fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault == "size":
-        dist.all_reduce(tensor[:50_000])
+        dist.all_reduce(tensor[:50_000], group=group)
     else:
         time.sleep(9)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

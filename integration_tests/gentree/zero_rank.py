@@ -1,8 +1,9 @@
-"""One rank that trains by each stage of DeepSpeed's ZeRO, twice, and prints its losses.
+"""One rank that trains by each stage of DeepSpeed's ZeRO, and prints its losses.
 
 It names no backend. Its first word is the network that its configuration has a block for, or
-``none``; its second one the stages, such as ``0123``. Without any it only initialises
-torch.distributed, before DeepSpeed reads the configuration that further words name.
+``none``; its second one the stages, such as ``0123``, and its third one how often each is run.
+Without any it only initialises torch.distributed, before DeepSpeed reads the configuration that
+further words name.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import torch
 from torch import distributed as dist
 
 
-def main(topology: str, stages: str) -> None:
+def main(topology: str, stages: str, times: str = "1") -> None:
     torch.set_num_threads(1)
     # Its shared-memory reduction would be compiled first.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not stages:
         deepspeed.init_distributed()
     for stage in map(int, stages):
-        for run in ("first", "again"):
+        for run in range(int(times)):
             losses = train(configuration(stage, topology))
             if dist.get_rank() == 0:
                 print(stage, run, *losses, flush=True)
@@ -67,4 +68,4 @@ def train(config: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:4])

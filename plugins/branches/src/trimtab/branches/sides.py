@@ -1,0 +1,69 @@
+"""The ways to answer a question that the benchmarks compare, as what each asks of the plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from trimtab.branches.drawn import Question
+from trimtab.core.policy import FieldValue
+
+BRANCHES = 8
+ENOUGH = 4
+PAPER_ALPHA = 0.5
+_WARM_UP_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A way to answer questions.
+
+    Attributes:
+        name: as in reports.
+        branches: launched for each question.
+        fields: what a request says of them.
+        options: what the server's configuration says.
+        answer: which finished branch answers.
+    """
+
+    name: str
+    branches: int
+    fields: Mapping[str, FieldValue] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
+    answer: str = "best"
+
+
+_PLAIN = {"bend": False, "certainty": None, "forget_pruned": False}
+_ALL = {"enough": BRANCHES}
+
+VANILLA = Side("vanilla", 1)
+SELF_CONSISTENCY = Side(
+    "self-consistency", BRANCHES, {**_ALL, "pruning": "off"}, _PLAIN, "majority"
+)
+BEST_OF_N = Side("best-of-n", BRANCHES, {**_ALL, "pruning": "off"}, _PLAIN)
+EARLY_STOP = Side("early-stop", BRANCHES, {"enough": ENOUGH, "pruning": "off"}, _PLAIN)
+PRUNING = Side(
+    "pruning", BRANCHES, {**_ALL, "pruning": "paper", "prune_below": PAPER_ALPHA}, _PLAIN
+)
+STEP = Side("step-pressure", BRANCHES, {**_ALL, "pruning": "pressure"}, _PLAIN)
+PAPER = Side(
+    "sart-paper",
+    BRANCHES,
+    {"enough": ENOUGH, "pruning": "paper", "prune_below": PAPER_ALPHA},
+    _PLAIN,
+)
+OURS = Side("trimtab", BRANCHES, answer="weighted")
+
+
+def deepconf(warm_up: Sequence[Question]) -> Side:
+    """DeepConf's rule: a threshold from questions answered in full before, and a weighted vote.
+
+    It ends what falls under the lowest tenth of the warm-up branches' lowest scores
+    (arXiv:2508.15260, online mode).
+    """
+    lowest = [min(rewards) for question in warm_up for rewards in question.rewards]
+    threshold = float(np.quantile(lowest, _WARM_UP_SHARE))
+    fields = {**_ALL, "pruning": "below", "prune_below": threshold}
+    return Side("deepconf-threshold", BRANCHES, fields, _PLAIN, "weighted")

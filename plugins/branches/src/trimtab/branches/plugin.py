@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 
 from trimtab.branches.config import BranchesConfig
 from trimtab.branches.fields import FIELDS
+from trimtab.core.command_groups import command_group
 from trimtab.core.hooks import PluginInfo, hookimpl
 
 if TYPE_CHECKING:
+    from typer import Typer
+
     from trimtab.core.policy import ServingPolicy
 
 
@@ -29,3 +32,11 @@ def trimtab_serving_policy(config: BranchesConfig) -> ServingPolicy:
     from trimtab.branches.policy import BranchesPolicy
 
     return BranchesPolicy(config)
+
+
+@hookimpl
+def trimtab_commands(app: Typer) -> None:
+    """Adds ``trimtab plan branches``."""
+    from trimtab.branches.plan_command import branches
+
+    command_group(app, "plan").command("branches")(branches)

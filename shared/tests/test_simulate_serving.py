@@ -319,6 +319,29 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert b.latency_s == 1.0 + 4
 
 
+def test_branches_share_their_prompt_and_end_the_request_together() -> None:
+    engine = spec(base_s=1.0, prefill_token_s=1.0, max_num_batched_tokens=64)
+    asked = request("a", 20, 5, branch_tokens=(2, 5, 3))
+    after = request("b", 4, 1, depends_on=("a",))
+    result = simulate([asked, after], [engine])
+    branches = {call.branch: call for call in result.calls if call.request_id == "a"}
+    # The first step computes the prompt, and each sibling's last block, which cannot be shared.
+    first_s = 1.0 + 20 + 4 + 4
+    assert [branches[b].cached_tokens for b in range(3)] == [0, 16, 16]
+    assert [branches[b].finished_s for b in range(3)] == [first_s + 1, first_s + 4, first_s + 2]
+    assert result.workflows[0].latency_s == first_s + 4
+    assert result.calls[-1].issued_s == first_s + 4
+    assert result.calls[-1].request_id == "b"
+
+
+def test_held_blocks_are_summed_over_time() -> None:
+    engine = spec(base_s=1.0, block_size=4, max_num_batched_tokens=32)
+    (replica,) = simulate([request("a", 8, 9)], [engine]).replicas
+    # Two blocks for the prompt; the third from the first decode step on, the fourth from the fifth:
+    # the jump over these eight steps counts the mean of its ends.
+    assert replica.kv_block_s == 1 * 2 + 8 * (3 + 4) / 2
+
+
 def test_kv_travels_over_the_link_one_job_at_a_time() -> None:
     replicas = [
         ReplicaSpec(profile(base_s=1.0), "prefill"),

@@ -48,6 +48,16 @@ def test_requests_are_sorted_by_arrival_and_ties_stay_as_given():
         ([request(gap_s=float("inf"))], "'r': gap_s is inf; give at least 0."),
         ([request(deadline_s=0.0)], "'r': deadline_s is 0.0; give a number above 0."),
         ([request(prefix_tokens=11)], "'r': prefix_tokens is 11; the whole prompt has 10."),
+        ([request(branch_tokens=(0, 5))], "'r': a branch has 0 tokens; give each at least 1."),
+        (
+            [request(branch_tokens=(3, 9))],
+            "'r': output_tokens is 5; its longest branch has 9.",
+        ),
+        (
+            [request(branch_tokens=(5,), prefix="p", prefix_tokens=2)],
+            "'r': it has branches and the prefix 'p'; leave the prefix out: branches share their"
+            " whole prompt.",
+        ),
         (
             [request("a"), request("a", 1.0)],
             "'a': request_id 'a' is given twice; give each request an id of its own.",
@@ -85,20 +95,23 @@ def acyclic(draw) -> Workload:
     requests = []
     for index, request_id in enumerate(ids):
         prompt = draw(st.integers(1, 10_000))
+        branches = tuple(draw(st.lists(st.integers(1, 1000), max_size=3)))
         requests.append(
             Request(
                 request_id,
                 draw(st.floats(0, 1e6)),
                 prompt,
-                draw(st.integers(1, 1000)),
+                max(branches, default=0) or draw(st.integers(1, 1000)),
                 model=draw(st.none() | st.text()),
                 workflow=draw(st.none() | st.sampled_from("xy")),
                 stage=draw(st.none() | st.text()),
                 deadline_s=draw(st.none() | st.floats(1e-3, 1e6)),
                 depends_on=tuple(draw(st.sets(st.sampled_from(ids[:index])))) if index else (),
                 gap_s=draw(st.floats(0, 10)),
-                prefix=draw(st.none() | st.text()),
+                prefix=None if branches else draw(st.none() | st.text()),
                 prefix_tokens=draw(st.integers(0, prompt)),
+                branch_tokens=branches,
+                fields=draw(st.dictionaries(st.text(), st.text() | st.integers(), max_size=2)),
             )
         )
     return Workload(tuple(draw(st.permutations(requests))))

@@ -6,11 +6,13 @@ from collections import Counter
 
 import pytest
 
+from trimtab.branches import simulated_bench
 from trimtab.branches.drawn import Kind
 from trimtab.branches.rebase import searched
 from trimtab.branches.sides import OURS, PAPER, SELF_CONSISTENCY, VANILLA, Side
 from trimtab.branches.simulated_bench import REBASE, all_rivals
 from trimtab.branches.simulated_serving import LeapingPolicy, policy_of, requests_of, serve
+from trimtab.core.benchmark import Options
 from trimtab.core.cost.step import EngineLimits, EngineProfile, StepCost
 from trimtab.core.simulate import ReplicaSpec, naive, simulate
 
@@ -91,3 +93,23 @@ def test_a_tree_search_continues_what_scores_well() -> None:
         assert leaf.lengths == question.lengths
         assert [len(r) for r in leaf.rewards] == [len(r) for r in question.rewards]
     assert REBASE.branches == 8
+
+
+def test_the_tier_compares_with_every_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulated_bench, "QUICK_TRACES", (2, 4))
+    monkeypatch.setattr(simulated_bench, "QUICK_STABLE_QUESTIONS", 4)
+    told: list[str] = []
+    cases = simulated_bench.cases(
+        Options(seed=3, quick=True), lambda message, done=None: told.append(message)
+    )
+    compared = {(case.case, case.baseline) for case in cases}
+    everyone = {side.name for side in all_rivals(0)}
+    assert len(everyone) == 8
+    for ours in (PAPER, OURS, simulated_bench.OURS_WITH_REWARD_MODEL):
+        for setting in ("overload-4", "stable"):
+            where = f"simulator/{setting}/{ours.name}"
+            assert {baseline for case, baseline in compared if case == where} == everyone
+        assert (f"simulator/overload-2/{ours.name}", "self-consistency") in compared
+    metrics = {"latency_mean", "latency_p50", "latency_p97", "preemptions", "accuracy"}
+    assert metrics <= {case.metric for case in cases}
+    assert len(told) == 3

@@ -16,7 +16,6 @@ def curves_picture(
     lines: Mapping[str, Sequence[Point]],
     *,
     across: str,
-    up: str,
     chosen: Point,
     chosen_line: str = "",
 ) -> str:
@@ -25,7 +24,6 @@ def curves_picture(
     Args:
         lines: of each line its points, by x.
         across: what the lower axis shows.
-        up: what the left axis shows.
         chosen: the point of the plan.
         chosen_line: the name of the line that is drawn strong.
     """
@@ -34,9 +32,10 @@ def curves_picture(
     # A few pairs that hardly keep up would press all others flat.
     ceiling = min(max(y for _, y in points), 4 * max(chosen[1], _median([y for _, y in points])))
     scale = _Scale(low, max(high, low + 1e-9), ceiling)
-    parts = [_axes(scale, across, up)]
+    parts = [_axes(scale, across)]
     taken: list[float] = []
-    for name, line in lines.items():
+    # Labels are put down from the top, so that none is pushed far from its line.
+    for name, line in sorted(lines.items(), key=lambda item: -item[1][-1][1]):
         parts.append(_line(scale, name, line, taken, strong=name == chosen_line))
     x, y = scale.place(chosen)
     parts.append(f'<circle class="chosen" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
@@ -61,13 +60,13 @@ def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def _axes(scale: _Scale, across: str, up: str) -> str:
+def _axes(scale: _Scale, across: str) -> str:
     bottom, right = _TOP + _HEIGHT, _LEFT + _WIDTH
     parts = [f'<path class="axis" d="M{_LEFT},{_TOP}V{bottom}H{right}"/>']
     for value in _ticks(scale.ceiling):
         y = scale.place((scale.low, value))[1]
         parts.append(f'<path class="grid" d="M{_LEFT},{y:.1f}H{right}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" class="end">{value:.3g}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" class="end">{_short(value)}</text>')
     first = math.ceil(scale.low)
     step = _step(scale.high - scale.low)
     value = step * math.ceil(first / step) if step < 1 else math.ceil(scale.low / step) * step
@@ -76,13 +75,17 @@ def _axes(scale: _Scale, across: str, up: str) -> str:
         parts.append(f'<text x="{x:.1f}" y="{bottom + 15}" class="middle">{value:.3g}</text>')
         value += step
     parts.append(f'<text x="{right}" y="{bottom + 31}" class="end">{escape(across)}</text>')
-    parts.append(f'<text x="{_LEFT + 6}" y="{_TOP + 8}">{escape(up)}</text>')
     return "".join(parts)
+
+
+def _short(value: float) -> str:
+    """A value of an axis, thousands as k."""
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
 
 def _ticks(ceiling: float) -> list[float]:
     step = _step(ceiling)
-    return [step * i for i in range(int(ceiling / step) + 1)]
+    return [round(step * i, 12) for i in range(int(ceiling / step) + 1)]
 
 
 def _step(span: float) -> float:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trimtab.branches.demand import Demand, Slo
-from trimtab.branches.drawn import Question, wilson
+from trimtab.branches.drawn import wilson
 from trimtab.branches.estimate import Estimate, estimate
 from trimtab.branches.figures import Served
 from trimtab.branches.sides import Side
@@ -32,6 +32,8 @@ _SCORINGS = (20, 10, 5)
 """T is a typical branch's length over one of these."""
 _SCORING_STEP = 16
 _CROWDED = 0.85
+_WORTH = 0.02
+"""Pruning may cost at most so much accuracy."""
 UNSCORED = 1_000_000
 """A T that no branch reaches."""
 
@@ -104,8 +106,8 @@ def plan_branches(demand: Demand, slo: Slo, *, most: int = 16, seed: int = 0) ->
             f"{nearest.latency_s:.3g} s on average and {nearest.p97_s:.3g} s at p97",
         )
     best = min(kept, key=lambda one: one.latency_s) if slo.accuracy is not None else kept[-1]
-    scored, pruned = _scoring(demand, best, crowd, seed)
-    return _plan(demand, slo, estimates, best, scored, pruned, time.monotonic() - started_s)
+    way = _fastest(_ways(demand, best, most, seed))
+    return _plan(demand, slo, estimates, best, way, time.monotonic() - started_s)
 
 
 def _scored_every(demand: Demand, scorings: int) -> int:
@@ -151,19 +153,36 @@ def _shortlist(estimates: Sequence[Estimate], slo: Slo) -> list[Estimate]:
     return sorted(near, key=lambda e: e.latency_s)[:_SIMULATED]
 
 
-def _scoring(
-    demand: Demand, best: Simulated, crowd: Sequence[Question], seed: int
-) -> tuple[int, Served]:
-    """T, and the pair served with safe pruning: the fastest T, the largest of equals."""
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A pair with or without pruning."""
+
+    pruning: Pruning
+    score_every: int
+    served: Served
+
+
+def _ways(demand: Demand, best: Simulated, most: int, seed: int) -> list[Way]:
+    """The pair without pruning, and with it at different T."""
     n, m = best.estimate.n, best.estimate.m
-    found: dict[int, Served] = {}
-    for scorings in _SCORINGS:
-        every = _scored_every(demand, scorings)
-        if every not in found:
-            drawn = demand.crowd(len(crowd[0].lengths), every, seed)
-            found[every] = serve(drawn, side_of(n, m, "safe"), every, demand.profile)
-    every = min(found, key=lambda t: (round(fmean(found[t].latencies_s), 2), -t))
-    return every, found[every]
+    found = [Way("off", _scored_every(demand, 10), best.served)]
+    if n == 1:
+        return found
+    for every in sorted({_scored_every(demand, scorings) for scorings in _SCORINGS}):
+        crowd = demand.crowd(most, every, seed)
+        served = serve(crowd, side_of(n, m, "safe"), every, demand.profile)
+        found.append(Way("safe", every, served))
+    return found
+
+
+def _fastest(ways: Sequence[Way]) -> Way:
+    """The fastest of the ways that are as accurate as without pruning.
+
+    Pruning is not always faster: of fewer branches the M-th ends later.
+    """
+    needed = ways[0].served.accuracy - _WORTH
+    accurate = [way for way in ways if way.served.accuracy >= needed]
+    return min(accurate, key=lambda way: fmean(way.served.latencies_s))
 
 
 def _plan(
@@ -171,27 +190,35 @@ def _plan(
     slo: Slo,
     estimates: Sequence[Estimate],
     best: Simulated,
-    every: int,
-    pruned: Served,
+    way: Way,
     wall_s: float,
 ) -> Plan:
-    chosen = best.estimate
-    low, high = wilson(sum(pruned.right), len(pruned.right))
-    bound = min(e.latency_s for e in estimates if e.accuracy >= (slo.accuracy or 0.0))
+    chosen, served = best.estimate, way.served
+    latency_s = fmean(served.latencies_s)
+    low, high = wilson(sum(served.right), len(served.right))
+    count = len(served.right)
     expected = {
-        "mean latency": Figure(value=best.latency_s, unit="s"),
-        "p97 latency": Figure(value=best.p97_s, unit="s"),
+        "mean latency": Figure(value=latency_s, unit="s"),
+        "p97 latency": Figure(value=float(np.quantile(served.latencies_s, 0.97)), unit="s"),
+        "mean latency without pruning": Figure(value=best.latency_s, unit="s"),
         "mean latency by the formulas": Figure(value=chosen.latency_s, unit="s"),
-        "mean latency with safe pruning": Figure(value=fmean(pruned.latencies_s), unit="s"),
-        "tokens of a request": Figure(value=chosen.tokens, unit="tokens"),
-        "KV held": Figure(value=chosen.kv_tokens, unit="tokens"),
+        "tokens of a request": Figure(value=served.tokens / count, unit="tokens"),
+        "tokens without pruning": Figure(value=chosen.tokens, unit="tokens"),
+        "KV held without pruning": Figure(value=chosen.kv_tokens, unit="tokens"),
         "utilisation": Figure(value=chosen.utilisation, unit="1"),
         "accuracy": Figure(value=chosen.accuracy, unit="1"),
-        "accuracy with safe pruning, at least": Figure(value=low, unit="1"),
-        "accuracy with safe pruning, at most": Figure(value=high, unit="1"),
+        "accuracy in simulation, at least": Figure(value=low, unit="1"),
+        "accuracy in simulation, at most": Figure(value=high, unit="1"),
     }
+    limits = demand.profile.limits
     details: Mapping[str, Any] = {
-        "config": {"n": chosen.n, "m": chosen.m, "score_every": every},
+        "config": {
+            "n": chosen.n,
+            "m": chosen.m,
+            "score_every": way.score_every,
+            "pruning": way.pruning,
+        },
+        "kv_capacity_tokens": limits.kv_blocks * limits.block_size,
         "slo": slo.text,
         "rate_per_s": demand.rate_per_s,
         "prompt_tokens": demand.prompt_tokens,
@@ -208,8 +235,8 @@ def _plan(
             metric="mean latency" if slo.accuracy is not None else "accuracy",
             unit="s" if slo.accuracy is not None else "1",
             better="lower" if slo.accuracy is not None else "higher",
-            value=best.latency_s if slo.accuracy is not None else chosen.accuracy,
-            solver=f"closed form of all pairs (best {bound:.4g} s), the best few simulated",
+            value=latency_s if slo.accuracy is not None else chosen.accuracy,
+            solver="closed form of all pairs, the best few simulated",
             wall_s=wall_s,
         ),
         expected=expected,

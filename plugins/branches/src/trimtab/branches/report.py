@@ -65,9 +65,9 @@ def report_page(plan: Plan) -> str:
         facts=_facts(plan, config),
         warnings=_warnings(plan),
         config=escape(json.dumps({"trimtab": {"branches": config}})),
-        latency=_over_n(pairs, best, "latency_s", "mean latency in s"),
-        kv=_over_n(pairs, best, "kv_tokens", "tokens of KV held"),
-        tokens=_over_n(pairs, best, "tokens", "tokens of a request"),
+        latency=_over_n(pairs, best, "latency_s"),
+        kv=_over_n(pairs, best, "kv_tokens", capacity=plan.details.get("kv_capacity_tokens")),
+        tokens=_over_n(pairs, best, "tokens"),
         accuracy=_accuracy(pairs, best),
         table=_table(plan),
     )
@@ -92,7 +92,8 @@ def _warnings(plan: Plan) -> str:
     return f"<section><h2>Warnings</h2><ul>{items}</ul></section>" if items else ""
 
 
-def _over_n(pairs: Sequence[_Pair], best: _Pair, figure: str, title: str) -> str:
+def _over_n(pairs: Sequence[_Pair], best: _Pair, figure: str, *, capacity: object = None) -> str:
+    """A figure over N, a line for each M; and where it is bounded, the bound."""
     lines = {
         f"M = {m}": [
             (float(pair.n), value)
@@ -101,10 +102,11 @@ def _over_n(pairs: Sequence[_Pair], best: _Pair, figure: str, title: str) -> str
         ]
         for m in sorted({*_LINES, best.m})
     }
+    if isinstance(capacity, int | float):
+        lines["room"] = [(1.0, float(capacity)), (float(max(p.n for p in pairs)), float(capacity))]
     return curves_picture(
         {name: line for name, line in lines.items() if line},
         across="N",
-        up=title,
         chosen=(float(best.n), getattr(best, figure)),
         chosen_line=f"M = {best.m}",
     )
@@ -116,7 +118,6 @@ def _accuracy(pairs: Sequence[_Pair], best: _Pair) -> str:
     return curves_picture(
         {"": [(float(m), accuracy) for m, accuracy in line]},
         across="M",
-        up="share of right answers",
         chosen=(float(best.m), best.accuracy),
         chosen_line="",
     )

@@ -18,7 +18,7 @@ from trimtab.core.workload import Request
 
 H100_LIKE = EngineProfile(
     model="14B",
-    device="like an H100",
+    device="a GPU like an H100",
     engine="vLLM",
     limits=EngineLimits(
         max_num_seqs=256,

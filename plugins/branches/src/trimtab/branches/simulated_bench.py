@@ -24,7 +24,7 @@ from trimtab.branches.sides import (
     Side,
     deepconf,
 )
-from trimtab.branches.simulated_serving import serve
+from trimtab.branches.simulated_serving import Run, run, serve
 from trimtab.core.benchmark import Case, Options, Progress
 
 KIND = Kind(branches=BRANCHES)
@@ -74,8 +74,8 @@ def _compare(
     for seed in seeds:
         # A longer trace begins with the shorter one.
         crowd = KIND.draw(count, rate_per_s, seed)
-        for side in (*(rivals or all_rivals(seed)), *_MINE):
-            runs.setdefault(side.name, []).append(_served(crowd, side, seed))
+        for name, served in _served(crowd, [*(rivals or all_rivals(seed)), *_MINE], seed).items():
+            runs.setdefault(name, []).append(served)
     mine = [side.name for side in _MINE]
     return [
         case
@@ -101,7 +101,17 @@ def all_rivals(seed: int) -> list[Side]:
     ]
 
 
-def _served(crowd: Sequence[Question], side: Side, seed: int) -> Served:
-    if side is REBASE:
-        crowd = [searched(question, KIND.score_every, seed) for question in crowd]
-    return serve(crowd, side, KIND.score_every)
+def _served(crowd: Sequence[Question], sides: Sequence[Side], seed: int) -> dict[str, Served]:
+    """What comes of a crowd by each side; those that choose differently alone share a run."""
+    found: dict[str, Served] = {}
+    waited_for: Run | None = None
+    for side in sides:
+        if side is REBASE:
+            leaves = [searched(question, KIND.score_every, seed) for question in crowd]
+            found[side.name] = serve(leaves, side, KIND.score_every)
+        elif side in (SELF_CONSISTENCY, BEST_OF_N):
+            waited_for = waited_for or run(crowd, side, KIND.score_every)
+            found[side.name] = waited_for.answered(crowd, side)
+        else:
+            found[side.name] = serve(crowd, side, KIND.score_every)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from trimtab.branches.config import BranchesConfig
 from trimtab.branches.drawn import Question
@@ -13,7 +14,7 @@ from trimtab.branches.policy import BranchesPolicy
 from trimtab.branches.sides import Side
 from trimtab.core.cost.step import EngineLimits, EngineProfile, StepCost
 from trimtab.core.policy import Call, Outcome
-from trimtab.core.simulate import ReplicaSpec, simulate
+from trimtab.core.simulate import ReplicaSpec, ServingResult, simulate
 from trimtab.core.workload import Request
 
 H100_LIKE = EngineProfile(
@@ -31,6 +32,7 @@ H100_LIKE = EngineProfile(
 )
 """A 14B model in bfloat16 with room for 200,000 tokens of KV."""
 
+_RELIEVING = ("safe", "pressure")
 _ANSWER = r"regex:answer (\d+)$"
 
 
@@ -105,24 +107,51 @@ def serve(
         score_every: output tokens between two scorings.
         profile: what the engine's steps cost, and its limits.
     """
+    return run(crowd, side, score_every, profile).answered(crowd, side)
+
+
+def run(
+    crowd: Sequence[Question],
+    side: Side,
+    score_every: int,
+    profile: EngineProfile = H100_LIKE,
+) -> Run:
+    """What the engine makes of a crowd; arguments as for `serve`."""
     policy = policy_of(crowd, side, score_every)
     result = simulate(requests_of(crowd, side), [ReplicaSpec(profile)], policies=lambda: [policy])
-    questions = _by_name(crowd)
-    notes: dict[str, dict[int, Note | None]] = {name: {} for name in questions}
-    served = Served()
-    for call in result.calls:
-        name = f"{call.branch}_{call.request_id}" if side.branches > 1 else call.request_id
-        served.tokens += call.output_tokens
-        notes[call.request_id][call.branch] = Note.read(policy.notes[name])
-        if len(notes[call.request_id]) == side.branches:
-            question = questions[call.request_id]
-            served.answer(question, side, notes[call.request_id], call.finished_s)
-            served.until_s = max(served.until_s, call.finished_s)
-    (replica,) = result.replicas
-    served.kv_block_s = replica.kv_block_s
-    served.preemptions = replica.preemptions
-    served.busy_s = replica.busy_s
-    return served
+    return Run(result, policy.notes)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A crowd that has been served; which branch answers is not said yet.
+
+    Attributes:
+        result: what became of each branch.
+        notes: what the policy said of each, by its call's id.
+    """
+
+    result: ServingResult
+    notes: Mapping[str, str | None]
+
+    def answered(self, crowd: Sequence[Question], side: Side) -> Served:
+        """What comes of it where a side's branches were run and its answer is chosen."""
+        questions = _by_name(crowd)
+        notes: dict[str, dict[int, Note | None]] = {name: {} for name in questions}
+        served = Served()
+        for call in self.result.calls:
+            name = f"{call.branch}_{call.request_id}" if side.branches > 1 else call.request_id
+            served.tokens += call.output_tokens
+            notes[call.request_id][call.branch] = Note.read(self.notes[name])
+            if len(notes[call.request_id]) == side.branches:
+                question = questions[call.request_id]
+                served.answer(question, side, notes[call.request_id], call.finished_s)
+                served.until_s = max(served.until_s, call.finished_s)
+        (replica,) = self.result.replicas
+        served.kv_block_s = replica.kv_block_s
+        served.preemptions = replica.preemptions
+        served.busy_s = replica.busy_s
+        return served
 
 
 def policy_of(crowd: Sequence[Question], side: Side, score_every: int) -> LeapingPolicy:
@@ -135,7 +164,7 @@ def policy_of(crowd: Sequence[Question], side: Side, score_every: int) -> Leapin
         **side.options,
     }
     # The published rules leave a full cache to the engine, which preempts.
-    relieves = side.fields.get("pruning") in (None, "safe", "pressure")
+    relieves = bool(side.options.get("bend", True)) or side.fields.get("pruning") in _RELIEVING
     policy = LeapingPolicy(BranchesConfig.model_validate(options), relieves=relieves)
     policy.attach(_Answers(_by_name(crowd)))
     return policy

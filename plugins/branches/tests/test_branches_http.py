@@ -10,9 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
+from trimtab.branches.asked import what_is_asked
 from trimtab.branches.config import BranchesConfig
 from trimtab.branches.middleware import Middleware
 from trimtab.branches.note import Fate, Note
+from trimtab.branches.streaming import KEEP_ALIVE_S, StreamedResponse, merge
 from trimtab.hosts.vllm.middleware import BODY_LIMIT_BYTES
 
 CHAT = "/v1/chat/completions"
@@ -538,9 +540,6 @@ def test_an_error_in_mid_stream_passes_and_no_answer_follows(after):
 
 
 def test_silence_is_broken_by_comments():
-    from trimtab.branches import streaming
-    from trimtab.branches.asked import what_is_asked
-
     asked = what_is_asked({"vllm_xargs": {"trimtab.branches": 4}}, BranchesConfig())
     sent: list[bytes] = []
     now_s = 0.0
@@ -550,12 +549,12 @@ def test_silence_is_broken_by_comments():
 
     def clock() -> float:
         nonlocal now_s
-        now_s += streaming.KEEP_ALIVE_S / 4
+        now_s += KEEP_ALIVE_S / 4
         return now_s
 
     server = Server(FOUR)
     server.asked = {"stream": True}
-    asyncio.run(server._stream(streaming.StreamedResponse(send, asked, {}, clock), chat=True))
+    asyncio.run(server._stream(StreamedResponse(send, asked, {}, clock), chat=True))
     assert sent.count(b": branches are running\n\n") > 2
 
 
@@ -578,3 +577,31 @@ def test_a_client_that_goes_is_known_to_the_server(stream):
         assert server.disconnected.is_set()
 
     asyncio.run(run())
+
+
+def test_the_text_of_branches_that_cannot_win_is_not_kept():
+    long = " ".join(["w"] * 500)
+    server = Server([Branch("done", score=0.5), Branch(long, Fate.STOPPED, 0.4)])
+    server.asked = {"stream": True}
+    asked = what_is_asked({"vllm_xargs": {"trimtab.branches": 2}}, BranchesConfig())
+
+    async def send(message):
+        pass
+
+    response = StreamedResponse(send, asked, {})
+    asyncio.run(server._stream(response, chat=True))
+    assert len(response._branches[1].pieces) == 1
+
+
+def test_pieces_of_tool_calls_are_put_together():
+    def calls(*calls: dict[str, Any]) -> dict[str, Any]:
+        return {"delta": {"tool_calls": list(calls)}, "index": 0}
+
+    whole: dict[str, Any] = {}
+    merge(whole, calls({"index": 0, "id": "c1", "function": {"name": "add", "arguments": ""}}))
+    merge(whole, calls({"index": 0, "function": {"arguments": '{"a"'}}))
+    merge(whole, calls({"index": 1, "id": "c2", "function": {"name": "sub", "arguments": "{}"}}))
+    merge(whole, calls({"index": 0, "function": {"arguments": ": 1}"}}))
+    first, second = whole["delta"]["tool_calls"]
+    assert first == {"index": 0, "id": "c1", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    assert second["function"]["name"] == "sub"

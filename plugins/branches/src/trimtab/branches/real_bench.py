@@ -1,0 +1,235 @@
+"""Branches of a small model on real servers: words to count, told at any length.
+
+Every crowd of questions visits all sides in turn with the same arrivals, so that a slow moment of
+the machine is shared. Answers are extracted and counted as right or wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from trimtab.branches.answers import Candidate, choose
+from trimtab.branches.drawn import wilson
+from trimtab.branches.figures import METRICS, Metric, Served
+from trimtab.branches.sides import (
+    BEST_OF_N,
+    EARLY_STOP,
+    OURS,
+    SELF_CONSISTENCY,
+    VANILLA,
+    Side,
+)
+from trimtab.branches.tasks import Count, counts, said
+from trimtab.core.benchmark import Case, Options, Progress
+from trimtab.core.policy import FIELD_PREFIX
+from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, Server, running, small_cpu_environment
+from trimtab.hosts.vllm.small_model import small_model
+
+QUESTIONS, CROWDS = 100, 2
+QUICK_QUESTIONS, QUICK_CROWDS = 4, 1
+WARM_UP, QUICK_WARM_UP = 4, 1
+LOAD = 2.0
+"""Questions arrive so many times as fast as self-consistency can answer them."""
+
+SEATS = 32
+MOST_TOKENS = 200
+SCORE_EVERY = 16
+BASELINES = (VANILLA, SELF_CONSISTENCY, BEST_OF_N, EARLY_STOP)
+QUICK_BASELINES = (SELF_CONSISTENCY,)
+
+_PLAIN = frozenset({VANILLA.name, SELF_CONSISTENCY.name})
+"""These ask vLLM for its own ``n``, and vote at the client."""
+
+_SHOWN = ("latency_mean", "latency_p50", "latency_p97", "throughput", "tokens", "accuracy")
+_FATES = {"stop": "finished", "length": "length"}
+_TIMEOUT_S = 1200.0
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A side, and the address of the server that it asks."""
+
+    side: Side
+    url: str
+
+
+def cases(options: Options, progress: Progress) -> list[Case]:
+    """Ours against every baseline on real engines."""
+    quick = options.quick
+    rivals = QUICK_BASELINES if quick else BASELINES
+    number, size = (QUICK_CROWDS, QUICK_QUESTIONS) if quick else (CROWDS, QUESTIONS)
+    questions = counts(number * size, options.seed)
+    with tempfile.TemporaryDirectory(prefix="trimtab-bench-") as logs:
+        servers = _servers(Path(logs), (*rivals, OURS))
+        started = list(servers.values())
+        with running(started, lambda: progress("starting vLLM servers")):
+            contenders = [Contender(s, servers[_key(s)].url) for s in (*rivals, OURS)]
+            warm_up = counts(QUICK_WARM_UP if quick else WARM_UP, options.seed + 1_000_003)
+            pace_per_s = _pace(contenders, warm_up, progress)
+            crowds = [questions[at : at + size] for at in range(0, len(questions), size)]
+            runs = _rounds(contenders, crowds, LOAD * pace_per_s, options.seed, progress)
+    return [
+        case
+        for rival in rivals
+        for case in _cases("real/counting", rival.name, runs[rival.name], runs[OURS.name])
+    ]
+
+
+def _servers(logs: Path, sides: Sequence[Side]) -> dict[str, Server]:
+    """A server for each configuration that sides need; those of vLLM's own ``n`` need none."""
+    keys = {_key(side): side for side in sides if side.name not in _PLAIN}
+    return {
+        key: Server(
+            small_model(),
+            logs / f"{side.name}.log",
+            [
+                *SMALL_CPU_ENGINE,
+                *("--max-num-seqs", str(SEATS)),
+                *("--block-size", "32"),
+                *("--scheduler-cls", "trimtab.hosts.vllm.Scheduler"),
+                *("--middleware", "trimtab.branches.Middleware"),
+                *("--additional-config", key),
+            ],
+            small_cpu_environment(),
+        )
+        for key, side in keys.items()
+    }
+
+
+def _key(side: Side) -> str:
+    """What a server that a side asks is configured with."""
+    own = OURS if side.name in _PLAIN else side
+    options = {**own.options, "score_every": SCORE_EVERY, "extract": "final"}
+    return json.dumps({"trimtab": {"branches": options}})
+
+
+def _pace(contenders: Sequence[Contender], warm_up: Sequence[Count], progress: Progress) -> float:
+    """How many questions self-consistency answers a second; all sides get as warm."""
+    rates = {}
+    for contender in contenders:
+        progress(f"measuring how fast this machine is: {contender.side.name}")
+        served = asyncio.run(visit(contender, warm_up, [0.0] * len(warm_up)))
+        rates[contender.side.name] = served.requests_per_s
+    return rates[SELF_CONSISTENCY.name]
+
+
+def _rounds(
+    contenders: Sequence[Contender],
+    crowds: Sequence[Sequence[Count]],
+    rate_per_s: float,
+    seed: int,
+    progress: Progress,
+) -> dict[str, list[Served]]:
+    """What came of each crowd under each side; every crowd begins with another side."""
+    runs: dict[str, list[Served]] = {contender.side.name: [] for contender in contenders}
+    for number, crowd in enumerate(crowds):
+        gaps = np.random.default_rng((seed, number)).exponential(1 / rate_per_s, len(crowd))
+        arrivals_s = np.cumsum(gaps).tolist()
+        turn = number % len(contenders)
+        for place, contender in enumerate([*contenders[turn:], *contenders[:turn]]):
+            done = (number + place / len(contenders)) / len(crowds)
+            progress(f"{len(crowd)} questions under {contender.side.name}", done)
+            runs[contender.side.name].append(asyncio.run(visit(contender, crowd, arrivals_s)))
+    return runs
+
+
+async def visit(
+    contender: Contender, crowd: Sequence[Count], arrivals_s: Sequence[float]
+) -> Served:
+    """Asks one side all questions of a crowd as they arrive."""
+    served = Served(last_arrival_s=arrivals_s[-1])
+    began_s = time.monotonic()
+
+    async def ask(client: httpx.AsyncClient, question: Count, arrival_s: float) -> None:
+        await asyncio.sleep(max(0.0, began_s + arrival_s - time.monotonic()))
+        answer, tokens = await _answer(client, contender, question)
+        now_s = time.monotonic() - began_s
+        served.latencies_s.append(now_s - arrival_s)
+        served.right.append(answer == question.answer)
+        served.tokens += tokens
+        served.until_s = max(served.until_s, now_s)
+
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(timeout=_TIMEOUT_S, limits=limits, trust_env=False) as client:
+        await asyncio.gather(*(ask(client, *pair) for pair in zip(crowd, arrivals_s, strict=True)))
+    return served
+
+
+async def _answer(
+    client: httpx.AsyncClient, contender: Contender, question: Count
+) -> tuple[str | None, int]:
+    """A side's answer to a question, and how many tokens it cost."""
+    side = contender.side
+    body: dict[str, Any] = {
+        "model": "model",
+        "messages": question.messages,
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "max_tokens": MOST_TOKENS,
+    }
+    if side.name in _PLAIN:
+        body["n"] = side.branches
+    else:
+        fields = {**side.fields, "branches": side.branches, "answer": side.answer}
+        body["vllm_xargs"] = {FIELD_PREFIX + name: value for name, value in fields.items()}
+    response = await client.post(f"{contender.url}/v1/chat/completions", json=body)
+    response.raise_for_status()
+    content = response.json()
+    candidates = [
+        Candidate(
+            choice["index"],
+            _FATES.get(choice["finish_reason"], ""),
+            answer=said(choice["message"]["content"] or ""),
+        )
+        for choice in content["choices"]
+    ]
+    winner = choose(candidates, "majority").winner
+    return winner.answer, int(content["usage"]["completion_tokens"])
+
+
+def _cases(
+    name: str, baseline: str, theirs: Sequence[Served], ours: Sequence[Served]
+) -> list[Case]:
+    notes = (
+        f"{sum(len(run.right) for run in ours)} questions at {LOAD:g} times what self-consistency "
+        f"can do; right: baseline {_share(theirs)}, ours {_share(ours)}"
+    )
+    return [
+        _case(name, metric, baseline, theirs, ours, notes)
+        for metric in METRICS
+        if metric.name in _SHOWN
+    ]
+
+
+def _case(
+    name: str,
+    metric: Metric,
+    baseline: str,
+    theirs: Sequence[Served],
+    ours: Sequence[Served],
+    notes: str,
+) -> Case:
+    pairs = [
+        (max(metric.of(a), metric.floor), max(metric.of(b), metric.floor))
+        for a, b in zip(theirs, ours, strict=True)
+    ]
+    return Case.compare(
+        f"{name}/{OURS.name}", metric.name, metric.unit, metric.better, baseline, pairs, notes=notes
+    )
+
+
+def _share(runs: Sequence[Served]) -> str:
+    """The share of right answers, with its 95 % interval."""
+    right, of = sum(sum(run.right) for run in runs), sum(len(run.right) for run in runs)
+    low, high = wilson(right, of)
+    return f"{right / of:.3f} ({low:.3f} to {high:.3f})"

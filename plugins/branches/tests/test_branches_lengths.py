@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.branches.lengths import LengthTrace, RecordedBranch, kaplan_meier, read_lengths
+from trimtab.branches.recording import recorded, to_lines
 from trimtab.core.errors import BadInput
 
 
@@ -114,3 +115,30 @@ def test_files_without_lengths_are_refused(tmp_path: Path) -> None:
         read_lengths(lines(tmp_path, ""))
     with pytest.raises(BadInput, match="fewer than two branches ended by themselves"):
         read_lengths(lines(tmp_path, GOOD, {**GOOD, "finished": False}))
+
+
+def told(fate: str, tokens: int, score: float | None, content: str) -> dict[str, object]:
+    block = {"branch": 0, "fate": fate, "phase": 1, "score": score, "tokens": tokens}
+    return {"message": {"content": content}, "trimtab": block}
+
+
+def test_responses_become_a_file(tmp_path: Path) -> None:
+    response = {
+        "choices": [
+            told("finished", 30, 0.9, "answer 4"),
+            told("finished", 40, None, "answer 5"),
+            told("pruned", 20, 0.1, "answer 4 pe"),
+            told("withheld", 0, None, ""),
+        ]
+    }
+    branches = recorded("q", response, lambda text: text.endswith("4"))
+    assert [branch.correct for branch in branches] == [True, False, None]
+    file = tmp_path / "lengths.jsonl"
+    file.write_text(to_lines(branches))
+    assert read_lengths(file).branches == tuple(branches)
+    assert [branch.finished for branch in branches] == [True, True, False]
+
+
+def test_a_response_that_hides_its_branches_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"question 'q': .*trimtab.show"):
+        recorded("q", {"choices": [{"message": {"content": "4"}}]})

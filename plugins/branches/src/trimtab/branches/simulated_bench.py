@@ -32,8 +32,10 @@ OVERLOAD_PER_S = 0.125
 """One request a second over eight GPUs."""
 STABLE_PER_S = 0.03
 """Every side keeps up with it."""
-TRACES = (50, 100, 200)
-QUICK_TRACES = (30, 60)
+TRACES = (50, 100, 250)
+"""Beside the trace of all sides these show how the ratio grows."""
+QUICK_TRACES = (30,)
+OVERLOAD_QUESTIONS, QUICK_OVERLOAD_QUESTIONS = 200, 60
 STABLE_QUESTIONS, QUICK_STABLE_QUESTIONS = 200, 60
 SEEDS, QUICK_SEEDS = 3, 1
 OURS_WITH_REWARD_MODEL = Side("trimtab-reward-model", BRANCHES, {"pruning": "paper"})
@@ -49,10 +51,11 @@ def cases(options: Options, progress: Progress) -> list[Case]:
     """The growth with the trace's length, all sides past saturation, and all within it."""
     seeds = range(options.seed, options.seed + (QUICK_SEEDS if options.quick else SEEDS))
     traces = QUICK_TRACES if options.quick else TRACES
+    overload = QUICK_OVERLOAD_QUESTIONS if options.quick else OVERLOAD_QUESTIONS
     stable = QUICK_STABLE_QUESTIONS if options.quick else STABLE_QUESTIONS
-    settings = [
-        *((f"overload-{count}", OVERLOAD_PER_S, count, _GROWTH) for count in traces[:-1]),
-        (f"overload-{traces[-1]}", OVERLOAD_PER_S, traces[-1], None),
+    settings: list[tuple[str, float, int, Sequence[Side] | None]] = [
+        *((f"overload-{count}", OVERLOAD_PER_S, count, _GROWTH) for count in traces),
+        (f"overload-{overload}", OVERLOAD_PER_S, overload, None),
         ("stable", STABLE_PER_S, stable, None),
     ]
     found: list[Case] = []

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from trimtab.branches.config import PrmOptions
 from trimtab.branches.prm import MOST_WAITING, PrmScorer, Refused, last_score, tagged
+from trimtab.branches.signals.reward_model import RewardModel
+from trimtab.core.policy import Call, Outcome
 
 WITHIN_S = 60.0
 
@@ -282,6 +284,53 @@ def test_every_snapshot_is_accounted_for(model, scorer_of) -> None:
 
 def vars_of(counts) -> tuple[int, ...]:
     return counts.scored, counts.failed, counts.replaced, counts.dropped
+
+
+class Engine:
+    """An engine whose calls have the texts that a test gives them."""
+
+    def __init__(self) -> None:
+        self.texts: dict[Call, str] = {}
+
+    def prompt_ids(self, call: Call) -> list[int]:
+        return ids("Q ")
+
+    def output_ids(self, call: Call) -> list[int]:
+        return ids(self.texts[call])
+
+    def decode(self, token_ids) -> str:
+        return decode(token_ids)
+
+    def stop_reason(self, call: Call) -> None:
+        return None
+
+
+def test_the_signal_is_the_models_newest_answer_of_a_branch_that_lives(model) -> None:
+    model.body = lambda text: rows([0.1, 0.9] if "good" in text else [0.8, 0.2])
+    engine = Engine()
+    signal = RewardModel(PrmOptions(url=model.url, model="prm"))
+    signal.attach(engine)
+    branches = [Call(f"{n}_r", 0.0, 2, 100, branch=n) for n in range(3)]
+    for slot, call in enumerate(branches):
+        engine.texts[call] = "good" if slot else "bad"
+        signal.start(slot, call)
+        assert signal.score(slot, call) is None
+        signal.ask(slot, call)
+    late: dict[Call, int] = {}
+    until(lambda: late.update(signal.arrived()) or len(late) == 3)
+    assert late == {branches[0]: 3, branches[1]: 4, branches[2]: 4}
+    assert [signal.score(n, call) for n, call in enumerate(branches)] == [0.2, 0.9, 0.9]
+    model.let.clear()
+    signal.ask(0, branches[0])
+    assert signal.score(0, branches[0]) is None, "the answer to an older text"
+    signal.finish(0, branches[0], Outcome.COMPLETED)
+    model.let.set()
+    engine.texts[branches[1]] = "worse now"
+    signal.ask(1, branches[1])
+    late.clear()
+    until(lambda: late.update(signal.arrived()) or branches[1] in late)
+    assert branches[0] not in late
+    assert signal.score(1, branches[1]) == 0.2
 
 
 @given(st.lists(st.text(alphabet="ab \n", max_size=8), max_size=6))

@@ -172,11 +172,11 @@ def kaplan_meier(tokens: ArrayLike, finished: ArrayLike) -> LengthDistribution:
         raise BadInput("no branch ended by itself", fix="record some that nobody ends")
     if not np.all(np.isfinite(lengths) & (lengths > 0)):
         raise BadInput("a length is no positive number", fix="give at least one token each")
-    points: Floats = np.unique(lengths[ended])
+    points: Floats = np.unique(lengths[ended]).astype(np.float64)
     ascending = np.sort(lengths)
     at_risk = len(lengths) - np.searchsorted(ascending, points, side="left")
     endings = np.diff(np.searchsorted(np.sort(lengths[ended]), points, side="right"), prepend=0)
-    cumulative: Floats = 1.0 - np.cumprod(1.0 - endings / at_risk)
+    cumulative: Floats = 1.0 - np.cumprod(1.0 - endings / at_risk).astype(np.float64)
     if ascending[-1] > points[-1]:
         points, cumulative = np.append(points, ascending[-1]), np.append(cumulative, 1.0)
     cumulative[-1] = 1.0

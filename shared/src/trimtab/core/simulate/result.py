@@ -113,7 +113,7 @@ class ServingResult:
 
     @property
     def requests_per_s(self) -> float:
-        """Requests ended per second of the run."""
+        """Calls ended per second of the run."""
         return len(self.calls) / self.makespan_s if self.calls else 0.0
 
     @property

@@ -15,7 +15,7 @@ from trimtab.branches import plugin
 from trimtab.branches.curves import curves_picture
 from trimtab.branches.demand import Demand, Slo
 from trimtab.branches.estimate import estimate
-from trimtab.branches.lengths import LengthTrace, RecordedBranch
+from trimtab.branches.lengths import LengthTrace, RecordedBranch, read_lengths
 from trimtab.branches.planner import UNSCORED, plan_branches, side_of
 from trimtab.branches.report import report_page
 from trimtab.branches.simulated_serving import serve
@@ -46,6 +46,7 @@ ENGINE = EngineProfile(
     step=StepCost(base_s=0.01, decode_s=1e-4, kv_token_s=1e-6),
 )
 MOST = 5
+EXAMPLE = Path(__file__).parents[3] / "examples" / "branches" / "lengths.jsonl"
 
 
 def trace(family: str, *, questions: int = 60, seed: int = 0) -> LengthTrace:
@@ -229,3 +230,13 @@ def test_the_command(tmp_path: Path) -> None:
     assert page.read_text().count("<svg") == 4
     printed = CliRunner().invoke(app, [*arguments, "--json"])
     assert json.loads(printed.stdout)["details"]["config"] == config
+
+
+def test_the_example_is_planned() -> None:
+    recorded = read_lengths(EXAMPLE)
+    assert recorded.auroc is not None
+    assert 0.6 < recorded.auroc < 0.75
+    plan = plan_branches(Demand(recorded, rate_per_s=2.0), Slo(accuracy=0.5))
+    config = plan.details["config"]
+    assert (config["n"], config["m"]) == (16, 3)  # type: ignore[index,call-overload]
+    assert 0.3 < plan.expected["mean latency"].value < 0.4

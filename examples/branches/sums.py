@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -35,7 +36,9 @@ class Sum:
         """The question after examples with as many addends: with others the model only guesses."""
         draw = random.Random(0)
         shown = [drawn(draw, len(self.addends)) for _ in range(EXAMPLES)]
-        told = [message for example in shown for message in (example.asked, worked(example))]
+        told: list[Message] = []
+        for number, example in enumerate(shown):
+            told += [example.asked, worked(example, checked=number % 2 == 1)]
         return [*told, self.asked]
 
 
@@ -49,8 +52,15 @@ def drawn(draw: random.Random, length: int) -> Sum:
     return Sum(tuple(draw.randint(1, LARGEST) for _ in range(length)))
 
 
-def worked(example: Sum) -> Message:
-    """The example's working out."""
-    steps = zip(pairwise(accumulate(example.addends)), example.addends[1:], strict=True)
-    lines = [f"{before} + {addend} = {after}" for (before, after), addend in steps]
+def worked(example: Sum, checked: bool) -> Message:
+    """The example's working out, once or from both ends: so branches differ in length."""
+    lines = steps(example.addends)
+    if checked:
+        lines += ["Let me check.", *steps(example.addends[::-1])]
     return {"role": "assistant", "content": "\n".join([*lines, f"Final answer: {example.answer}"])}
+
+
+def steps(addends: Sequence[int]) -> list[str]:
+    """One addition a line."""
+    sums_so_far = pairwise(accumulate(addends))
+    return [f"{a} + {b} = {c}" for (a, c), b in zip(sums_so_far, addends[1:], strict=True)]

@@ -15,41 +15,43 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.branches import tasks
-from trimtab.branches.tasks import FEWEST, MOST, WORDS, counts, examples, said
+from trimtab.branches.tasks import FEWEST, LARGEST, MOST, said, sums
 
-words = st.lists(st.sampled_from(WORDS), min_size=FEWEST, max_size=MOST, unique=True)
-
-
-@given(words, st.sampled_from([tasks.plainly, tasks.slowly, tasks.twice]))
-def test_every_way_to_count_names_each_word_and_comes_to_their_number(given_words, told) -> None:
-    counted = told(given_words).replace(",", "").replace(".", "").split()
-    assert set(given_words) <= set(counted)
-    assert [int(word) for word in counted if word.isdigit()][-1] == len(given_words)
+addends = st.lists(st.integers(1, LARGEST), min_size=FEWEST, max_size=MOST)
 
 
-def test_the_examples_are_right_and_of_different_lengths() -> None:
-    asked, worked = examples()[::2], examples()[1::2]
-    lengths = set()
-    for question, answer in zip(asked, worked, strict=True):
-        assert said(answer["content"]) == str(question["content"].count(",") + 1)
-        lengths.add(len(answer["content"]))
-    assert max(lengths) > 3 * min(lengths)
+@given(addends)
+def test_every_step_of_a_worked_sum_is_right_and_the_last_is_the_sum(given_addends) -> None:
+    once, both_ends = tasks.plainly(given_addends), tasks.checked(given_addends)
+    for worked in (once, both_ends):
+        steps = [line.split() for line in worked.splitlines() if "=" in line]
+        assert all(int(a) + int(b) == int(c) for a, _, b, _, c in steps)
+        assert int(steps[-1][-1]) == sum(given_addends)
+    assert len(both_ends) > 2 * len(once)
 
 
-def test_questions_differ_and_every_length_comes_as_often() -> None:
-    drawn = counts(200, 7)
-    assert len(set(drawn)) == 200
-    assert set(Counter(len(question.words) for question in drawn).values()) == {50}
-    assert drawn == counts(200, 7) != counts(200, 8)
-    assert drawn[0].messages[-1]["content"].startswith("How many words")
+@pytest.mark.parametrize("length", range(FEWEST, MOST + 1))
+def test_the_examples_are_right_and_as_long_as_the_question(length) -> None:
+    shown = tasks.examples(length)
+    for question, answer in zip(shown[::2], shown[1::2], strict=True):
+        numbers = [int(w) for w in question["content"].strip("?").split() if w.isdigit()]
+        assert len(numbers) == length
+        assert said(answer["content"]) == str(sum(numbers))
+
+
+def test_every_number_of_addends_comes_as_often() -> None:
+    drawn = sums(200, 7)
+    assert set(Counter(len(question.addends) for question in drawn).values()) == {50}
+    assert drawn == sums(200, 7) != sums(200, 8)
+    assert drawn[0].messages[-1]["content"] == drawn[0].question
 
 
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("cat 1. sun 2. The answer is 2.", "2"),
-        ("The answer is 6. No, the answer is 07.", "7"),
-        ("The answer is seven.", None),
+        ("3 + 4 = 7\nFinal answer: 7", "7"),
+        ("Final answer: 6\nNo, the answer: 07", "7"),
+        ("Final answer: seven", None),
         ("", None),
     ],
 )
@@ -63,13 +65,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.bodies.append(body)  # type: ignore[attr-defined]
-        right = body["messages"][-1]["content"].count(",") + 1
-        told = [right, right, *range(body.get("n", 1))][: body.get("n", 1)]
+        asked = body["messages"][-1]["content"]
+        right = sum(int(word) for word in asked.strip("?").split() if word.isdigit())
+        told = [right, right, right, *range(body.get("n", 1))][: body.get("n", 1)]
         choices = [
             {
                 "index": index,
                 "finish_reason": "stop",
-                "message": {"content": f"The answer is {number}."},
+                "message": {"content": f"Final answer: {number}"},
             }
             for index, number in enumerate(told)
         ]
@@ -99,7 +102,7 @@ def test_each_side_asks_in_its_own_way_and_answers_are_counted(server) -> None:
     from trimtab.branches import real_bench
     from trimtab.branches.sides import OURS, SELF_CONSISTENCY
 
-    crowd = counts(5, 1)
+    crowd = sums(5, 1)
     url = f"http://127.0.0.1:{server.server_address[1]}"
     for side in (SELF_CONSISTENCY, OURS):
         contender = real_bench.Contender(side, url)

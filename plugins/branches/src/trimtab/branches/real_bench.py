@@ -1,4 +1,4 @@
-"""Branches of a small model on real servers: words to count, told at any length.
+"""Branches of a small model on real servers: sums of two to five addends.
 
 Every crowd of questions visits all sides in turn with the same arrivals, so that a slow moment of
 the machine is shared. Answers are extracted and counted as right or wrong.
@@ -29,7 +29,7 @@ from trimtab.branches.sides import (
     VANILLA,
     Side,
 )
-from trimtab.branches.tasks import Count, counts, said
+from trimtab.branches.tasks import Sum, said, sums
 from trimtab.core.benchmark import Case, Options, Progress
 from trimtab.core.policy import FIELD_PREFIX
 from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, Server, running, small_cpu_environment
@@ -68,20 +68,20 @@ def cases(options: Options, progress: Progress) -> list[Case]:
     quick = options.quick
     rivals = QUICK_BASELINES if quick else BASELINES
     number, size = (QUICK_CROWDS, QUICK_QUESTIONS) if quick else (CROWDS, QUESTIONS)
-    questions = counts(number * size, options.seed)
+    questions = sums(number * size, options.seed)
     with tempfile.TemporaryDirectory(prefix="trimtab-bench-") as logs:
         servers = _servers(Path(logs), (*rivals, OURS))
         started = list(servers.values())
         with running(started, lambda: progress("starting vLLM servers")):
             contenders = [Contender(s, servers[_key(s)].url) for s in (*rivals, OURS)]
-            warm_up = counts(QUICK_WARM_UP if quick else WARM_UP, options.seed + 1_000_003)
+            warm_up = sums(QUICK_WARM_UP if quick else WARM_UP, options.seed + 1_000_003)
             pace_per_s = _pace(contenders, warm_up, progress)
             crowds = [questions[at : at + size] for at in range(0, len(questions), size)]
             runs = _rounds(contenders, crowds, LOAD * pace_per_s, options.seed, progress)
     return [
         case
         for rival in rivals
-        for case in _cases("real/counting", rival.name, runs[rival.name], runs[OURS.name])
+        for case in _cases("real/sums", rival.name, runs[rival.name], runs[OURS.name])
     ]
 
 
@@ -113,7 +113,7 @@ def _key(side: Side) -> str:
     return json.dumps({"trimtab": {"branches": options}})
 
 
-def _pace(contenders: Sequence[Contender], warm_up: Sequence[Count], progress: Progress) -> float:
+def _pace(contenders: Sequence[Contender], warm_up: Sequence[Sum], progress: Progress) -> float:
     """How many questions self-consistency answers a second; all sides get as warm."""
     rates = {}
     for contender in contenders:
@@ -125,7 +125,7 @@ def _pace(contenders: Sequence[Contender], warm_up: Sequence[Count], progress: P
 
 def _rounds(
     contenders: Sequence[Contender],
-    crowds: Sequence[Sequence[Count]],
+    crowds: Sequence[Sequence[Sum]],
     rate_per_s: float,
     seed: int,
     progress: Progress,
@@ -143,14 +143,12 @@ def _rounds(
     return runs
 
 
-async def visit(
-    contender: Contender, crowd: Sequence[Count], arrivals_s: Sequence[float]
-) -> Served:
+async def visit(contender: Contender, crowd: Sequence[Sum], arrivals_s: Sequence[float]) -> Served:
     """Asks one side all questions of a crowd as they arrive."""
     served = Served(last_arrival_s=arrivals_s[-1])
     began_s = time.monotonic()
 
-    async def ask(client: httpx.AsyncClient, question: Count, arrival_s: float) -> None:
+    async def ask(client: httpx.AsyncClient, question: Sum, arrival_s: float) -> None:
         await asyncio.sleep(max(0.0, began_s + arrival_s - time.monotonic()))
         answer, tokens = await _answer(client, contender, question)
         now_s = time.monotonic() - began_s
@@ -166,7 +164,7 @@ async def visit(
 
 
 async def _answer(
-    client: httpx.AsyncClient, contender: Contender, question: Count
+    client: httpx.AsyncClient, contender: Contender, question: Sum
 ) -> tuple[str | None, int]:
     """A side's answer to a question, and how many tokens it cost."""
     side = contender.side

@@ -219,7 +219,7 @@ def test_where_memory_is_short_the_weakest_branch_goes_before_anything_is_preemp
             prompt=32,
             scores=scores,
             enough=4,
-            pruning="safe" if pressed else "off",
+            pruning="pressure" if pressed else "off",
             score_every=16,
         )
         preempted[pressed] = 0
@@ -244,6 +244,27 @@ def test_under_load_no_second_branch_is_admitted_before_another_requests_first()
     seen = run(dry)
     for name in "abcdef":
         assert Fate.FINISHED in seen.fates(name).values()
+
+
+def test_beside_urgency_a_due_call_passes_branches_that_wait_and_they_still_end_early():
+    dry = engine(plugins={"urgency": {}}, max_num_seqs=4)
+    for name in "ab":
+        ask(dry, name, [30, 40, 50, 60], enough=2, pruning="off")
+    dry.step()
+    due = {"trimtab.workflow": "w", "trimtab.deadline_s": 5.0}
+    dry.add("due", [9] * 20, 8, xargs=due, ends_after=5)
+    admitted = []
+
+    def note(step):
+        admitted.extend(r.request_id for r in dry.scheduler.running)
+
+    seen = run(dry, note)
+    order = list(dict.fromkeys(admitted))
+    assert order.index("due") == 4  # the first to get a seat once the four running give one up
+    for name in "ab":
+        fates = Counter(seen.fates(name).values())
+        assert fates[Fate.FINISHED] >= 1
+        assert fates[Fate.STOPPED] + fates[Fate.WITHHELD] >= 1
 
 
 def test_a_certain_vote_ends_the_rest():

@@ -11,7 +11,7 @@ from trimtab.branches.drawn import Kind
 from trimtab.branches.rebase import searched
 from trimtab.branches.sides import OURS, PAPER, SELF_CONSISTENCY, VANILLA, Side
 from trimtab.branches.simulated_bench import REBASE, all_rivals
-from trimtab.branches.simulated_serving import LeapingPolicy, policy_of, requests_of, serve
+from trimtab.branches.simulated_serving import RememberingPolicy, policy_of, requests_of, serve
 from trimtab.core.benchmark import Options
 from trimtab.core.cost.step import EngineLimits, EngineProfile, StepCost
 from trimtab.core.simulate import ReplicaSpec, naive, simulate
@@ -49,18 +49,18 @@ def test_the_policy_leaps() -> None:
     crowd = SMALL.draw(1, 1.0, seed=4)
     policy = policy_of(crowd, SELF_CONSISTENCY, 30)
     asked = Counter[type]()
-    step = LeapingPolicy.on_step
+    step = RememberingPolicy.on_step
 
-    def counted(self: LeapingPolicy, progressed: object, now_s: float) -> object:
+    def counted(self: RememberingPolicy, progressed: object, now_s: float) -> object:
         asked[type(self)] += 1
         return step(self, progressed, now_s)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LeapingPolicy, "on_step", counted)
+        patch.setattr(RememberingPolicy, "on_step", counted)
         simulate(
             requests_of(crowd, SELF_CONSISTENCY), [ReplicaSpec(ENGINE)], policies=lambda: [policy]
         )
-    assert 0 < asked[LeapingPolicy] < max(crowd[0].lengths) / 3
+    assert 0 < asked[RememberingPolicy] < max(crowd[0].lengths) / 3
 
 
 @pytest.mark.parametrize("side", [VANILLA, SELF_CONSISTENCY, PAPER, OURS], ids=lambda s: s.name)

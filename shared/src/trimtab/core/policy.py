@@ -186,6 +186,14 @@ class ServingPolicy:
     def on_arrival(self, call: Call, now_s: float) -> None:
         """A call has entered the engine; its key is asked for right after."""
 
+    def watches(self, call: Call) -> bool:
+        """Whether `on_step` must be told of the tokens of a call that has just arrived.
+
+        A call that nobody watches costs nothing from step to step; its ``output_tokens`` are known
+        when it ends.
+        """
+        return True
+
     def wants_logprobs(self, call: Call) -> int | None:
         """How many top logprobs of each token the policy needs of a call that has just arrived.
 

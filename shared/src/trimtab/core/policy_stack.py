@@ -130,6 +130,12 @@ class PolicyStack:
             for entry in tuple(self._admitting)
         )
 
+    def watches(self, call: Call) -> bool:
+        """Whether some policy is to be told of a call's tokens from step to step."""
+        return any(
+            self._ask(entry, "watches", call, otherwise=False) for entry in tuple(self._stepping)
+        )
+
     def wants_logprobs(self, call: Call) -> int | None:
         """The most logprobs of a call's tokens that some policy needs; None for none at all."""
         wanted: list[int | None] = [

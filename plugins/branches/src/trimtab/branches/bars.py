@@ -8,7 +8,13 @@ from collections import deque
 
 _REMEMBERED = 256
 _ENOUGH = 16
-LOWEST_SHARE = 0.1
+
+LOWEST_SHARE = 0.25
+"""Of branches that were as far, those that are pruned while none of their own has finished."""
+
+_HIGHEST_RANK = 0.9
+_GOOD_RANK = 0.6
+"""From here on a finished branch may be the only one left."""
 
 
 class PaperBars:
@@ -29,6 +35,10 @@ class PaperBars:
         """The first finished branch's score (alpha'), which never lowers the bar."""
         return max(self._alpha, first_score)
 
+    def survivors(self, best_score: float | None) -> int:
+        """One, whatever has finished."""
+        return 1
+
 
 class FixedBar:
     """One threshold for all, whoever has finished.
@@ -47,6 +57,10 @@ class FixedBar:
     def exploiting(self, first_score: float, tokens: int) -> float:
         """The same before and after a first branch has finished."""
         return self._alpha
+
+    def survivors(self, best_score: float | None) -> int:
+        """One, whatever has finished."""
+        return 1
 
 
 class Recent:
@@ -98,26 +112,26 @@ class LikeWithLike:
 
     Args:
         history: the recent scores.
-        alpha: a fixed threshold while no branch has finished; the lowest tenth by default.
-        margin: how far under the first finished branch another one may score.
+        alpha: a fixed threshold while no branch has finished; the lowest quarter by default.
     """
 
-    def __init__(self, history: History, alpha: float | None, margin: float) -> None:
+    def __init__(self, history: History, alpha: float | None) -> None:
         self._history = history
         self._alpha = alpha
-        self._margin = margin
 
     def exploring(self, tokens: int) -> float:
-        """Alpha, or what one in ten branches of this length scores less than."""
+        """Alpha, or what one in four branches of this length scores less than."""
         if self._alpha is not None:
             return self._alpha
         return self._history.at(tokens).quantile(LOWEST_SHARE)
 
     def exploiting(self, first_score: float, tokens: int) -> float:
-        """What has the same rank among branches of this length as the first has among finished.
+        """What has the same rank among branches of this length as the first has among finished."""
+        rank = min(self._history.finished.rank(first_score), _HIGHEST_RANK)
+        return max(self.exploring(tokens), self._history.at(tokens).quantile(rank))
 
-        Half of the rank is the most: of one good first branch nothing follows for the better half.
-        """
-        recent = self._history.at(tokens)
-        rank = min(self._history.finished.rank(first_score), 0.5)
-        return max(self.exploring(tokens), recent.quantile(rank) - self._margin)
+    def survivors(self, best_score: float | None) -> int:
+        """Two, until a branch has finished that is better than most: it may be the only one."""
+        known = best_score is not None and len(self._history.finished) > 0
+        good = known and self._history.finished.rank(best_score or 0.0) >= _GOOD_RANK
+        return 1 if good else 2

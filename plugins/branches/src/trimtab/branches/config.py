@@ -59,7 +59,7 @@ class BranchesConfig(BaseModel):
     )
     pruning: Pruning | None = Field(
         None,
-        description="safe: branches that score badly twice, against others that were as far; paper: "
+        description="safe: branches that score badly among those that were as far; paper: "
         "the paper's two phases; below: whatever scores under prune_below; pressure: only where "
         "memory is short; off; by default paper with a reward model, else safe",
     )
@@ -68,19 +68,14 @@ class BranchesConfig(BaseModel):
         ge=0,
         le=1,
         description="score under which a branch is pruned while none has finished; by default .5 "
-        "in the modes paper and below, and the lowest tenth of recent scores at the same length in safe mode",
+        "in the modes paper and below, and in safe mode the lowest quarter of recent scores at the "
+        "same length",
     )
     max_pruned: int | None = Field(
         None,
         ge=0,
         le=MAX_BRANCHES,
         description="most branches pruned while none has finished; half of them by default",
-    )
-    margin: float = Field(
-        0.05,
-        ge=0,
-        le=1,
-        description="safe mode: how far under the first finished branch another one may score",
     )
     signals: Mapping[str, Weight] = Field(
         {"confidence": 1.0},
@@ -111,6 +106,11 @@ class BranchesConfig(BaseModel):
         True,
         description="whether a request takes no more branches than its share of the seats while "
         "others wait",
+    )
+    relieve: bool = Field(
+        True,
+        description="whether, in all modes but off, the branch with the lowest score goes where "
+        "vLLM would have to preempt one",
     )
     forget_pruned: bool = Field(
         True,

@@ -54,7 +54,7 @@ class Served:
             tokens = note.tokens if note else question.lengths[branch]
             score = note.score if note else None
             answer = str(question.answers[branch]) if fate is Fate.FINISHED else None
-            candidates.append(Candidate(branch, fate, score, tokens, answer))
+            candidates.append(Candidate(branch, fate.value, score, tokens, answer))
         winner = choose(candidates, side.answer).winner
         self.right.append(question.answers[winner.branch] == RIGHT)
 

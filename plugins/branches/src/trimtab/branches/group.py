@@ -22,6 +22,9 @@ class Bars(Protocol):
     def exploiting(self, first_score: float, tokens: int) -> float:
         """The same, once a first branch has finished with a score."""
 
+    def survivors(self, best_score: float | None) -> int:
+        """How many branches pruning leaves at least, with this best score of a finished one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -32,9 +35,6 @@ class Rules:
         enough: finished ones that answer the request (M).
         score_every: output tokens between two scorings (T).
         max_pruned: most prunings while none has finished (beta).
-        survivors: pruning never leaves fewer, the finished ones among them (kappa).
-        misses: scorings in a row under the bar before a branch is pruned (h).
-        grace: scorings before which a branch is never pruned (g).
         prunes: whether branches are pruned at all.
     """
 
@@ -42,9 +42,6 @@ class Rules:
     enough: int
     score_every: int
     max_pruned: int
-    survivors: int = 1
-    misses: int = 1
-    grace: int = 0
     prunes: bool = True
 
 
@@ -58,9 +55,6 @@ class Branch:
     """The multiples of `Rules.score_every` that have been judged."""
     score: float | None = None
     score_at: int = 0
-    misses: int = 0
-    missed_at: int = -1
-    """The multiple of `Rules.score_every` of the last miss: two signals of one moment miss once."""
     fate: Fate | None = None
     phase: int = 1
 
@@ -79,6 +73,7 @@ class BranchGroup:
         self.branches: dict[int, Branch] = {}
         self.closed = False
         self._first_score: float | None = None
+        self._best_score: float | None = None
         self._exploiting = False
         self._pruned = 0
         self._done = 0
@@ -146,9 +141,8 @@ class BranchGroup:
         branch = self.branches[index]
         if branch.fate is not None:
             return
-        if fate is Fate.FINISHED and not self._exploiting:
-            self._exploiting = True
-            self._first_score = branch.score
+        if fate is Fate.FINISHED:
+            self._take_finished(branch.score)
         self._end(branch, fate)
         self._done += fate is Fate.FINISHED
 
@@ -170,7 +164,7 @@ class BranchGroup:
 
     def weakest(self) -> Branch | None:
         """The live branch with the lowest score that pruning may spare, if there is one."""
-        if not self.rules.prunes or self._live + self._done <= self.rules.survivors:
+        if not self.rules.prunes or not self._can_spare_one():
             return None
         scored = [b for b in self.living() if b.score is not None]
         return min(scored, key=lambda b: (b.score, -b.index), default=None)
@@ -200,9 +194,9 @@ class BranchGroup:
             return []
         ended = []
         for branch in judged:
-            if not self._misses(branch):
+            if branch.score is None or branch.score >= self._bar(branch.score_at):
                 continue
-            if self._live + self._done - 1 < self.rules.survivors:
+            if not self._can_spare_one():
                 break
             if not self._exploiting:
                 if self._pruned >= self.rules.max_pruned:
@@ -212,17 +206,16 @@ class BranchGroup:
             ended.append(branch)
         return ended
 
-    def _misses(self, branch: Branch) -> bool:
-        """Whether a branch is under the bar for as many times in a row as it takes."""
-        if branch.score_at < self.rules.grace * self.rules.score_every:
-            return False
-        if branch.score is None or branch.score >= self._bar(branch.score_at):
-            branch.misses = 0
-            return False
-        moment = branch.score_at // self.rules.score_every
-        branch.misses += moment > branch.missed_at
-        branch.missed_at = moment
-        return branch.misses >= self.rules.misses
+    def _take_finished(self, score: float | None) -> None:
+        """Raises the bar for the others once a first branch has finished."""
+        if not self._exploiting:
+            self._exploiting = True
+            self._first_score = score
+        if score is not None:
+            self._best_score = max(score, self._best_score or 0.0)
+
+    def _can_spare_one(self) -> bool:
+        return self._live + self._done > self._bars.survivors(self._best_score)
 
     def _bar(self, tokens: int) -> float:
         if self._exploiting and self._first_score is not None:

@@ -10,8 +10,11 @@ from trimtab.core.command_groups import command_group
 from trimtab.core.hooks import PluginInfo, hookimpl
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typer import Typer
 
+    from trimtab.core.benchmark import Benchmark, Case, Options, Progress
     from trimtab.core.policy import ServingPolicy
 
 
@@ -32,6 +35,22 @@ def trimtab_serving_policy(config: BranchesConfig) -> ServingPolicy:
     from trimtab.branches.policy import BranchesPolicy
 
     return BranchesPolicy(config)
+
+
+@hookimpl
+def trimtab_benchmarks() -> Sequence[Benchmark]:
+    """The comparison with other ways to sample; what it needs is imported when it runs."""
+    from trimtab.core.benchmark import Benchmark
+
+    def run(options: Options, progress: Progress) -> list[Case]:
+        from trimtab.branches import bench
+
+        return bench.run(options, progress)
+
+    summary = (
+        "branches and their rivals: simulated, in vLLM's scheduler, and for real; a step's cost"
+    )
+    return [Benchmark("branches", summary, run)]
 
 
 @hookimpl

@@ -71,6 +71,8 @@ class BranchesPolicy(ServingPolicy):
         self._slots: dict[Call, int] = {}
         self._free_slots: list[int] = []
         self._due_at: dict[Call, int] = {}
+        self._last_read: list[Call] = []
+        self._last_slots = np.empty(0, dtype=np.intp)
         self._touched: dict[_Asked, None] = {}
         self._late: list[Call] = []
         self._histories: dict[int, History] = {}
@@ -120,21 +122,25 @@ class BranchesPolicy(ServingPolicy):
         if asked is not None:
             asked.started += 1
 
+    def watches(self, call: Call) -> bool:
+        """Branches alone: of other calls only their coming and going counts."""
+        return call in self._slots
+
     def wants_logprobs(self, call: Call) -> int | None:
         """What the token signals need of a branch."""
         return self._score.top_logprobs if call in self._slots else None
 
     def on_logprobs(self, calls: Sequence[Call], logprobs: NDArray[np.float32]) -> None:
         """Moves the token signals on."""
-        slots = self._slots
-        try:
-            rows = np.array([slots[call] for call in calls], dtype=np.intp)
-        except KeyError:
-            ours = [row for row, call in enumerate(calls) if call in slots]
-            if ours:
-                self.on_logprobs([calls[row] for row in ours], logprobs[ours])
-            return
-        self._score.observe(rows, logprobs)
+        if calls != self._last_read:  # from one step to the next they are mostly the same
+            ours = [row for row, call in enumerate(calls) if call in self._slots]
+            if len(ours) < len(calls):
+                if ours:
+                    self.on_logprobs([calls[row] for row in ours], logprobs[ours])
+                return
+            self._last_read = list(calls)
+            self._last_slots = np.array([self._slots[call] for call in calls], dtype=np.intp)
+        self._score.observe(self._last_slots, logprobs)
 
     def on_finish(self, call: Call, outcome: Outcome, now_s: float) -> None:
         """A call has left the engine: its last score, its vote, and its note."""
@@ -171,8 +177,15 @@ class BranchesPolicy(ServingPolicy):
             ended += self._decide(asked)
         return ended
 
+    def quiet_steps(self) -> int:
+        """Tokens until some branch is scored next; until then `on_step` has nothing to do."""
+        left = (at - call.output_tokens for call, at in self._due_at.items())
+        return max(1, min(left, default=2**62))
+
     def relieve(self, now_s: float) -> Call | None:
         """The live branch with the lowest score of all those that pruning may spare."""
+        if not self._config.relieve:
+            return None
         weakest: tuple[float, Call, _Asked, Branch] | None = None
         for asked in self._asked.values():
             branch = asked.group.weakest()
@@ -192,7 +205,6 @@ class BranchesPolicy(ServingPolicy):
     def _open(self, call: Call, branches: int) -> _Asked:
         config, fields = self._config, call.fields
         pruning = self._pruning(fields)
-        safe = pruning == "safe"
         every = _whole(fields, "score_every", config.score_every)
         explored = branches // 2 if pruning in ("safe", "paper") else branches
         rules = Rules(
@@ -202,9 +214,6 @@ class BranchesPolicy(ServingPolicy):
             max_pruned=_whole(
                 fields, "max_pruned", explored if config.max_pruned is None else config.max_pruned
             ),
-            survivors=min(2, branches) if safe else 1,
-            misses=2 if safe else 1,
-            grace=1 if safe else 0,
             prunes=pruning != "off",
         )
         alpha = fields.get("prune_below", config.prune_below)
@@ -221,7 +230,7 @@ class BranchesPolicy(ServingPolicy):
     def _bars(self, pruning: Pruning, every: int, alpha: float | None) -> Bars:
         if pruning == "safe":
             history = self._histories.setdefault(every.bit_length(), History())
-            return LikeWithLike(history, alpha, self._config.margin)
+            return LikeWithLike(history, alpha)
         if pruning == "pressure":
             return FixedBar(-math.inf)
         fixed = PAPER_ALPHA if alpha is None else alpha

@@ -35,7 +35,8 @@ class Side:
     answer: str = "best"
 
 
-_PLAIN = {"bend": False, "certainty": None, "forget_pruned": False}
+# The published rules leave a full cache to the engine, which preempts.
+_PLAIN = {"bend": False, "certainty": None, "forget_pruned": False, "relieve": False}
 _ALL = {"enough": BRANCHES}
 
 VANILLA = Side("vanilla", 1)
@@ -47,14 +48,14 @@ EARLY_STOP = Side("early-stop", BRANCHES, {"enough": ENOUGH, "pruning": "off"}, 
 PRUNING = Side(
     "pruning", BRANCHES, {**_ALL, "pruning": "paper", "prune_below": PAPER_ALPHA}, _PLAIN
 )
-STEP = Side("step-pressure", BRANCHES, {**_ALL, "pruning": "pressure"}, _PLAIN)
+STEP = Side("step-pressure", BRANCHES, {**_ALL, "pruning": "pressure"}, {**_PLAIN, "relieve": True})
 PAPER = Side(
     "sart-paper",
     BRANCHES,
     {"enough": ENOUGH, "pruning": "paper", "prune_below": PAPER_ALPHA},
     _PLAIN,
 )
-OURS = Side("trimtab", BRANCHES, answer="weighted")
+OURS = Side("trimtab", BRANCHES)
 
 
 def deepconf(warm_up: Sequence[Question]) -> Side:
@@ -65,5 +66,5 @@ def deepconf(warm_up: Sequence[Question]) -> Side:
     """
     lowest = [min(rewards) for question in warm_up for rewards in question.rewards]
     threshold = float(np.quantile(lowest, _WARM_UP_SHARE))
-    fields = {**_ALL, "pruning": "below", "prune_below": threshold}
+    fields: dict[str, FieldValue] = {**_ALL, "pruning": "below", "prune_below": threshold}
     return Side("deepconf-threshold", BRANCHES, fields, _PLAIN, "weighted")

@@ -32,7 +32,6 @@ H100_LIKE = EngineProfile(
 )
 """A 14B model in bfloat16 with room for 200,000 tokens of KV."""
 
-_RELIEVING = ("safe", "pressure")
 _ANSWER = r"regex:answer (\d+)$"
 
 
@@ -59,38 +58,17 @@ class _Answers:
         return None
 
 
-class LeapingPolicy(BranchesPolicy):
-    """The policy, which says when it must be asked next, and remembers what it said of each end."""
+class RememberingPolicy(BranchesPolicy):
+    """The policy, which remembers what it said of each end."""
 
-    def __init__(self, config: BranchesConfig, *, relieves: bool) -> None:
+    def __init__(self, config: BranchesConfig) -> None:
         super().__init__(config)
-        self._relieves = relieves
         self.notes: dict[str, str | None] = {}
-        self._every: dict[Call, int] = {}
-        self._usual = config.score_every
-
-    def on_arrival(self, call: Call, now_s: float) -> None:
-        """Notes how often a branch is scored."""
-        super().on_arrival(call, now_s)
-        if call.fields.get("branches"):
-            self._every[call] = int(call.fields.get("score_every", self._usual))
 
     def on_finish(self, call: Call, outcome: Outcome, now_s: float) -> None:
         """Keeps the note for when the request is answered."""
         super().on_finish(call, outcome, now_s)
         self.notes[call.call_id] = call.note
-        self._every.pop(call, None)
-
-    def relieve(self, now_s: float) -> Call | None:
-        """A branch to give up, from a side that does so."""
-        return super().relieve(now_s) if self._relieves else None
-
-    def quiet_steps(self) -> int:
-        """Tokens until the next scoring of any branch."""
-        return min(
-            (every - call.output_tokens % every for call, every in self._every.items()),
-            default=2**62,
-        )
 
 
 def serve(
@@ -154,7 +132,7 @@ class Run:
         return served
 
 
-def policy_of(crowd: Sequence[Question], side: Side, score_every: int) -> LeapingPolicy:
+def policy_of(crowd: Sequence[Question], side: Side, score_every: int) -> RememberingPolicy:
     """The policy that answers a crowd one way."""
     options = {
         "signals": {"replay": 1.0},
@@ -163,9 +141,7 @@ def policy_of(crowd: Sequence[Question], side: Side, score_every: int) -> Leapin
         "extract": _ANSWER,
         **side.options,
     }
-    # The published rules leave a full cache to the engine, which preempts.
-    relieves = bool(side.options.get("bend", True)) or side.fields.get("pruning") in _RELIEVING
-    policy = LeapingPolicy(BranchesConfig.model_validate(options), relieves=relieves)
+    policy = RememberingPolicy(BranchesConfig.model_validate(options))
     policy.attach(_Answers(_by_name(crowd)))
     return policy
 

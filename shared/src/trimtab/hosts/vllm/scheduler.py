@@ -58,6 +58,7 @@ class Scheduler(AsyncScheduler):
         versions.require("vllm")
         self._stack = PolicyStack(options.policies(self.vllm_config.additional_config))
         self._calls: dict[str, Call] = {}
+        self._watched: dict[str, Call] = {}
         self._logprobs: dict[Call, int] = {}
         self._ended: list[tuple[Request, Call]] = []
         self._view = EngineView(self.vllm_config.model_config)
@@ -123,6 +124,8 @@ class Scheduler(AsyncScheduler):
         self._calls[request.request_id] = call
         self._view.requests[call] = request
         self._stack.on_arrival(call, now_s)
+        if self._stack.steps and self._stack.watches(call):
+            self._watched[request.request_id] = call
         if self._stack.reads_logprobs:
             wanted = self._stack.wants_logprobs(call)
             if wanted is not None:
@@ -131,7 +134,10 @@ class Scheduler(AsyncScheduler):
     def _unregister(self, request_id: str, outcome: Outcome) -> None:
         call = self._calls.pop(request_id, None)
         if call is not None:
+            request = self._view.requests[call]
+            call.output_tokens = max(call.output_tokens, request.num_output_tokens)
             self._stack.on_finish(call, outcome, time.monotonic())
+            self._watched.pop(request_id, None)
             self._logprobs.pop(call, None)
             del self._view.requests[call]
 
@@ -217,19 +223,20 @@ class Scheduler(AsyncScheduler):
     def _note_outputs(
         self, outputs: dict[int, EngineCoreOutputs], model_output: ModelRunnerOutput
     ) -> None:
-        calls = self._calls
+        watched = self._watched
         progressed: list[Call] = []
         finished: list[tuple[Call, EngineCoreOutput]] = []
         for client in outputs.values():
             for output in client.outputs:
-                call = calls.get(output.request_id)
-                if call is None:
-                    continue
-                call.output_tokens += len(output.new_token_ids)
-                if output.finish_reason is None or not self._has_left(output.request_id):
-                    progressed.append(call)
-                else:
-                    finished.append((call, output))
+                if output.finish_reason is not None and self._has_left(output.request_id):
+                    call = self._calls.get(output.request_id)
+                    if call is not None:
+                        finished.append((call, output))
+                elif watched:
+                    call = watched.get(output.request_id)
+                    if call is not None:
+                        call.output_tokens += len(output.new_token_ids)
+                        progressed.append(call)
         if self._logprobs and model_output.logprobs is not None:
             self._show_logprobs([*progressed, *(call for call, _ in finished)], model_output)
         for call, output in finished:

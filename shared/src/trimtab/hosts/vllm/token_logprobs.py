@@ -32,7 +32,7 @@ def by_round(
     index = output.req_id_to_index
     rows = [index[call.call_id] for call in calls]
     if table.cu_num_generated_tokens is None:
-        yield calls, table.logprobs[rows]
+        yield calls, table.logprobs.take(rows, axis=0)
         return
     lengths = [len(output.sampled_token_ids[row]) for row in rows]
     starts = [table.cu_num_generated_tokens[row] for row in rows]

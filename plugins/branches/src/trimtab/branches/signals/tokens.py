@@ -27,9 +27,12 @@ def sampled(logprobs: NDArray[np.float32]) -> Values:
     return values
 
 
+_MINUS_MEAN = np.full(TOP_LOGPROBS, -1.0 / TOP_LOGPROBS, dtype=np.float32)
+
+
 def confidence(logprobs: NDArray[np.float32]) -> Values:
     """Minus the mean of the largest logprobs: the more peaked a distribution, the larger."""
-    values: Values = -logprobs[:, 1 : 1 + TOP_LOGPROBS].mean(axis=1, dtype=np.float64)
+    values: Values = (logprobs[:, 1 : 1 + TOP_LOGPROBS] @ _MINUS_MEAN).astype(np.float64)
     return values
 
 
@@ -102,22 +105,23 @@ class TokenSignal(BranchScorer):
         values = self._value(logprobs)
         seen = self._seen[slots]
         places = seen % self._window
-        total = self._total[slots] + values - self._recent[slots, places]
-        self._recent[slots, places] = values
-        self._total[slots] = total
-        self._seen[slots] = seen + 1
         if self._lowest_counts:
+            total = self._total[slots] + values - self._recent[slots, places]
+            self._total[slots] = total
             full = np.where(seen + 1 >= self._window, total / self._window, np.inf)
             self._lowest[slots] = np.minimum(self._lowest[slots], full)
+        self._recent[slots, places] = values
+        self._seen[slots] = seen + 1
 
     def score(self, slot: int, call: Call) -> float | None:
         """The score of the window; a text shorter than one is a window of its own."""
         seen = int(self._seen[slot])
         if not seen:
             return None
-        mean = float(self._total[slot]) / min(seen, self._window)
         if self._lowest_counts and seen >= self._window:
             mean = float(self._lowest[slot])
+        else:
+            mean = float(self._recent[slot, :seen].mean())
         score = self._scaled(mean)
         return score if np.isfinite(score) else None
 

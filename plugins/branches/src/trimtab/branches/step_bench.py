@@ -1,0 +1,79 @@
+"""What branches cost the engine's loop: the scheduler's step with and without the plugin."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimtab.core.benchmark import Case, Options, Progress
+from trimtab.hosts.vllm.dry_engine import DryEngine
+from trimtab.hosts.vllm.scheduler import Scheduler
+
+GROUPS, BRANCHES = 32, 8
+STEPS, REPEATS = 200, 7
+QUICK_REPEATS = 3
+SCORE_EVERY = 50
+_PLUGIN = {"score_every": SCORE_EVERY, "signals": {"confidence": 1.0}, "pruning": "pressure"}
+
+
+def cases(options: Options, progress: Progress) -> list[Case]:
+    """CPU time of a step with 256 running calls: as branches, and as calls that ask for nothing."""
+    progress(f"stepping with {GROUPS * BRANCHES} running branches")
+    repeats = QUICK_REPEATS if options.quick else REPEATS
+    rows = np.random.default_rng(options.seed).uniform(-9, -0.01, (GROUPS * BRANCHES, 21))
+    table = rows.astype(np.float32)
+    engines = {
+        "bare": _loaded({}, {}, table),
+        "silent": _loaded({"branches": _PLUGIN}, {}, table),
+        "asked": _loaded({"branches": _PLUGIN}, {"trimtab.branches": BRANCHES}, table),
+    }
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(repeats):
+        for name, engine in engines.items():
+            times[name].append(_step_s(engine))
+    return [
+        _case("real/step/256-branches", times["bare"], times["asked"]),
+        _case("real/step/256-calls-that-do-not-ask", times["bare"], times["silent"]),
+    ]
+
+
+def _case(name: str, bare: Sequence[float], ours: Sequence[float]) -> Case:
+    extra = sorted(b - a for a, b in zip(bare, ours, strict=True))
+    notes = (
+        f"a step takes {extra[len(extra) // 2] * 1e6:.0f} us more "
+        f"({extra[0] * 1e6:.0f} to {extra[-1] * 1e6:.0f})"
+    )
+    pairs = list(zip(bare, ours, strict=True))
+    return Case.compare(
+        name, "step_cpu", "s", "lower", "the host without policies", pairs, notes=notes
+    )
+
+
+def _loaded(
+    plugins: Mapping[str, object], said: Mapping[str, object], table: NDArray[np.float32]
+) -> DryEngine:
+    """An engine in which all calls run, and none ends soon."""
+    engine = DryEngine(
+        Scheduler,
+        blocks=40_000,
+        max_num_seqs=GROUPS * BRANCHES,
+        max_num_batched_tokens=16_384,
+        additional_config={"trimtab": dict(plugins)},
+        logprobs=lambda ids: table[: len(ids)],
+    )
+    for group in range(GROUPS):
+        for branch in range(BRANCHES):
+            engine.add(f"{branch}_g{group}", [3 + group] * 32, 30_000, xargs=said)
+    for _ in range(5):
+        engine.step()
+    return engine
+
+
+def _step_s(engine: DryEngine) -> float:
+    begun_s = time.process_time()
+    for _ in range(STEPS):
+        engine.step()
+    return (time.process_time() - begun_s) / STEPS

@@ -23,7 +23,7 @@ class PrmOptions(BaseModel):
     model_config = _CONFIG
 
     url: str = Field(description="base URL of a vLLM server of a reward model, without /pooling")
-    model: str = Field(description="the model's name or folder; its tokenizer is read from it")
+    model: str = Field(description="the model's name, as its server has it")
     step_tag: str = Field("<extra_0>", min_length=1, description="what marks the end of a step")
     step_end: str = Field("\n\n", min_length=1, description="what ends a step of a branch's text")
     context_tokens: int = Field(

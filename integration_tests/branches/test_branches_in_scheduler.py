@@ -168,9 +168,10 @@ def test_a_client_that_leaves_ends_all_branches_and_frees_their_blocks_at_once()
     assert run(dry).fates("b") == {0: Fate.FINISHED, 1: Fate.STOPPED}
 
 
-def test_a_stop_string_found_by_the_server_counts_as_an_answer():
+@pytest.mark.parametrize("answer", ["best", "majority"])
+def test_a_stop_string_found_by_the_server_counts_as_an_answer(answer):
     dry = engine()
-    ask(dry, "a", [150] * 4, enough=2, pruning="off")
+    ask(dry, "a", [150] * 4, enough=2, pruning="off", answer=answer)
     ask(dry, "b", [150] * 2, enough=2, pruning="off")
 
     def stop(step):
@@ -187,7 +188,6 @@ def test_a_stop_string_found_by_the_server_counts_as_an_answer():
 def test_a_late_sibling_of_an_answered_request_ends_in_its_first_step():
     dry = engine()
     ask(dry, "a", [5, 80], enough=1, branches=4)
-    ask(dry, "other", [100, 100], enough=2, pruning="off")
     for _ in range(10):
         dry.step()
     ask(dry, "a", [80, 80], first=2, enough=1, branches=4)
@@ -323,6 +323,7 @@ def crowds(draw):
             "score_every": draw(st.sampled_from([4, 10, 16])),
             "pruning": draw(st.sampled_from(["safe", "paper", "off"])),
             "prune_below": draw(st.sampled_from([0.2, 0.5, 0.8])),
+            "answer": draw(st.sampled_from(["best", "majority"])),
         }
         leaves = st.tuples(st.integers(1, 60), st.integers(1, branches))
         asked.append(
@@ -395,6 +396,8 @@ def test_nothing_leaks_and_every_branch_ends_once(asked, blocks, caching, ahead,
         assert all(len(seen.ends[i]) == (i not in aborted) for i in ids)
         answered = [i for i in ids - aborted if seen.ends[i][0].fate is Fate.FINISHED]
         assert answered or ids & aborted
+        # A policy that failed would be left out, and leave no notes.
+        assert all(seen.ends[i][0] is not None for i in ids - aborted)
         for i in ids - aborted:
             assert seen.tokens[i] <= request.lengths[int(i.split("_")[0])]
             assert seen.ends[i][0].tokens == seen.tokens[i]
@@ -404,7 +407,7 @@ def test_nothing_leaks_and_every_branch_ends_once(asked, blocks, caching, ahead,
 @settings(max_examples=30, deadline=None)
 def test_with_all_awaited_and_nothing_pruned_it_is_vllm(asked, blocks, ahead, seats):
     for request in asked:
-        request.fields.update(enough=len(request.lengths), pruning="off")
+        request.fields.update(enough=len(request.lengths), pruning="off", answer="best")
     shape = {"blocks": blocks, "async_scheduling": ahead, "max_num_seqs": seats}
     runs = []
     for dry in (engine(branches={"bend": False}, **shape), engine(AsyncScheduler, **shape)):

@@ -46,7 +46,8 @@ class _Asked:
     scores: dict[int, float] = field(default_factory=dict)
     """The last scores of the branches that have ended."""
     votes: list[str] = field(default_factory=list)
-    aborted: list[Branch] = field(default_factory=list)
+    aborted: list[tuple[Branch, str | None]] = field(default_factory=list)
+    """Branches ended from outside of which it is not known yet why, with their answers."""
 
 
 class BranchesPolicy(ServingPolicy):
@@ -124,7 +125,7 @@ class BranchesPolicy(ServingPolicy):
 
     def watches(self, call: Call) -> bool:
         """Branches alone: of other calls only their coming and going counts."""
-        return call in self._slots
+        return call in self._slots or call in self._late
 
     def wants_logprobs(self, call: Call) -> int | None:
         """What the token signals need of a branch."""
@@ -266,29 +267,34 @@ class BranchesPolicy(ServingPolicy):
         branch.tokens = call.output_tokens
         if outcome is Outcome.ABORTED:
             # Whether a stop string was found or the client has gone shows when all have been told.
-            asked.aborted.append(branch)
+            asked.aborted.append((branch, self._answer(asked, call)))
             return
         slot = self._slots[call]
         self._score.ask(slot, call)
         score = 0.0 if outcome is Outcome.REPEATED else self._score.score(slot, call)
         asked.group.score(branch.index, score, call.output_tokens)
         asked.group.finish(branch.index, _fate(call, outcome))
-        self._remember_end(asked, call, branch)
+        self._remember_end(asked, branch, self._answer(asked, call))
         stop = self._engine.stop_reason(call) if self._engine is not None else None
         call.note = _note(asked, branch, stop)
 
-    def _remember_end(self, asked: _Asked, call: Call, branch: Branch) -> None:
+    def _answer(self, asked: _Asked, call: Call) -> str | None:
+        """A branch's answer, where answers are voted on."""
+        if asked.extract is None or self._engine is None:
+            return None
+        tail = self._engine.output_ids(call)[-_ANSWER_TOKENS:]
+        answer = asked.extract(self._engine.decode(tail))
+        return None if answer is None else normalised(answer)
+
+    def _remember_end(self, asked: _Asked, branch: Branch, answer: str | None) -> None:
         if branch.score is not None:
             asked.scores[branch.index] = branch.score
         if branch.fate is not Fate.FINISHED:
             return
         if branch.score is not None:
             self._history(asked).finished.add(branch.score)
-        if asked.extract is not None and self._engine is not None:
-            tail = self._engine.output_ids(call)[-_ANSWER_TOKENS:]
-            answer = asked.extract(self._engine.decode(tail))
-            if answer is not None:
-                asked.votes.append(normalised(answer))
+        if answer is not None:
+            asked.votes.append(answer)
 
     def _history(self, asked: _Asked) -> History:
         return self._histories.setdefault(asked.group.rules.score_every.bit_length(), History())
@@ -335,10 +341,9 @@ class BranchesPolicy(ServingPolicy):
         """Aborts of some branches were stop strings, those of all that lived a client that left."""
         aborted, asked.aborted = asked.aborted, []
         left = asked.group.live == len(aborted)
-        for branch in aborted:
+        for branch, answer in aborted:
             asked.group.finish(branch.index, Fate.STOPPED if left else Fate.FINISHED)
-            if not left:
-                self._remember_end(asked, asked.calls[branch.index], branch)
+            self._remember_end(asked, branch, answer)
 
     def _enough(self, asked: _Asked) -> int:
         """The finished branches that answer a request at this load."""

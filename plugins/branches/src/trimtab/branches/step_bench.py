@@ -14,7 +14,7 @@ from trimtab.hosts.vllm.scheduler import Scheduler
 
 GROUPS, BRANCHES = 32, 8
 STEPS, REPEATS = 200, 7
-QUICK_REPEATS = 3
+QUICK_STEPS, QUICK_REPEATS = 50, 3
 SCORE_EVERY = 50
 _PLUGIN = {"score_every": SCORE_EVERY, "signals": {"confidence": 1.0}, "pruning": "pressure"}
 
@@ -22,7 +22,7 @@ _PLUGIN = {"score_every": SCORE_EVERY, "signals": {"confidence": 1.0}, "pruning"
 def cases(options: Options, progress: Progress) -> list[Case]:
     """CPU time of a step with 256 running calls: as branches, and as calls that ask for nothing."""
     progress(f"stepping with {GROUPS * BRANCHES} running branches")
-    repeats = QUICK_REPEATS if options.quick else REPEATS
+    repeats, steps = (QUICK_REPEATS, QUICK_STEPS) if options.quick else (REPEATS, STEPS)
     rows = np.random.default_rng(options.seed).uniform(-9, -0.01, (GROUPS * BRANCHES, 21))
     table = rows.astype(np.float32)
     engines = {
@@ -33,7 +33,7 @@ def cases(options: Options, progress: Progress) -> list[Case]:
     times: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(repeats):
         for name, engine in engines.items():
-            times[name].append(_step_s(engine))
+            times[name].append(_step_s(engine, steps))
     return [
         _case("real/step/256-branches", times["bare"], times["asked"]),
         _case("real/step/256-calls-that-do-not-ask", times["bare"], times["silent"]),
@@ -72,8 +72,8 @@ def _loaded(
     return engine
 
 
-def _step_s(engine: DryEngine) -> float:
+def _step_s(engine: DryEngine, steps: int) -> float:
     begun_s = time.process_time()
-    for _ in range(STEPS):
+    for _ in range(steps):
         engine.step()
-    return (time.process_time() - begun_s) / STEPS
+    return (time.process_time() - begun_s) / steps

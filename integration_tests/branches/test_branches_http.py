@@ -137,6 +137,15 @@ def test_logprobs_of_the_winner_survive(client):
     assert len(choice.logprobs.content[0].top_logprobs) == 2
 
 
+def test_a_grammar_holds_in_every_branch(client):
+    asked = fields(branches=4, enough=2, show="all")
+    asked["structured_outputs"] = {"regex": r"The sum is [0-9]{1,2}"}
+    told = chat(client, extra_body=asked)
+    ended = [c for c in told.choices if c.model_extra["trimtab"]["fate"] == "finished"]
+    assert len(ended) >= 2
+    assert all(re.fullmatch(r"The sum is [0-9]{1,2}", c.message.content) for c in ended)
+
+
 def test_a_stop_string_ends_a_branch_as_it_ends_any_text(client):
     answer = client.completions.create(
         model="model",

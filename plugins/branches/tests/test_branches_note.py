@@ -20,6 +20,7 @@ scores = st.integers(0, 10_000).map(lambda n: n / 10_000)
         st.integers(0, 10**6),
         st.none() | st.integers(0, 10**6) | st.text(max_size=20),
         st.dictionaries(st.integers(0, 255), scores, max_size=5),
+        st.none() | st.tuples(scores, scores),
     )
 )
 def test_a_note_is_read_as_it_was_written(note: Note) -> None:

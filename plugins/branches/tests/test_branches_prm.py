@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.branches.config import PrmOptions
-from trimtab.branches.prm import MOST_WAITING, PrmScorer, Refused, last_score, tagged
+from trimtab.branches.prm import MOST_WAITING, PrmScorer
+from trimtab.branches.prm_client import Refused, last_score, tagged
 from trimtab.branches.signals.reward_model import RewardModel
 from trimtab.core.policy import Call, Outcome
 
@@ -331,6 +332,40 @@ def test_the_signal_is_the_models_newest_answer_of_a_branch_that_lives(model) ->
     until(lambda: late.update(signal.arrived()) or branches[1] in late)
     assert branches[0] not in late
     assert signal.score(1, branches[1]) == 0.2
+
+
+def test_an_answer_to_an_older_text_is_not_the_one_that_is_awaited(model) -> None:
+    model.let.clear()
+    engine, call = Engine(), Call("0_r", 0.0, 2, 100)
+    signal = RewardModel(PrmOptions(url=model.url, model="prm", in_flight=1))
+    signal.attach(engine)
+    signal.start(0, call)
+    assert not signal.awaits(0, call)
+    engine.texts[call] = "abc"
+    signal.ask(0, call)
+    until(lambda: len(model.asked) == 1)
+    engine.texts[call] = "abcd"
+    signal.ask(0, call)
+    seen: list[tuple[int, bool]] = []
+
+    def taken() -> bool:
+        seen.extend((at, signal.awaits(0, call)) for _, at in signal.arrived())
+        return len(seen) == 1
+
+    model.body = lambda text: model.let.clear() or rows([0.5, 0.5])
+    model.let.set()
+    until(taken)
+    assert seen == [(3, True)]
+    until(lambda: len(model.asked) == 2)
+    seen.clear()
+    model.let.set()
+    until(taken)
+    assert seen == [(4, False)]
+    signal.ask(0, call)
+    assert signal.awaits(0, call)
+    signal.finish(0, call, Outcome.COMPLETED)
+    assert not signal.awaits(0, call)
+    model.let.set()
 
 
 @given(st.lists(st.text(alphabet="ab \n", max_size=8), max_size=6))

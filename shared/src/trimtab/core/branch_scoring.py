@@ -57,8 +57,15 @@ class BranchScorer:
         """Calls whose scores have come in late, each with the length that the score is of."""
         return ()
 
+    def awaits(self, slot: int, call: Call) -> bool:
+        """Whether the answer to the last `ask` is still on its way.
+
+        A branch that has finished keeps its slot until then, or until its request is over.
+        """
+        return False
+
     def finish(self, slot: int, call: Call, outcome: Outcome) -> None:
-        """A branch has ended, and its slot is free."""
+        """A branch has ended, nothing of it is awaited any more, and its slot is free."""
 
 
 ScorerFactory = Callable[[int, Mapping[str, object]], BranchScorer]

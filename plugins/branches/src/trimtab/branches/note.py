@@ -43,6 +43,9 @@ class Note:
         stop: what the engine itself gives as ``stop_reason``.
         others: the last scores of those that had ended before, by their index: one that a stop
             string ended in the server has no note of its own.
+        awaited: where the answer of a signal was still on its way: the weighted sum of the signals
+            that were known, and the sum of their weights. A later branch's ``others`` may hold the
+            whole score; this branch's own ``score`` is then an older one.
     """
 
     fate: Fate
@@ -51,6 +54,7 @@ class Note:
     tokens: int
     stop: int | str | None = None
     others: Mapping[int, float] = field(default_factory=dict)
+    awaited: tuple[float, float] | None = None
 
     def to_text(self) -> str:
         """The note as a string of JSON."""
@@ -64,6 +68,8 @@ class Note:
         }
         if self.others:
             content["others"] = {str(i): round(score, 4) for i, score in self.others.items()}
+        if self.awaited is not None:
+            content["awaited"] = [round(number, 4) for number in self.awaited]
         return json.dumps(content, separators=(",", ":"))
 
     @staticmethod
@@ -86,6 +92,7 @@ class Note:
                     for i, value in content.get("others", {}).items()
                     if (score := _score(value)) is not None
                 },
+                awaited=_awaited(content.get("awaited")),
             )
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -96,3 +103,11 @@ def _score(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def _awaited(said: object) -> tuple[float, float] | None:
+    """A weighted sum and its weights as they were said, if they are that."""
+    if not isinstance(said, list) or len(said) != 2:
+        return None
+    total, weights = map(_score, said)
+    return None if total is None or weights is None else (total, weights)

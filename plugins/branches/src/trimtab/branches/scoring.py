@@ -91,13 +91,22 @@ class Score:
 
     def score(self, slot: int, call: Call) -> float | None:
         """The weighted mean of the signals that know something; None where none does."""
+        total, weights = self.known(slot, call)
+        return total / weights if weights else None
+
+    def known(self, slot: int, call: Call) -> tuple[float, float]:
+        """The weighted sum of the signals that know something, and the sum of their weights."""
         total = weights = 0.0
         for scorer, weight in self._scorers:
             value = scorer.score(slot, call)
             if value is not None:
                 total += weight * value
                 weights += weight
-        return total / weights if weights else None
+        return total, weights
+
+    def awaits(self, slot: int, call: Call) -> bool:
+        """Whether the answer of some signal is still on its way."""
+        return any(scorer.awaits(slot, call) for scorer, _ in self._scorers)
 
     def arrived(self) -> Sequence[tuple[Call, int]]:
         """The calls of which a signal has come in late, with the length it is of."""

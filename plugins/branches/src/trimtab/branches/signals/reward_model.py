@@ -23,6 +23,8 @@ class RewardModel(BranchScorer):
         self._model: PrmScorer | None = None
         self._calls: dict[str, Call] = {}
         self._values: dict[Call, float] = {}
+        self._asked_at: dict[Call, int] = {}
+        """The lengths of the branches whose newest text is not scored yet."""
 
     def attach(self, engine: Engine) -> None:
         """Starts the thread that asks the model."""
@@ -39,10 +41,15 @@ class RewardModel(BranchScorer):
         if self._model is not None and self._engine is not None:
             prompt, output = self._engine.prompt_ids(call), self._engine.output_ids(call)
             self._model.submit(call.call_id, prompt, output)
+            self._asked_at[call] = len(output)
 
     def score(self, slot: int, call: Call) -> float | None:
         """The model's answer to the last question, once it has come."""
         return self._values.get(call)
+
+    def awaits(self, slot: int, call: Call) -> bool:
+        """Whether the model has not said what it thinks of the text that was sent last."""
+        return call in self._asked_at
 
     def arrived(self) -> Sequence[tuple[Call, int]]:
         """Takes in the answers that have come."""
@@ -53,6 +60,8 @@ class RewardModel(BranchScorer):
             call = self._calls.get(key)
             if call is not None:
                 self._values[call] = value
+                if at_tokens >= self._asked_at.get(call, 0):
+                    self._asked_at.pop(call, None)
                 late.append((call, at_tokens))
         return late
 
@@ -60,5 +69,6 @@ class RewardModel(BranchScorer):
         """Withdraws what was asked of a branch that has ended."""
         self._calls.pop(call.call_id, None)
         self._values.pop(call, None)
+        self._asked_at.pop(call, None)
         if self._model is not None:
             self._model.forget([call.call_id])

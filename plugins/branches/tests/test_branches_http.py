@@ -10,15 +10,17 @@ from typing import Any
 import httpx
 import pytest
 
+from trimtab.branches import streaming
 from trimtab.branches.asked import what_is_asked
 from trimtab.branches.config import BranchesConfig
 from trimtab.branches.middleware import Middleware
 from trimtab.branches.note import Fate, Note
-from trimtab.branches.streaming import KEEP_ALIVE_S, StreamedResponse, merge
+from trimtab.branches.streaming import StreamedResponse, merge
 from trimtab.hosts.vllm.middleware import BODY_LIMIT_BYTES
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
+PROMPT = [ord("Q"), ord(" ")]
 
 
 class Branch:
@@ -32,12 +34,14 @@ class Branch:
         stop: int | str | None = None,
         finish: str = "stop",
         others: dict[int, float] | None = None,
+        awaited: tuple[float, float] | None = None,
     ) -> None:
         self.words = text.split(" ") if text else []
         self.text = text
         self.finish = finish
         self.tokens = len(self.words)
-        note = fate and Note(fate, 2, score, self.tokens, stop, others or {}).to_text()
+        self.ids = [ord(word[0]) for word in self.words]
+        note = fate and Note(fate, 2, score, self.tokens, stop, others or {}, awaited).to_text()
         self.stop_reason = note or stop
 
 
@@ -109,7 +113,8 @@ class Server:
                 if chat
                 else {"text": one.text}
             )
-            ids = list(range(one.tokens)) if self.asked.get("return_token_ids") else None
+            ids = one.ids if self.asked.get("return_token_ids") else None
+            prompt = {} if chat else {"prompt_token_ids": ids and PROMPT}
             choices.append(
                 {
                     "index": i,
@@ -118,9 +123,12 @@ class Server:
                     "finish_reason": one.finish,
                     "stop_reason": one.stop_reason,
                     "token_ids": ids,
+                    **prompt,
                 }
             )
-        return {**self._frame(chat, False), "choices": choices, "usage": self._usage()}
+        asked = chat and self.asked.get("return_token_ids")
+        prompt = {"prompt_token_ids": PROMPT if asked else None}
+        return {**self._frame(chat, False), **prompt, "choices": choices, "usage": self._usage()}
 
     def _usage(self) -> dict[str, int]:
         spent = sum(one.tokens for one in self.branches)
@@ -152,9 +160,11 @@ class Server:
             counted = {"usage": usage} if options.get("continuous_usage_stats") else {}
             return {**frame, "choices": [choice], **counted}
 
+        with_ids = bool(self.asked.get("return_token_ids"))
         if chat:
             for i in range(len(self.branches)):
-                yield chunk(i, None, 0, logprobs=None, finish_reason=None)
+                prompt = {"prompt_token_ids": PROMPT if with_ids else None}
+                yield chunk(i, None, 0, logprobs=None, finish_reason=None) | prompt
         for at in range(max(one.tokens for one in self.branches)):
             for i, one in enumerate(self.branches):
                 if at < one.tokens:
@@ -163,6 +173,9 @@ class Server:
                         "logprobs": {"content": [{"token": one.words[at]}]},
                         "finish_reason": None,
                     }
+                    if with_ids:
+                        more["token_ids"] = one.ids[at : at + 1]
+                        more |= {"prompt_token_ids": PROMPT} if at == 0 and not chat else {}
                     if at == one.tokens - 1:
                         more |= {"finish_reason": one.finish, "stop_reason": one.stop_reason}
                     yield chunk(i, said, at + 1, **more)
@@ -192,6 +205,17 @@ class Door:
         fields = {"branches": len(self.server.branches), **fields}
         xargs = {f"trimtab.{name}": value for name, value in fields.items()}
         return self.post({"model": "m", "vllm_xargs": xargs, **(body or {})}, path)
+
+
+def directly(body: bytes) -> httpx.Response:
+    """What the server alone answers."""
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(Server(FOUR))
+        async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
+            return await client.post(CHAT, content=body)
+
+    return asyncio.run(ask())
 
 
 def chunks(answer: httpx.Response) -> list[dict[str, Any]]:
@@ -259,6 +283,34 @@ def test_each_prompt_gets_its_own_answer():
     choices = door.ask(TEXT, branches=4).json()["choices"]
     assert [choice["index"] for choice in choices] == [0, 1]
     assert [choice["trimtab"]["branch"] for choice in choices] == [1, 2]
+
+
+@pytest.mark.parametrize("show", ["one", "all"])
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_a_stream_of_two_prompts_says_what_the_whole_response_says(path, show):
+    long = " ".join(f"w{i}" for i in range(200))
+    first = [Branch("done at once", score=0.6), Branch("worse", Fate.PRUNED, 0.1)]
+    cut = [Branch(long, Fate.LENGTH, 0.7, finish="length"), Branch("no", Fate.PRUNED, 0.2)]
+    stopped = [Branch("short", None, stop="x"), Branch("a b", score=0.2, others={0: 0.8})]
+    door = Door([*first, *cut, *stopped])
+    body = {"stop": ["x"]}
+    whole = door.ask(path, body, branches=2, show=show).json()
+    stream = door.ask(path, {**body, "stream": True}, branches=2, show=show)
+    told = [c for chunk in chunks(stream) for c in chunk["choices"] if "trimtab" in c]
+    assert [c["trimtab"] for c in told] == [c["trimtab"] for c in whole["choices"]]
+    for choice in whole["choices"]:
+        said = choice.get("text") or choice.get("message", {}).get("content")
+        assert streamed_text(stream, choice["index"]) == said
+    assert chunks(stream)[-1]["trimtab"] == whole["trimtab"]
+
+
+def test_progress_gives_the_scores_of_siblings_to_the_right_prompts_branches():
+    first = [Branch("one two", score=0.6), Branch("one two", score=0.5)]
+    second = [Branch("short", None, stop="x"), Branch("a b", score=0.2, others={0: 0.8})]
+    door = Door([*first, *second])
+    said = chunks(door.ask(TEXT, {"stream": True}, branches=2, progress=1))
+    told = [c["trimtab"]["progress"] for c in said if "progress" in c.get("trimtab", {})]
+    assert [one["score"] for one in told[-1]["branches"]] == [0.6, 0.5, 0.8, 0.2]
 
 
 def test_a_branch_that_a_stop_string_ended_has_its_score_from_a_later_note():
@@ -335,7 +387,7 @@ def test_what_is_wrong_is_400_with_the_fields_name(fields, body, param):
     error = answer.json()["error"]
     assert answer.status_code == error["code"] == 400
     assert error["type"] == "BadRequestError"
-    assert error["param"].removeprefix("vllm_xargs, ") == param
+    assert error["param"] == param
     assert door.server.bodies == []
 
 
@@ -369,16 +421,10 @@ def test_n_may_repeat_the_number_of_branches():
     ],
 )
 def test_what_asks_for_no_branches_passes_byte_for_byte(body):
-    door, plain = Door(FOUR), Server(FOUR)
+    door = Door(FOUR)
     answer = door.post(body)
     assert door.server.bodies == [body]
-
-    async def directly() -> httpx.Response:
-        transport = httpx.ASGITransport(plain)
-        async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
-            return await client.post(CHAT, content=body)
-
-    assert answer.content == asyncio.run(directly()).content
+    assert answer.content == directly(body).content
 
 
 def test_other_routes_pass():
@@ -419,6 +465,20 @@ class TestServersOwnNumber:
         door = Door(FOUR, n=4)
         assert "trimtab" not in door.post(body).json()
         assert json.loads(door.server.bodies[0]) == body
+
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_one_branch_is_none_and_opts_out(self, stream):
+        body = json.dumps({"stream": stream, "vllm_xargs": {"trimtab.branches": 1}}).encode()
+        door = Door(FOUR, n=4)
+        answer = door.post(body)
+        assert door.server.bodies == [body]
+        assert answer.content == directly(body).content
+        assert "trimtab" not in answer.text.replace("trimtab.branches", "")
+
+    def test_one_branch_of_the_servers_own_is_none_too(self):
+        door = Door(FOUR, n=1)
+        assert door.post(b"{}").content == directly(b"{}").content
+        assert door.server.bodies == [b"{}"]
 
     def test_a_request_may_ask_for_another(self):
         door = Door(FOUR[:2], n=4)
@@ -515,6 +575,17 @@ def test_progress_is_told_to_those_who_ask():
     assert (silent["index"], silent["delta"], silent["finish_reason"]) == (0, {}, None)
 
 
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_at_the_last_progress_before_the_answer_no_branch_runs(path):
+    door = Door([Branch("the answer", score=0.5), Branch("", Fate.WITHHELD)])
+    said = chunks(door.ask(path, progress=1, body={"stream": True}))
+    told = [n for n, chunk in enumerate(said) if "progress" in chunk.get("trimtab", {})]
+    last = said[told[-1]]["trimtab"]["progress"]
+    assert last["running"] == 0
+    assert [one["fate"] for one in last["branches"]] == ["finished", "withheld"]
+    assert len(said) > told[-1] + 1, "the answer comes after it"
+
+
 def test_a_branch_that_never_started_is_withheld():
     door = Door([Branch("yes", score=0.5), Branch("", Fate.WITHHELD)])
     for path in (CHAT, TEXT):
@@ -539,23 +610,62 @@ def test_an_error_in_mid_stream_passes_and_no_answer_follows(after):
     assert answer.text.endswith("data: [DONE]\n\n")
 
 
-def test_silence_is_broken_by_comments():
-    asked = what_is_asked({"vllm_xargs": {"trimtab.branches": 4}}, BranchesConfig())
-    sent: list[bytes] = []
-    now_s = 0.0
+class Silent:
+    """A server that says a first word, then nothing until it is told to end."""
 
-    async def send(message):
-        sent.append(message.get("body", b""))
+    def __init__(self, leaves: bool) -> None:
+        self.ends = asyncio.Event()
+        self.leaves = leaves
 
-    def clock() -> float:
-        nonlocal now_s
-        now_s += KEEP_ALIVE_S / 4
-        return now_s
+    async def __call__(self, scope, receive, send):
+        await receive()
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        choice = {"index": 0, "delta": {"content": "hm"}, "finish_reason": None}
+        chunk = {"id": "c", "object": "chat.completion.chunk", "choices": [choice]}
+        said = b"data: " + json.dumps(chunk).encode() + b"\n\n"
+        await send({"type": "http.response.body", "body": said, "more_body": True})
+        await self.ends.wait()
+        if not self.leaves:
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
-    server = Server(FOUR)
-    server.asked = {"stream": True}
-    asyncio.run(server._stream(StreamedResponse(send, asked, {}, clock), chat=True))
-    assert sent.count(b": branches are running\n\n") > 2
+
+@pytest.mark.parametrize("progress", [0, 1])
+@pytest.mark.parametrize("end", ["done", "leaves", "cancelled"])
+def test_a_silent_server_is_spoken_for_until_the_response_is_over(monkeypatch, progress, end):
+    monkeypatch.setattr(streaming, "KEEP_ALIVE_S", 0.01)
+    monkeypatch.setattr(streaming, "PROGRESS_EVERY_S", 0.01)
+    sign = b'"progress"' if progress else b": branches are running\n\n"
+
+    async def run() -> None:
+        server, sent, alive = Silent(end == "leaves"), [], asyncio.Event()
+        xargs = {"trimtab.branches": 2, "trimtab.progress": progress}
+        body = json.dumps({"stream": True, "vllm_xargs": xargs}).encode()
+
+        async def receive():
+            return {"type": "http.request", "body": body}
+
+        async def send(message):
+            sent.append(message.get("body", b""))
+            if sum(sign in part for part in sent) >= 3:
+                alive.set()
+
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+        serving = asyncio.create_task(Middleware(server, BranchesConfig())(scope, receive, send))
+        await alive.wait()
+        if end == "cancelled":
+            serving.cancel()
+        server.ends.set()
+        await asyncio.gather(serving, return_exceptions=True)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        if end == "done":
+            assert sent[-2:] == [b"data: [DONE]\n\n", b""]
+
+    async def within() -> None:
+        async with asyncio.timeout(10):
+            await run()
+
+    asyncio.run(within())
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -28,6 +28,7 @@ class Asked:
         extract: finds the answer in a text.
         show_all: whether the client gets every branch.
         progress: whether a stream tells of the branches before it has an answer.
+        scored_late: whether scores may be asked for when the branches have ended.
     """
 
     branches: int
@@ -37,10 +38,11 @@ class Asked:
     extract: Extractor
     show_all: bool
     progress: bool
+    scored_late: bool = False
 
 
 def what_is_asked(content: Mapping[str, Any], config: BranchesConfig) -> Asked | None:
-    """What a request's body asks of its branches; None if it asks for none.
+    """What a request's body asks of its branches; None if it asks for none, or for one alone.
 
     Raises:
         BadInput: a field is wrong, or does not go with the rest; ``where`` is its name.
@@ -58,7 +60,8 @@ def what_is_asked(content: Mapping[str, Any], config: BranchesConfig) -> Asked |
     if branches is None:
         return None
     _one_of(said, "pruning", Pruning)
-    return _asked(int(branches), said, config)
+    asked = _asked(int(branches), said, config)
+    return asked if asked.branches > 1 else None
 
 
 def _asked(branches: int, said: Mapping[str, FieldValue], config: BranchesConfig) -> Asked:
@@ -74,6 +77,7 @@ def _asked(branches: int, said: Mapping[str, FieldValue], config: BranchesConfig
         extract=extract,
         show_all=(_one_of(said, "show", Show) or config.show) == "all",
         progress=bool(said.get("progress")),
+        scored_late="prm" in config.signals and config.prm is not None,
     )
 
 
@@ -85,18 +89,21 @@ def for_engine(content: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
         # So every chunk says how long its branch is by now.
         counted = {"include_usage": True, "continuous_usage_stats": True}
         changed["stream_options"] = {**(content.get("stream_options") or {}), **counted}
-    elif counts_by_ids(content):
+    if needs_ids(content, asked):
         changed["return_token_ids"] = True
     return changed
 
 
-def counts_by_ids(content: Mapping[str, Any]) -> bool:
-    """Whether the branches' lengths are only known from token ids that the client did not ask for.
+def needs_ids(content: Mapping[str, Any], asked: Asked) -> bool:
+    """Whether token ids are needed that the client did not ask for.
 
-    The server itself ends a branch at a stop string; the engine then sends no note of it.
+    For a late score, and for the branches' lengths: the server itself ends a branch at a stop
+    string, and the engine then sends no note of it; only a stream counts tokens in another way.
+    Where the prompt is echoed, its tokens would stand among the branch's.
     """
-    asks = (content.get(name) for name in ("return_token_ids", "stream", "echo"))
-    return bool(content.get("stop")) and not any(asks)
+    if content.get("return_token_ids") or content.get("echo"):
+        return False
+    return asked.scored_late or bool(content.get("stop") and not content.get("stream"))
 
 
 def _key(name: str) -> str:
@@ -122,7 +129,7 @@ def _check_branches(branches: int, content: Mapping[str, Any], config: BranchesC
             where="n",
             fix="leave n out",
         )
-    if content.get("use_beam_search"):
+    if content.get("use_beam_search") and branches > 1:
         raise BadInput(
             "beam search has no branches",
             where="use_beam_search",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 
-from trimtab.branches.asked import Asked, counts_by_ids, for_engine, what_is_asked
+from trimtab.branches.asked import Asked, for_engine, needs_ids, what_is_asked
 from trimtab.branches.config import BranchesConfig
+from trimtab.branches.late_scores import LateScores
 from trimtab.branches.streaming import StreamedResponse
 from trimtab.branches.whole import WholeResponse
 from trimtab.core.documents import validate
 from trimtab.core.errors import BadInput
 from trimtab.core.policy import FIELD_PREFIX
 from trimtab.hosts.vllm import options
+from trimtab.hosts.vllm.engine_view import EngineView
 from trimtab.hosts.vllm.middleware import (
     App,
     Receive,
@@ -30,6 +32,7 @@ PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 
 _MARK = FIELD_PREFIX.encode()
 _SEEN = "trimtab.branches"
+_XARGS = "vllm_xargs, "
 
 
 class Middleware:
@@ -47,6 +50,7 @@ class Middleware:
     def __init__(self, app: App, config: BranchesConfig | None = None) -> None:
         self._app = app
         self._config = config
+        self._late: LateScores | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request, as ASGI has it."""
@@ -63,14 +67,30 @@ class Middleware:
         try:
             asked = what_is_asked(content, config)
         except BadInput as error:
-            await refuse(send, error, error.where)
+            await refuse(send, error, error.where.removeprefix(_XARGS))
             return
         if asked is None:
             await self._app(scope, replay, send)
             return
         changed = json.dumps(for_engine(content, asked)).encode()
         scope, receive = with_body(scope, receive, changed)
-        await self._app(scope, receive, _response(send, asked, content))
+        late = self._late_scores(scope) if asked.scored_late and not content.get("echo") else None
+        response = _response(send, asked, content, late)
+        try:
+            await self._app(scope, receive, response)
+        finally:
+            await response.close()
+
+    def _late_scores(self, scope: Scope) -> LateScores | None:
+        """What asks for scores that the engine could not wait for, with the server's tokenizer."""
+        if self._late is None:
+            state = getattr(scope.get("app"), "state", None)
+            model = getattr(getattr(state, "vllm_config", None), "model_config", None)
+            if model is None:
+                return None
+            decode = EngineView(model, by_priority=False).decode
+            self._late = LateScores.of(self._options(scope), decode)
+        return self._late
 
     def _options(self, scope: Scope) -> BranchesConfig:
         if self._config is None:
@@ -81,9 +101,11 @@ class Middleware:
 
 
 def _response(
-    send: Send, asked: Asked, content: dict[str, object]
+    send: Send, asked: Asked, content: dict[str, object], late: LateScores | None
 ) -> StreamedResponse | WholeResponse:
+    hide_ids = needs_ids(content, asked)
     if not content.get("stream"):
-        return WholeResponse(send, asked, hide_ids=counts_by_ids(content))
+        return WholeResponse(send, asked, hide_ids=hide_ids, late=late)
     given = content.get("stream_options")
-    return StreamedResponse(send, asked, given if isinstance(given, dict) else {})
+    options = given if isinstance(given, dict) else {}
+    return StreamedResponse(send, asked, options, hide_ids=hide_ids, late=late)

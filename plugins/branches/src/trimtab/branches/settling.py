@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from trimtab.branches.answers import Candidate, Choice, choose, eligible
 from trimtab.branches.asked import Asked
-from trimtab.branches.note import Note
+from trimtab.branches.note import Fate, Note
 
 BLOCK = "trimtab"
 """The key of what a response says beyond OpenAI's fields."""
 
-_FATES = {"length": "length", "repetition": "repeated", None: "withheld", "abort": "stopped"}
+_FATES = {"length": "length", "repetition": "repeated", None: "stopped", "abort": "stopped"}
 """The fates of branches without a note, by their finish reason; of all others it is finished."""
 
 
@@ -25,10 +25,14 @@ class Ended:
     Attributes:
         choice: the choice, whose ``message``, ``delta`` or ``text`` holds all of its text.
         tokens: how many it generated; None if the response does not say.
+        score: of all of its text, where it was asked for after the branch's end.
+        ids: the prompt's tokens and its own, where the response has them.
     """
 
     choice: dict[str, Any]
     tokens: int | None = None
+    score: float | None = None
+    ids: tuple[Sequence[int], Sequence[int]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,7 @@ def settle(ended: Sequence[Ended], asked: Asked, all_tokens: int | None = None) 
         all_tokens: those of all branches together, where known: the rest of it is that of the
             branches whose own are not.
     """
-    notes = {i: Note.read(one.choice.get("stop_reason")) for i, one in enumerate(ended)}
+    notes = notes_of(ended)
     candidates = _with_answers(_candidates(ended, notes, all_tokens), ended, asked)
     choice = choose(candidates, asked.answer)
     winner = choice.winner.branch
@@ -79,6 +83,11 @@ def settle(ended: Sequence[Ended], asked: Asked, all_tokens: int | None = None) 
     )
 
 
+def notes_of(ended: Sequence[Ended]) -> dict[int, Note | None]:
+    """What the engine told of each branch."""
+    return {i: Note.read(one.choice.get("stop_reason")) for i, one in enumerate(ended)}
+
+
 def summary(settled: Sequence[Settled], asked: Asked) -> dict[str, Any]:
     """What a response says of all its branches."""
     fates: Counter[str] = Counter()
@@ -94,9 +103,51 @@ def summary(settled: Sequence[Settled], asked: Asked) -> dict[str, Any]:
     }
 
 
-def fate(finish_reason: str | None, note: Note | None) -> str:
-    """How a branch ended."""
-    return note.fate.value if note else _FATES.get(finish_reason, "finished")
+def fate(finish_reason: str | None, note: Note | None, tokens: int | None = None) -> str:
+    """How a branch ended; one that ended without a word may never have started."""
+    if note is not None:
+        return note.fate.value
+    if finish_reason is None and not tokens:
+        return "withheld"
+    return _FATES.get(finish_reason, "finished")
+
+
+def last_scores(notes: Mapping[int, Note | None]) -> dict[int, float]:
+    """The newest score of each branch that its own note or a sibling's tells.
+
+    Notes of siblings that ended later know more branches.
+    """
+    scores: dict[int, float] = {}
+    for note in sorted(filter(None, notes.values()), key=lambda note: len(note.others)):
+        scores.update(note.others)
+    for i, note in notes.items():
+        if note is not None and note.score is not None and _told_later(i, notes) is None:
+            scores[i] = note.score
+    return scores | {i: s for i in notes if (s := _told_later(i, notes)) is not None}
+
+
+def awaited(notes: Mapping[int, Note | None]) -> dict[int, tuple[float, float]]:
+    """What is known of each finished branch of which no note has the whole score.
+
+    The weighted sum of its signals, and the sum of their weights.
+    """
+    return {
+        i: note.awaited
+        for i, note in notes.items()
+        if note is not None
+        and note.awaited is not None
+        and note.fate is Fate.FINISHED
+        and _told_later(i, notes) is None
+    }
+
+
+def _told_later(i: int, notes: Mapping[int, Note | None]) -> float | None:
+    """The score that came after a branch's own note was written."""
+    own = notes[i]
+    if own is None or own.awaited is None:
+        return None
+    said = (note.others.get(i) for note in notes.values() if note is not None)
+    return next((score for score in said if score not in (None, own.score)), None)
 
 
 def text(choice: dict[str, Any]) -> str:
@@ -112,10 +163,8 @@ def text(choice: dict[str, Any]) -> str:
 def _candidates(
     ended: Sequence[Ended], notes: dict[int, Note | None], all_tokens: int | None
 ) -> list[Candidate]:
-    scores: dict[int, float] = {}
-    for note in filter(None, notes.values()):
-        scores.update(note.others)
-    scores |= {i: n.score for i, n in notes.items() if n is not None and n.score is not None}
+    scores = last_scores(notes)
+    scores |= {i: one.score for i, one in enumerate(ended) if one.score is not None}
     known = {
         i: n.tokens if n else one.tokens for (i, n), one in zip(notes.items(), ended, strict=True)
     }
@@ -126,7 +175,7 @@ def _candidates(
     return [
         Candidate(
             branch=i,
-            fate=fate(one.choice.get("finish_reason"), notes[i]),
+            fate=fate(one.choice.get("finish_reason"), notes[i], one.tokens),
             score=scores.get(i),
             tokens=known[i] or 0,
         )

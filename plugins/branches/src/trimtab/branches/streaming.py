@@ -12,6 +12,7 @@ from typing import Any
 
 from trimtab.branches.answers import FINISHED
 from trimtab.branches.asked import Asked
+from trimtab.branches.late_scores import LateScores
 from trimtab.branches.note import Note
 from trimtab.branches.settling import BLOCK, Ended, Settled, fate, settle, summary
 from trimtab.hosts.vllm.middleware import Message, Send
@@ -27,7 +28,8 @@ _DATA = b"data:"
 _DONE = b"[DONE]"
 _FRAME = ("id", "object", "created", "model")
 _NO_EXTRAS = frozenset({*_FRAME, "choices", "usage", "system_fingerprint"})
-_BESIDE_TEXT = frozenset({"logprobs", "token_ids", "prompt_token_ids"})
+_IDS = ("token_ids", "prompt_token_ids")
+_BESIDE_TEXT = frozenset({"logprobs", *_IDS})
 _WHOLE_STRINGS = frozenset({"id", "type", "role", "name", "finish_reason"})
 
 Json = dict[str, Any]
@@ -43,6 +45,8 @@ class _Branch:
     tokens: int = 0
     fate: str | None = None
     score: float | None = None
+    ids: list[int] = field(default_factory=list)
+    """Its tokens, where a score may still be asked for."""
 
     def take(self, extras: Json, choice: Json) -> None:
         """Adds a chunk's choice, and what the chunk says beside its frame."""
@@ -74,6 +78,8 @@ class StreamedResponse:
         asked: what the request asks.
         options: the client's own ``stream_options``.
         clock: seconds that never go back.
+        hide_ids: whether the client did not ask for the token ids that the chunks have.
+        late: asks for scores that the engine still waited for.
     """
 
     def __init__(
@@ -82,12 +88,22 @@ class StreamedResponse:
         asked: Asked,
         options: Mapping[str, Any],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        hide_ids: bool = False,
+        late: LateScores | None = None,
     ) -> None:
         self._send = send
         self._asked = asked
         self._usage_wanted = bool(options.get("include_usage"))
         self._running_usage = self._usage_wanted and bool(options.get("continuous_usage_stats"))
         self._clock = clock
+        self._hide_ids = hide_ids
+        self._late = late
+        self._prompt_ids: dict[int, list[int]] = {}
+        """By the number of the prompt."""
+        self._turn = asyncio.Lock()
+        """Whose turn it is to write: what the server says, or a sign of life."""
+        self._talk: asyncio.Task[None] | None = None
         self._streams = False
         self._failed = False
         self._unread = b""
@@ -101,6 +117,8 @@ class StreamedResponse:
         if message["type"] == "http.response.start":
             self._streams = _is_stream(message)
             await self._send(message)
+            if self._streams:
+                self._talk = asyncio.create_task(self._talk_on())
         elif message["type"] != "http.response.body" or not self._streams:
             await self._send(message)
         else:
@@ -108,12 +126,32 @@ class StreamedResponse:
             for event in events:
                 await self._event(event)
             if not message.get("more_body"):
+                await self.close()
                 await self._send({**message, "body": self._unread})
 
+    async def close(self) -> None:
+        """No more signs of life: the answer comes, or the client has gone."""
+        talk, self._talk = self._talk, None
+        if talk is not None:
+            talk.cancel()
+            await asyncio.gather(talk, return_exceptions=True)
+
+    async def _talk_on(self) -> None:
+        """Says now and then that somebody is still here, also while the server is silent."""
+        every_s = PROGRESS_EVERY_S if self._asked.progress else KEEP_ALIVE_S
+        wait_s = every_s
+        while True:
+            await asyncio.sleep(wait_s)
+            wait_s = every_s - (self._clock() - self._sent_s)
+            if wait_s <= 0:
+                await self._tell()
+                wait_s = every_s
+
     async def _write(self, event: bytes) -> None:
-        self._sent_s = self._clock()
         body = {"type": "http.response.body", "body": event + _END, "more_body": True}
-        await self._send(body)
+        async with self._turn:
+            self._sent_s = self._clock()
+            await self._send(body)
 
     async def _write_chunk(self, chunk: Json) -> None:
         text = json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
@@ -123,6 +161,8 @@ class StreamedResponse:
         data = event[len(_DATA) :].strip() if event.startswith(_DATA) else b""
         if data == _DONE and not self._failed and self._branches:
             await self._answer()
+        if data == _DONE:
+            await self.close()
         chunk = _chunk(data)
         if chunk is None:
             self._failed |= data not in (b"", _DONE)
@@ -135,6 +175,12 @@ class StreamedResponse:
     async def _gather(self, chunk: Json) -> None:
         self._frame = self._frame or {key: chunk[key] for key in _FRAME if key in chunk}
         extras = {key: value for key, value in chunk.items() if key not in _NO_EXTRAS}
+        if self._late is not None:
+            self._keep_ids(chunk)
+        if self._hide_ids:
+            for part in (extras, *chunk["choices"]):
+                for name in _IDS:
+                    part.pop(name, None)
         usage = chunk.get("usage") or {}
         if self._running_usage:
             extras["usage"] = usage
@@ -145,31 +191,47 @@ class StreamedResponse:
             branch.tokens = usage.get("completion_tokens", branch.tokens)
             if choice.get("finish_reason") is not None:
                 ended = True
-                self._end(branch, choice)
-        await self._tell(at_once=ended)
+                self._end(choice["index"], choice)
+        if ended and self._asked.progress:
+            await self._write_chunk(self._progress())
 
-    def _end(self, branch: _Branch, choice: Json) -> None:
+    def _keep_ids(self, chunk: Json) -> None:
+        """Remembers the tokens that a score may be asked for."""
+        for choice in chunk["choices"]:
+            index = choice["index"]
+            prompt = choice.get("prompt_token_ids") or chunk.get("prompt_token_ids")
+            if prompt:
+                self._prompt_ids.setdefault(index // self._asked.branches, list(prompt))
+            branch = self._branches.setdefault(index, _Branch())
+            branch.ids.extend(choice.get("token_ids") or ())
+
+    def _end(self, index: int, choice: Json) -> None:
         note = Note.read(choice.get("stop_reason"))
+        branch, number = self._branches[index], self._asked.branches
         branch.fate = fate(choice["finish_reason"], note)
+        first = index // number * number
         if note is not None:
             branch.score = note.score
             for i, score in note.others.items():
-                if i in self._branches:
-                    self._branches[i].score = score
+                if first + i in self._branches:
+                    self._branches[first + i].score = score
+        if branch.fate != FINISHED:
+            branch.ids.clear()
         if self._asked.show_all:
             return
-        fates = {one.fate for one in self._branches.values()}
-        if FINISHED in fates:
-            for one in self._branches.values():
+        siblings = [one for i, one in self._branches.items() if first <= i < first + number]
+        if any(one.fate == FINISHED for one in siblings):
+            for one in siblings:
                 if one.fate not in (None, FINISHED):
                     del one.pieces[:-1]
 
-    async def _tell(self, at_once: bool) -> None:
+    async def _tell(self) -> None:
         """Says how the branches are getting on, or at least that somebody is still here."""
-        silent_s = self._clock() - self._sent_s
-        if self._asked.progress and (at_once or silent_s >= PROGRESS_EVERY_S):
+        if self._failed:
+            return
+        if self._asked.progress and self._frame:
             await self._write_chunk(self._progress())
-        elif silent_s >= KEEP_ALIVE_S:
+        elif self._clock() - self._sent_s >= KEEP_ALIVE_S:
             await self._write(b": branches are running")
 
     def _progress(self) -> Json:
@@ -195,13 +257,19 @@ class StreamedResponse:
         number = self._asked.branches
         prompts = max(self._branches) // number + 1
         groups = [
-            [self._branches.get(prompt * number + i, _Branch()) for i in range(number)]
+            [self._branches.setdefault(prompt * number + i, _Branch()) for i in range(number)]
             for prompt in range(prompts)
         ]
+        await self._end_silent_ones()
+        ended = [
+            [_ended(one, self._prompt_ids.get(prompt)) for one in group]
+            for prompt, group in enumerate(groups)
+        ]
+        if self._late is not None:
+            ended = await self._late.added(ended)
         # The extractors may take a while: they must not hold up the server's other requests.
-        settled = await asyncio.to_thread(
-            lambda: [settle([_ended(one) for one in group], self._asked) for group in groups]
-        )
+        settled = await asyncio.to_thread(lambda: [settle(group, self._asked) for group in ended])
+        await self.close()
         told = summary(settled, self._asked)
         index = 0
         for group, one in zip(groups, settled, strict=True):
@@ -210,6 +278,14 @@ class StreamedResponse:
                 index += 1
         if self._usage is not None and self._usage_wanted:
             await self._write_chunk(self._usage)
+
+    async def _end_silent_ones(self) -> None:
+        """Of a branch without tokens the server sends no last chunk: it is over all the same."""
+        silent = [one for one in self._branches.values() if one.fate is None]
+        for one in silent:
+            one.fate = fate(None, None, one.tokens)
+        if silent and self._asked.progress:
+            await self._write_chunk(self._progress())
 
     async def _send_branch(
         self, branch: _Branch, i: int, settled: Settled, index: int, told: Json
@@ -245,8 +321,11 @@ def _chunk(data: bytes) -> Json | None:
     return chunk if isinstance(chunk, dict) and isinstance(chunk.get("choices"), list) else None
 
 
-def _ended(branch: _Branch) -> Ended:
-    return Ended(branch.whole(), branch.tokens)
+def _ended(branch: _Branch, prompt_ids: list[int] | None) -> Ended:
+    known = prompt_ids is not None and branch.ids
+    return Ended(
+        branch.whole(), branch.tokens, ids=(prompt_ids or (), branch.ids) if known else None
+    )
 
 
 def merge(into: Json, later: Mapping[str, Any]) -> None:

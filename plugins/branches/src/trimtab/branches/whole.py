@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from trimtab.branches.asked import Asked
+from trimtab.branches.late_scores import LateScores
 from trimtab.branches.settling import BLOCK, Ended, settle, summary
 from trimtab.hosts.vllm.middleware import Message, Send
+
+Json = dict[str, Any]
 
 
 class WholeResponse:
@@ -17,13 +21,17 @@ class WholeResponse:
     Args:
         send: to the client.
         asked: what the request asks.
-        hide_ids: whether the token ids are there for the count alone.
+        hide_ids: whether the client did not ask for the token ids that the response has.
+        late: asks for scores that the engine still waited for.
     """
 
-    def __init__(self, send: Send, asked: Asked, hide_ids: bool) -> None:
+    def __init__(
+        self, send: Send, asked: Asked, *, hide_ids: bool, late: LateScores | None = None
+    ) -> None:
         self._send = send
         self._asked = asked
         self._hide_ids = hide_ids
+        self._late = late
         self._start: Message | None = None
         self._body: list[bytes] = []
 
@@ -38,13 +46,26 @@ class WholeResponse:
         else:
             await self._send(message)
 
+    async def close(self) -> None:
+        """The server says no more."""
+
     async def _finish(self, start: Message) -> None:
-        # The extractors may take a while: they must not hold up the server's other requests.
-        body = await asyncio.to_thread(_answered, b"".join(self._body), self._asked, self._hide_ids)
+        body = await self._answered(b"".join(self._body))
         headers = [(n, v) for n, v in start["headers"] if n.lower() != b"content-length"]
         headers.append((b"content-length", str(len(body)).encode()))
         await self._send({**start, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
+
+    async def _answered(self, body: bytes) -> bytes:
+        """A response with one choice for each prompt; anything but one with choices stays."""
+        # The extractors may take a while: they must not hold up the server's other requests.
+        read = await asyncio.to_thread(_read, body, self._asked.branches)
+        if read is None:
+            return body
+        response, groups = read
+        if self._late is not None:
+            groups = await self._late.added(groups)
+        return await asyncio.to_thread(_answer, response, groups, self._asked, self._hide_ids)
 
 
 def _is_answer(start: Message) -> bool:
@@ -52,19 +73,32 @@ def _is_answer(start: Message) -> bool:
     return bool(start["status"] == 200 and kind.startswith(b"application/json"))
 
 
-def _answered(body: bytes, asked: Asked, hide_ids: bool) -> bytes:
-    """A response with one choice for each prompt; anything but a response with choices stays."""
+def _read(body: bytes, branches: int) -> tuple[Json, list[list[Ended]]] | None:
+    """A response and the branches of each of its prompts; None if it has none."""
     try:
         response = json.loads(body)
         choices = sorted(response["choices"], key=lambda choice: choice["index"])
     except (ValueError, KeyError, TypeError):
-        return body
-    groups = [choices[i : i + asked.branches] for i in range(0, len(choices), asked.branches)]
+        return None
+    ended = [_ended(choice, response) for choice in choices]
+    return response, [ended[i : i + branches] for i in range(0, len(ended), branches)]
+
+
+def _ended(choice: Json, response: Json) -> Ended:
+    ids = choice.get("token_ids")
+    if not isinstance(ids, list):
+        return Ended(choice)
+    prompt = choice.get("prompt_token_ids") or response.get("prompt_token_ids")
+    return Ended(choice, len(ids), ids=(prompt, ids) if isinstance(prompt, list) else None)
+
+
+def _answer(
+    response: Json, groups: Sequence[Sequence[Ended]], asked: Asked, hide_ids: bool
+) -> bytes:
     spent = (response.get("usage") or {}).get("completion_tokens")
-    known = [[Ended(choice, _ids(choice)) for choice in group] for group in groups]
-    settled = [settle(group, asked, spent if len(groups) == 1 else None) for group in known]
+    settled = [settle(group, asked, spent if len(groups) == 1 else None) for group in groups]
     chosen = [
-        {**group[i], "stop_reason": one.stops[i], BLOCK: one.told[i]}
+        {**group[i].choice, "stop_reason": one.stops[i], BLOCK: one.told[i]}
         for group, one in zip(groups, settled, strict=True)
         for i in one.shown
     ]
@@ -78,12 +112,7 @@ def _answered(body: bytes, asked: Asked, hide_ids: bool) -> bytes:
     return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _ids(choice: dict[str, Any]) -> int | None:
-    ids = choice.get("token_ids")
-    return len(ids) if isinstance(ids, list) else None
-
-
-def _forget_ids(part: dict[str, Any]) -> None:
+def _forget_ids(part: Json) -> None:
     for name in ("token_ids", "prompt_token_ids"):
         if name in part:
             part[name] = None

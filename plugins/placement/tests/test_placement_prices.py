@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trimtab.placement.bench import fragmented
 from trimtab.placement.grid import Demand, Spread, fits, spread_of
+from trimtab.placement.leftovers import may_touch, near_cuts, near_holdings
 from trimtab.placement.priced_columns import priced_columns
-from trimtab.placement.prices import market
+from trimtab.placement.prices import ROW, Heights, Money, market
 from trimtab.placement.programme import Programme
 from trimtab.placement.row_choices import rows_for
 
@@ -42,6 +45,75 @@ def test_no_placement_touches_fewer_rows_than_the_prices_say(seed: int) -> None:
     demand = small(random.Random(seed))
     for parts, touched in fewest_rows_touched(demand).items():
         assert market(demand, parts, rounds=50).rows_touched <= touched + 1e-9
+
+
+def partitions(total: int, parts: int, tallest: int) -> Iterator[Heights]:
+    """All ways to fill a number exactly with so many parts at most, the tallest first."""
+    if total == 0:
+        yield ()
+    elif parts:
+        for height in range(1, min(total, tallest) + 1):
+            for rest in partitions(total - height, parts - 1, height):
+                yield (height, *rest)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10**6))
+def test_what_is_near_the_best_is_listed_in_full(seed: int) -> None:
+    draw = random.Random(seed)
+    demand = Demand(draw.randint(1, 6), draw.randint(1, 3), tuple(draw.sample(range(1, 10), 2)))
+    steps = [draw.randint(-ROW // 10, ROW) for _ in range(demand.rows)]
+    prices, parts = np.array([0, *itertools.accumulate(steps)]), draw.randint(1, 3)
+    gap = draw.randint(0, ROW)
+    pays = {
+        cut: int(prices[list(cut)].sum()) for cut in partitions(demand.rows, parts, demand.rows)
+    }
+    cuts = near_cuts(prices, parts, gap, steps=10_000)
+    assert cuts is not None
+    assert set(cuts) >= {cut for cut, pay in pays.items() if pay <= min(pays.values()) + gap}
+    listed = near_holdings(demand, prices, gap, steps=10_000)
+    assert listed is not None
+    for kind, (capacity, _) in enumerate(demand.classes):
+        profits = {
+            held: int(prices[list(held)].sum()) - ROW * max(held, default=0)
+            for used in range(capacity + 1)
+            for held in partitions(used, demand.columns, demand.rows)
+        }
+        near = {h for h, profit in profits.items() if profit >= max(profits.values()) - gap}
+        # More columns than there are might earn more, so that what is listed may lack the best.
+        own = {holding.parts for holding in listed if holding.kind == kind}
+        assert own <= set(profits)
+        if max(profits.values()) == best_profit(prices, capacity):
+            assert own == near
+        else:
+            assert own <= near
+
+
+def best_profit(prices: Money, capacity: int) -> int:
+    """Of a pod that might have parts of any number of columns."""
+    rows = len(prices) - 1
+    return max(
+        int(prices[list(held)].sum()) - ROW * max(held, default=0)
+        for used in range(capacity + 1)
+        for held in partitions(used, capacity, rows)
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_placements_touch_is_never_ruled_out(seed: int) -> None:
+    demand = small(random.Random(seed))
+    for parts, touched in fewest_rows_touched(demand).items():
+        offers = market(demand, parts, rounds=50)
+        assert may_touch(demand, parts, touched, offers, nodes=100)
+
+
+def test_prices_leave_too_few_holdings_for_whole_columns() -> None:
+    """The bound is 139.7 rows, and no whole columns are that good."""
+    demand = next(d for d in fragmented(0, 141) if (d.rows, len(d.capacities)) == (35, 21))
+    offers = market(demand, 3, rounds=100)
+    assert 139 < offers.rows_touched < 140
+    assert not may_touch(demand, 3, 140, offers, nodes=100)
+    assert may_touch(demand, 3, 141, offers, nodes=100)
 
 
 def explicit(demand: Demand, spread: Spread) -> Programme:

@@ -26,10 +26,16 @@ Heights = tuple[int, ...]
 Money = npt.NDArray[np.int64]
 """In millionths of a touched row."""
 
-_ROW = 10**6
+ROW = 10**6
+"""Money for a touched row."""
+
 _NEVER = 2**60
 _KEPT = 0.3
 """Share of the best prices so far in the next ones: they would swing wildly otherwise."""
+
+NEAR = 0.99
+"""Share of the rows in question from which on the best prices are looked for, though they will not
+decide: what they leave possible may be little (`leftovers`)."""
 
 _HOLDINGS = 4
 """Holdings of each capacity that are remembered in a round, by profit."""
@@ -56,11 +62,13 @@ class Market:
         rows_touched: by all pods together, at least.
         cuts: of a column, that were cheapest in some round.
         holdings: that were among the most profitable.
+        prices: of a part by its height from 0 on, that gave the bound.
     """
 
     rows_touched: float
     cuts: tuple[Heights, ...]
     holdings: tuple[Holding, ...]
+    prices: Money
 
 
 def market(demand: Demand, parts: int, *, rounds: int, decided: float | None = None) -> Market:
@@ -70,18 +78,18 @@ def market(demand: Demand, parts: int, *, rounds: int, decided: float | None = N
         demand: the job's grid and the pods' free nodes.
         parts: pods of a column at most.
         rounds: of pricing at most.
-        decided: ends when the bound passes this number of rows, or certainly never will.
+        decided: ends when the bound passes this number of rows, or will certainly stay well below.
     """
     cuts: dict[Heights, None] = {}
     holdings: dict[Holding, None] = {}
-    prices = np.arange(demand.rows + 1) * (_ROW // demand.rows)
+    prices = np.arange(demand.rows + 1) * (ROW // demand.rows)
     best, best_prices = 0, prices
     for _ in range(rounds):
         cost, cut = _cheapest_cut(prices, parts)
         profit, found = _most_profitable(demand, prices)
         if demand.columns * cost - profit > best:
             best, best_prices = demand.columns * cost - profit, prices
-        if decided is not None and best > decided * _ROW:
+        if decided is not None and best > decided * ROW:
             break
         known = len(cuts) + len(holdings)
         cuts[cut] = None
@@ -89,14 +97,14 @@ def market(demand: Demand, parts: int, *, rounds: int, decided: float | None = N
         if len(cuts) + len(holdings) == known:
             break
         value, raw = _prices(demand, list(cuts), list(holdings))
-        if value * _ROW <= best + 1 or (decided is not None and value <= decided):
+        if value * ROW <= best + 1 or (decided is not None and value <= NEAR * decided):
             break
-        prices = np.floor((1 - _KEPT) * raw * _ROW + _KEPT * best_prices).astype(np.int64)
-    return Market(best / _ROW, tuple(cuts), tuple(holdings))
+        prices = np.floor((1 - _KEPT) * raw * ROW + _KEPT * best_prices).astype(np.int64)
+    return Market(best / ROW, tuple(cuts), tuple(holdings), best_prices)
 
 
-def _cheapest_cut(prices: Money, parts: int) -> tuple[int, Heights]:
-    """The least that a column of all rows pays, and how it is cut for that."""
+def least_pay(prices: Money, parts: int) -> list[Money]:
+    """The least that a column pays, by its parts at most and its rows."""
     rows = len(prices) - 1
     least = [np.full(rows + 1, _NEVER)]
     least[0][0] = 0
@@ -105,6 +113,12 @@ def _cheapest_cut(prices: Money, parts: int) -> tuple[int, Heights]:
         for height in range(1, rows + 1):
             np.minimum(now[height:], before[:-height] + prices[height], out=now[height:])
         least.append(now)
+    return least
+
+
+def _cheapest_cut(prices: Money, parts: int) -> tuple[int, Heights]:
+    """The least that a column of all rows pays, and how it is cut for that."""
+    rows, least = len(prices) - 1, least_pay(prices, parts)
     cut: list[int] = []
     left, used = rows, parts
     while left:
@@ -118,9 +132,9 @@ def _cheapest_cut(prices: Money, parts: int) -> tuple[int, Heights]:
 
 def _most_profitable(demand: Demand, prices: Money) -> tuple[int, list[Holding]]:
     """The greatest profit of all pods together, and good holdings of each capacity."""
-    earned = _earnings(prices, max(capacity for capacity, _ in demand.classes))
+    earned = earnings(prices, max(capacity for capacity, _ in demand.classes))
     total, found = 0, list[Holding]()
-    spent = np.arange(len(prices)) * _ROW
+    spent = np.arange(len(prices)) * ROW
     for kind, (capacity, number) in enumerate(demand.classes):
         profits = earned[:, capacity] - spent
         total += number * int(profits.max())
@@ -130,7 +144,7 @@ def _most_profitable(demand: Demand, prices: Money) -> tuple[int, list[Holding]]
     return total, found
 
 
-def _earnings(prices: Money, most: int) -> Money:
+def earnings(prices: Money, most: int) -> Money:
     """The most that parts earn, by the tallest allowed and the nodes; (rows + 1, most + 1)."""
     earned = np.zeros((len(prices), most + 1), dtype=np.int64)
     for height in range(1, len(prices)):

@@ -14,10 +14,11 @@ from trimtab.placement.certificate import (
     linear_least,
 )
 from trimtab.placement.grid import Candidate, Demand, Spread, pareto
+from trimtab.placement.leftovers import may_touch
 from trimtab.placement.lone_columns import lone_columns
 from trimtab.placement.packing import packings
 from trimtab.placement.priced_columns import priced_columns
-from trimtab.placement.prices import market
+from trimtab.placement.prices import NEAR, market
 from trimtab.placement.row_paths import even_cuts, row_paths, useful_ranges
 from trimtab.placement.strips import promising_covers, strip_covers
 
@@ -175,9 +176,13 @@ def _least_pipeline(demand: Demand, spread: Spread) -> int:
     if demand.rows * len(demand.classes) > _MOST_PRICED:
         return 1
     decided = demand.rows * spread.pipeline
-    touched = market(demand, spread.data, rounds=_ROUNDS, decided=decided).rows_touched
+    offers = market(demand, spread.data, rounds=_ROUNDS, decided=decided)
     # What is bounded is a number of rows, hence whole.
-    return math.ceil(math.ceil(touched) / demand.rows)
+    touched = math.ceil(offers.rows_touched)
+    near = NEAR * decided <= touched <= decided
+    if near and not may_touch(demand, spread.data, decided, offers, nodes=_NODES):
+        touched = decided + 1
+    return math.ceil(touched / demand.rows)
 
 
 def _widened(demand: Demand, front: Front, spread: Spread) -> Front:

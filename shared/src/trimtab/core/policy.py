@@ -27,6 +27,8 @@ class Outcome(Enum):
     """Why a call left the engine."""
 
     COMPLETED = "completed"
+    CUT = "cut"
+    """By its ``max_output_tokens``, or since the model takes no longer text."""
     REPEATED = "repeated"
     """The engine saw that the call repeats itself, and ended it."""
     ABORTED = "aborted"
@@ -85,6 +87,10 @@ class Load:
 
 class Engine(Protocol):
     """What a policy may ask of the engine that it serves, in the engine's own process."""
+
+    @property
+    def by_priority(self) -> bool:
+        """Whether the engine itself orders calls by their ``priority``."""
 
     def prompt_ids(self, call: Call) -> Sequence[int]:
         """The tokens of a call's prompt."""

@@ -61,6 +61,8 @@ _SIBLINGS = 32
 
 _ENDS_AT_ONCE = 64
 
+_LEARNT_FROM = (Outcome.COMPLETED, Outcome.CUT, Outcome.ENDED_BY_POLICY)
+
 _LONGEST_LOOK_S = 2.0
 """A file that was to be looked at later than this from now: the clock was set back."""
 
@@ -280,7 +282,7 @@ class UrgencyPolicy(ServingPolicy):
         if not workflow.calls:
             self._triage.workflows.discard(workflow)
         self._workflows.touch(workflow, now_s)
-        if call.admitted_s is not None and outcome in (Outcome.COMPLETED, Outcome.ENDED_BY_POLICY):
+        if call.admitted_s is not None and outcome in _LEARNT_FROM:
             service_s = max(0.0, now_s - call.admitted_s)
             self._estimator.learn_service(
                 workflow.class_, waiting.stage, service_s, call.output_tokens

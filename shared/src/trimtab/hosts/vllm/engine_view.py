@@ -18,10 +18,12 @@ class EngineView:
 
     Args:
         model_config: whose tokenizer decodes; it is loaded when the first text is asked for.
+        by_priority: whether the engine itself orders calls by their priority.
     """
 
-    def __init__(self, model_config: ModelConfig) -> None:
+    def __init__(self, model_config: ModelConfig, *, by_priority: bool) -> None:
         self._model_config = model_config
+        self.by_priority = by_priority
         self.requests: dict[Call, Request] = {}
         """The requests behind the calls; the scheduler keeps it."""
         self.stop_reasons: dict[Call, int | str | None] = {}

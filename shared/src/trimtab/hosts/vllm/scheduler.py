@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.request_queue import create_request_queue
+from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -30,7 +30,13 @@ from trimtab.hosts.vllm.waiting_queue import PolicyQueue
 
 logger = logging.getLogger(__name__)
 
+_OF_REASONS = {
+    FinishReason.LENGTH: Outcome.CUT,
+    FinishReason.REPETITION: Outcome.REPEATED,
+}
+
 _OUTCOMES = {
+    RequestStatus.FINISHED_LENGTH_CAPPED: Outcome.CUT,
     RequestStatus.FINISHED_REPETITION: Outcome.REPEATED,
     RequestStatus.FINISHED_ABORTED: Outcome.ABORTED,
     RequestStatus.FINISHED_IGNORED: Outcome.FAILED,
@@ -61,7 +67,9 @@ class Scheduler(AsyncScheduler):
         self._watched: dict[str, Call] = {}
         self._logprobs: dict[Call, int] = {}
         self._ended: list[tuple[Request, Call]] = []
-        self._view = EngineView(self.vllm_config.model_config)
+        self._view = EngineView(
+            self.vllm_config.model_config, by_priority=self.policy is SchedulingPolicy.PRIORITY
+        )
         self._stack.attach(self._view)
         self._queue: PolicyQueue | None = None
         if self._stack.orders or self._stack.gates:
@@ -252,9 +260,9 @@ class Scheduler(AsyncScheduler):
 
     def _finish(self, call: Call, output: EngineCoreOutput) -> None:
         """A call has come to its end: policies are told, and may say what its client is told."""
-        repeated = output.finish_reason is FinishReason.REPETITION
         self._view.stop_reasons[call] = output.stop_reason
-        self._unregister(call.call_id, Outcome.REPEATED if repeated else Outcome.COMPLETED)
+        outcome = _OF_REASONS.get(output.finish_reason, Outcome.COMPLETED)
+        self._unregister(call.call_id, outcome)
         del self._view.stop_reasons[call]
         if call.note is not None:
             output.stop_reason = call.note

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.branches.bars import History, LikeWithLike, PaperBars, Recent
+from trimtab.branches.bars import FixedBar, History, LikeWithLike, PaperBars, Recent
 from trimtab.branches.group import Bars, Branch, BranchGroup, Rules
 from trimtab.branches.note import Fate
 
@@ -272,12 +272,12 @@ def test_safe_mode_compares_branches_of_one_length() -> None:
         history.at(1000).add(0.5 + n / 200)
         history.finished.add(0.5 + n / 200)
     bars = LikeWithLike(history, None)
-    assert bars.exploring(100) == pytest.approx(0.25)
-    assert bars.exploring(1000) == pytest.approx(0.625)
+    assert bars.exploring(100) == pytest.approx(0.2)
+    assert bars.exploring(1000) == pytest.approx(0.6)
     # A finished branch in the middle asks of others to be in the middle of their own length.
     assert bars.exploiting(0.75, 100) == pytest.approx(0.5, abs=0.02)
     assert bars.exploiting(0.99, 100) == pytest.approx(0.9, abs=0.02)
-    assert bars.exploiting(0.51, 100) == pytest.approx(0.25, abs=0.02)
+    assert bars.exploiting(0.51, 100) == pytest.approx(0.2, abs=0.02)
 
 
 def test_safe_mode_leaves_two_until_a_good_one_has_finished() -> None:
@@ -291,8 +291,37 @@ def test_safe_mode_leaves_two_until_a_good_one_has_finished() -> None:
     for index in range(3):
         group.add(index)
     for index in range(3):
-        group.score(index, 0.1, 10)
+        group.score(index, 0.3 - 0.1 * index, 10)
     assert [b.index for b in group.decide()] == [2]
+
+
+def test_safe_mode_prunes_none_of_a_hard_question_for_being_hard() -> None:
+    history = History()
+    for n in range(100):
+        history.at(10).add(n / 100)
+    for bars, pruned in ((LikeWithLike(history, None), [3, 1]), (FixedBar(0.2), [3, 1, 2, 0])):
+        group = BranchGroup(Rules(5, 5, 10, 5), bars)
+        for index, score in enumerate((0.13, 0.11, 0.12, 0.1, 0.9)):
+            group.add(index)
+            group.score(index, score, 10)
+        assert [b.index for b in group.decide()] == pruned
+
+
+def test_a_branch_that_ends_without_an_answer_is_lost() -> None:
+    group = opened()
+    group.finish(0, Fate.FINISHED)
+    assert group.lost == 0
+    group.finish(1, Fate.LENGTH)
+    score_all(group, 0.0, 0.0, 0.1, 0.9)
+    assert group.lost == 2
+    assert group.live == 1
+
+
+@pytest.mark.parametrize(("enough", "prunes"), [(4, True), (3, False), (4, False)])
+def test_all_run_to_their_ends_only_where_all_must_finish_and_none_is_pruned(
+    enough: int, prunes: bool
+) -> None:
+    assert Rules(4, enough, 10, 2, prunes).exhaustive == (enough == 4 and not prunes)
 
 
 def test_safe_mode_prunes_nothing_before_it_has_seen_enough() -> None:

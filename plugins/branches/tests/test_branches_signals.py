@@ -14,6 +14,7 @@ from trimtab.branches.scoring import Score
 from trimtab.branches.signals import tokens
 from trimtab.branches.signals.replay import Replay
 from trimtab.branches.signals.shortness import Shortness
+from trimtab.core.documents import validate
 from trimtab.core.errors import BadInput
 from trimtab.core.policy import Call, Outcome
 
@@ -94,6 +95,33 @@ def test_more_columns_than_asked_for_change_nothing() -> None:
     assert tokens.confidence(table([[*row, -50.0]])) == tokens.confidence(table([row]))
 
 
+@pytest.mark.parametrize(
+    "signal",
+    [
+        tokens.TokenSignal(
+            tokens.confidence, tokens.share_of, top_logprobs=20, window=WINDOW, which="lowest"
+        ),
+        tokens.TokenSignal(tokens.confidence, tokens.share_of, top_logprobs=20, window=WINDOW),
+        tokens.TokenSignal(tokens.certainty, tokens.clipped, top_logprobs=20, window=WINDOW),
+    ],
+    ids=["lowest_confidence", "confidence", "entropy"],
+)
+def test_tokens_that_a_grammar_forces_say_nothing(signal: tokens.TokenSignal) -> None:
+    free = [-1.0, *np.linspace(-1, -9, 20)]
+    forced = [0.0, 0.0, *([-np.inf] * 19)]
+    seen = []
+    for rows in ([free] * 6, [free, forced, free, forced, forced, free, free, free, free]):
+        signal.start(0, call())
+        for row in rows:
+            signal.observe(np.array([0]), table([row]))
+        seen.append(signal.score(0, call()))
+    assert seen[0] == seen[1]
+    assert seen[0] is not None
+    signal.start(0, call())
+    signal.observe(np.array([0]), table([forced]))
+    assert signal.score(0, call()) is None
+
+
 def test_the_shorter_branch_scores_higher() -> None:
     signal = Shortness()
     assert signal.score(0, call()) is None
@@ -123,7 +151,14 @@ def test_replayed_scores_come_one_by_one_and_the_last_one_stays() -> None:
     assert seen == [0.1, 0.2, 0.2]
 
 
-@pytest.mark.parametrize("said", ["", "[", "[]", "{}", "7", '[["x"], ["y"]]', "[[1], [NaN]]"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        *("", "[", "[]", "{}", "7", '[["x"], ["y"]]', "[[1], [NaN]]"),
+        pytest.param("[" * 60_000, id="deep"),
+        pytest.param(f"[[1], [{'9' * 400}]]", id="large"),
+    ],
+)
 def test_what_cannot_be_replayed_is_no_score(said: str) -> None:
     signal = Replay()
     branch = call(1, replay=said)
@@ -150,6 +185,26 @@ def test_signals_are_combined_by_their_weights() -> None:
 def test_the_most_logprobs_that_a_signal_needs_are_asked_for() -> None:
     config = BranchesConfig(signals={"probability": 1.0, "entropy": 1.0})
     assert Score.of(config).top_logprobs == tokens.TOP_LOGPROBS
+
+
+@pytest.mark.parametrize(
+    ("said", "place"),
+    [
+        ({"m": 5, "n": 4}, "m is 5; give at most n, 4"),
+        ({"n": 100}, "n is 100; give at most max_branches, 64"),
+        ({"n": 9, "max_branches": 8}, "n is 9; give at most max_branches, 8"),
+        ({"extract": "sometimes"}, "there is no rule 'sometimes'"),
+        ({"extract": "regex:("}, "extract is 'regex:('"),
+        ({"extractor": "nosuch:fn"}, "'nosuch:fn' cannot be imported"),
+        ({"extractor": "json:__name__"}, "'json:__name__' is no function"),
+    ],
+)
+def test_options_that_could_only_fail_later_are_refused(
+    said: dict[str, object], place: str
+) -> None:
+    with pytest.raises(BadInput, match=r"trimtab\.branches: ") as refused:
+        validate(BranchesConfig, said, where="--additional-config, trimtab.branches")
+    assert place in str(refused.value)
 
 
 @pytest.mark.parametrize(

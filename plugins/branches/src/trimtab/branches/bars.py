@@ -9,7 +9,7 @@ from collections import deque
 _REMEMBERED = 256
 _ENOUGH = 16
 
-LOWEST_SHARE = 0.25
+LOWEST_SHARE = 0.2
 """Of branches that were as far, those that are pruned while none of their own has finished."""
 
 _HIGHEST_RANK = 0.9
@@ -23,6 +23,8 @@ class PaperBars:
     Args:
         alpha: the threshold while no branch has finished.
     """
+
+    among_siblings = False
 
     def __init__(self, alpha: float) -> None:
         self._alpha = alpha
@@ -46,6 +48,8 @@ class FixedBar:
     Args:
         alpha: the threshold; minus infinity prunes nothing.
     """
+
+    among_siblings = False
 
     def __init__(self, alpha: float) -> None:
         self._alpha = alpha
@@ -110,17 +114,22 @@ class History:
 class LikeWithLike:
     """Thresholds of safe mode: a branch is compared with others that were as far as it is.
 
+    Those are of all requests, so that the branches of a hard question score low together: its own
+    siblings have a say too.
+
     Args:
         history: the recent scores.
-        alpha: a fixed threshold while no branch has finished; the lowest quarter by default.
+        alpha: a fixed threshold while no branch has finished; the lowest fifth by default.
     """
+
+    among_siblings = True
 
     def __init__(self, history: History, alpha: float | None) -> None:
         self._history = history
         self._alpha = alpha
 
     def exploring(self, tokens: int) -> float:
-        """Alpha, or what one in four branches of this length scores less than."""
+        """Alpha, or what one in five branches of this length scores less than."""
         if self._alpha is not None:
             return self._alpha
         return self._history.at(tokens).quantile(LOWEST_SHARE)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from trimtab.branches.extract import extractor, load_function
 from trimtab.branches.fields import MAX_BRANCHES
+from trimtab.core.errors import BadInput
+from trimtab.core.validation import InvalidValue
 
 Pruning = Literal["safe", "paper", "below", "pressure", "off"]
 Answer = Literal["best", "majority", "weighted", "shortest"]
@@ -52,7 +62,10 @@ class BranchesConfig(BaseModel):
         description="finished branches after which a request is answered; half of them by default",
     )
     max_branches: int = Field(
-        64, ge=1, le=MAX_BRANCHES, description="most branches a client may ask for"
+        64,
+        ge=1,
+        le=MAX_BRANCHES,
+        description="most branches a client may ask for",
     )
     score_every: int = Field(
         400, ge=1, le=10_000_000, description="output tokens between two scorings of a branch"
@@ -68,7 +81,7 @@ class BranchesConfig(BaseModel):
         ge=0,
         le=1,
         description="score under which a branch is pruned while none has finished; by default .5 "
-        "in the modes paper and below, and in safe mode the lowest quarter of recent scores at the "
+        "in the modes paper and below, and in safe mode the lowest fifth of recent scores at the "
         "same length",
     )
     max_pruned: int | None = Field(
@@ -117,3 +130,22 @@ class BranchesConfig(BaseModel):
         description="whether the KV blocks of a branch that was ended leave the prefix cache",
     )
     prm: PrmOptions | None = Field(None, description="the reward model of the signal prm")
+
+    @field_validator("extract", "extractor")
+    @classmethod
+    def _finds_answers(cls, said: str | None, info: ValidationInfo) -> str | None:
+        if said is not None:
+            try:
+                (extractor if info.field_name == "extract" else load_function)(said)
+            except BadInput as error:
+                raise ValueError(f"{error.what}; {error.fix}") from None
+        return said
+
+    @model_validator(mode="after")
+    def _numbers_agree(self) -> Self:
+        if self.n is not None and self.n > self.max_branches:
+            fix = f"give at most max_branches, {self.max_branches}"
+            raise InvalidValue(f"n is {self.n}", fix=fix, at=("n",))
+        if self.n is not None and self.m is not None and self.m > self.n:
+            raise InvalidValue(f"m is {self.m}", fix=f"give at most n, {self.n}", at=("m",))
+        return self

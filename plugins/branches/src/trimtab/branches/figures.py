@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -134,12 +135,24 @@ def cases_of(
 
 
 def summary(runs: Sequence[Served]) -> str:
-    """Accuracy with its interval, utilisation, and whether the engine kept up."""
+    """Accuracy with its interval, utilisation, whether the engine kept up, and branches' ends."""
     right, of = sum(sum(run.right) for run in runs), sum(len(run.right) for run in runs)
     low, high = wilson(right, of)
     use = fmean(run.utilisation for run in runs)
     stable = sum(run.stable for run in runs)
-    return (
+    said = (
         f"right {right / of:.3f} ({low:.3f} to {high:.3f}), engine busy {use:.0%} of the time, "
         f"stable in {stable} of {len(runs)}"
+    )
+    return said + _ends(runs)
+
+
+def _ends(runs: Sequence[Served]) -> str:
+    """How branches ended, where it is known of each."""
+    ends: Counter[Fate] = Counter()
+    for run in runs:
+        ends.update(run.ends)
+    all_of_them = ends.total()
+    return "".join(
+        f", {count / all_of_them:.0%} {fate.value}" for fate, count in ends.most_common()
     )

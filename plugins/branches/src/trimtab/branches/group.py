@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import median
 from typing import Protocol
 
 from trimtab.branches.note import Fate
@@ -15,6 +16,10 @@ from trimtab.branches.note import Fate
 
 class Bars(Protocol):
     """Where the two thresholds of pruning lie."""
+
+    @property
+    def among_siblings(self) -> bool:
+        """Whether a branch must also be in the lower half of its own siblings to be pruned."""
 
     def exploring(self, tokens: int) -> float:
         """The score that a branch of so many tokens must have while no branch has finished."""
@@ -44,6 +49,11 @@ class Rules:
     max_pruned: int
     prunes: bool = True
 
+    @property
+    def exhaustive(self) -> bool:
+        """Whether every branch is to run to its own end."""
+        return not self.prunes and self.enough >= self.branches
+
 
 @dataclass(slots=True, eq=False)
 class Branch:
@@ -72,9 +82,7 @@ class BranchGroup:
         self._bars = bars
         self.branches: dict[int, Branch] = {}
         self.closed = False
-        self._first_score: float | None = None
-        self._best_score: float | None = None
-        self._exploiting = False
+        self._first: Branch | None = None
         self._pruned = 0
         self._done = 0
         self._live = 0
@@ -83,7 +91,7 @@ class BranchGroup:
     @property
     def phase(self) -> int:
         """1 while no branch has finished, then 2."""
-        return 2 if self._exploiting else 1
+        return 1 if self._first is None else 2
 
     @property
     def done(self) -> int:
@@ -99,6 +107,11 @@ class BranchGroup:
     def pruned(self) -> int:
         """Branches pruned while none had finished."""
         return self._pruned
+
+    @property
+    def lost(self) -> int:
+        """Branches that have ended without having finished."""
+        return len(self.branches) - self._live - self._done
 
     @property
     def complete(self) -> bool:
@@ -136,13 +149,24 @@ class BranchGroup:
             branch.score, branch.score_at = value, at_tokens
             self._to_judge.add(index)
 
+    def score_late(self, index: int, value: float) -> None:
+        """The score of all of a branch's text, which may have ended meanwhile.
+
+        It counts as if it had been there in time; what was decided before stays.
+        """
+        branch = self.branches[index]
+        if branch.fate is None:
+            self.score(index, value, branch.tokens)
+        elif math.isfinite(value):
+            branch.score, branch.score_at = value, branch.tokens
+
     def finish(self, index: int, fate: Fate) -> None:
         """A branch has come to an end that the group did not ask for."""
         branch = self.branches[index]
         if branch.fate is not None:
             return
-        if fate is Fate.FINISHED:
-            self._take_finished(branch.score)
+        if fate is Fate.FINISHED and self._first is None:
+            self._first = branch
         self._end(branch, fate)
         self._done += fate is Fate.FINISHED
 
@@ -193,12 +217,13 @@ class BranchGroup:
         if not self.rules.prunes:
             return []
         ended = []
+        middle = self._middle() if self._bars.among_siblings else math.inf
         for branch in judged:
-            if branch.score is None or branch.score >= self._bar(branch.score_at):
+            if branch.score is None or branch.score >= min(self._bar(branch.score_at), middle):
                 continue
             if not self._can_spare_one():
                 break
-            if not self._exploiting:
+            if self._first is None:
                 if self._pruned >= self.rules.max_pruned:
                     break
                 self._pruned += 1
@@ -206,18 +231,21 @@ class BranchGroup:
             ended.append(branch)
         return ended
 
-    def _take_finished(self, score: float | None) -> None:
-        """Raises the bar for the others once a first branch has finished."""
-        if not self._exploiting:
-            self._exploiting = True
-            self._first_score = score
-        if score is not None:
-            self._best_score = max(score, self._best_score or 0.0)
-
     def _can_spare_one(self) -> bool:
-        return self._live + self._done > self._bars.survivors(self._best_score)
+        finished = (b.score for b in self.branches.values() if b.fate is Fate.FINISHED)
+        best = max((score for score in finished if score is not None), default=None)
+        return self._live + self._done > self._bars.survivors(best)
+
+    def _middle(self) -> float:
+        """The median of the last scores of the branches that live or have finished."""
+        scores = [
+            branch.score
+            for branch in self.branches.values()
+            if branch.score is not None and branch.fate in (None, Fate.FINISHED)
+        ]
+        return median(scores) if len(scores) > 1 else math.inf
 
     def _bar(self, tokens: int) -> float:
-        if self._exploiting and self._first_score is not None:
-            return self._bars.exploiting(self._first_score, tokens)
+        if self._first is not None and self._first.score is not None:
+            return self._bars.exploiting(self._first.score, tokens)
         return self._bars.exploring(tokens)

@@ -31,6 +31,11 @@ _REMEMBERED = 4096
 _ANSWER_TOKENS = 1024
 """The end of a text in which its answer is looked for while the engine waits."""
 _VOTES = ("majority", "weighted")
+_FATES = {
+    Outcome.COMPLETED: Fate.FINISHED,
+    Outcome.CUT: Fate.LENGTH,
+    Outcome.REPEATED: Fate.REPEATED,
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -43,9 +48,16 @@ class _Asked:
     """Finds the answer in a text; None where no vote is taken."""
     calls: dict[int, Call] = field(default_factory=dict)
     started: int = 0
+    lost: int = 0
+    """How many places of lost branches its waiting ones have moved up."""
     scores: dict[int, float] = field(default_factory=dict)
     """The last scores of the branches that have ended."""
-    votes: list[str] = field(default_factory=list)
+    weighs: bool = False
+    """Whether a vote counts as much as its branch's score."""
+    votes: list[tuple[str, float | None]] = field(default_factory=list)
+    """The finished branches' answers, with their scores."""
+    awaited_votes: dict[int, int] = field(default_factory=dict)
+    """Where the votes stand whose scores are awaited, by their branches."""
     aborted: list[tuple[Branch, str | None]] = field(default_factory=list)
     """Branches ended from outside of which it is not known yet why, with their answers."""
 
@@ -67,10 +79,13 @@ class BranchesPolicy(ServingPolicy):
         self._config = config
         self._score = Score.of(config) if scorers is None else Score(scorers)
         self._engine: Engine | None = None
+        self._by_priority = False
         self._asked: dict[str, _Asked] = {}
         self._closed: OrderedDict[str, None] = OrderedDict()
         self._slots: dict[Call, int] = {}
         self._free_slots: list[int] = []
+        self._awaiting: dict[Call, tuple[int, Outcome]] = {}
+        """The slots of the branches that have finished and whose scores are still to come."""
         self._due_at: dict[Call, int] = {}
         self._last_read: list[Call] = []
         self._last_slots = np.empty(0, dtype=np.intp)
@@ -86,7 +101,10 @@ class BranchesPolicy(ServingPolicy):
     def attach(self, engine: Engine) -> None:
         """Remembers the engine, which knows the branches' texts."""
         self._engine = engine
+        self._by_priority = engine.by_priority
         self._score.attach(engine)
+        if self._config.answer in _VOTES:
+            engine.decode(())  # a tokenizer takes its time to load: now, not while calls run
 
     def on_arrival(self, call: Call, now_s: float) -> None:
         """Puts a branch to its siblings."""
@@ -100,17 +118,26 @@ class BranchesPolicy(ServingPolicy):
         asked = self._asked.get(call.request_id)
         if asked is None:
             asked = self._asked[call.request_id] = self._open(call, branches)
+        self._idle.pop(call.request_id, None)
         asked.group.add(call.branch)
         asked.calls[call.branch] = call
         call.forget_kv = self._config.forget_pruned
-        slot = self._free_slots.pop() if self._free_slots else len(self._slots)
+        slot = self._free_slots.pop() if self._free_slots else self._new_slot()
         self._slots[call] = slot
         self._due_at[call] = asked.group.rules.score_every
         self._score.start(slot, call)
 
-    def key(self, call: Call, now_s: float) -> float:
-        """The first branch of every request comes before the second of any, while calls wait."""
-        return float(call.branch) if self._config.bend and call in self._slots else 0.0
+    def key(self, call: Call, now_s: float) -> tuple[float, float]:
+        """The first branch of every request comes before the second of any, while calls wait.
+
+        The place of a branch that ended without an answer is its next sibling's, so that no request
+        waits for ever behind those that come. A preempted branch goes on at once.
+        """
+        rank = 0
+        if self._config.bend and call in self._slots and call.admitted_s is None:
+            asked = self._asked.get(call.request_id)
+            rank = max(0, call.branch - asked.group.lost) if asked is not None else call.branch
+        return (float(call.priority if self._by_priority else 0), float(rank))
 
     def on_admission(self, call: Call, now_s: float) -> None:
         """A call runs; after a preemption for the second time."""
@@ -156,9 +183,9 @@ class BranchesPolicy(ServingPolicy):
                 self._end_of_its_own(asked, call, branch, outcome)
             self._touched[asked] = None
         self._bend.learn(call.output_tokens, whole=outcome is Outcome.COMPLETED)
-        self._score.finish(slot, call, outcome)
         del self._slots[call], self._due_at[call]
-        self._free_slots.append(slot)
+        if call not in self._awaiting:
+            self._free(slot, call, outcome)
 
     def on_step(self, progressed: Collection[Call], now_s: float) -> Collection[Call]:
         """Scores the branches that have come far enough, and names those to end."""
@@ -168,11 +195,15 @@ class BranchesPolicy(ServingPolicy):
             if call.output_tokens >= due.get(call, never):
                 self._score_now(call)
         for call, at_tokens in self._score.arrived():
-            self._take_score(call, at_tokens)
+            if call in self._awaiting:
+                self._take_last_score(call)
+            else:
+                self._take_score(call, at_tokens)
         ended: list[Call] = []
-        if self._late:
-            ended += self._late
-            self._late = []
+        for call in self._late:
+            call.note = Note(Fate.STOPPED, 2, None, call.output_tokens).to_text()
+            ended.append(call)
+        self._late.clear()
         while self._touched:
             asked, _ = self._touched.popitem()
             ended += self._decide(asked)
@@ -219,14 +250,16 @@ class BranchesPolicy(ServingPolicy):
         )
         alpha = fields.get("prune_below", config.prune_below)
         bars = self._bars(pruning, every, None if alpha is None else float(alpha))
-        return _Asked(call.request_id, BranchGroup(rules, bars), self._extractor(fields))
+        weighs = fields.get("answer", config.answer) == "weighted"
+        group = BranchGroup(rules, bars)
+        return _Asked(call.request_id, group, self._extractor(fields), weighs=weighs)
 
     def _pruning(self, fields: Mapping[str, FieldValue]) -> Pruning:
         said = fields.get("pruning", self._config.pruning)
         for mode in get_args(Pruning):
             if said == mode:
                 return mode  # type: ignore[no-any-return]
-        return "paper" if "prm" in self._config.signals else "safe"
+        return "paper" if set(self._config.signals) == {"prm"} else "safe"
 
     def _bars(self, pruning: Pruning, every: int, alpha: float | None) -> Bars:
         if pruning == "safe":
@@ -265,18 +298,22 @@ class BranchesPolicy(ServingPolicy):
     def _end_of_its_own(self, asked: _Asked, call: Call, branch: Branch, outcome: Outcome) -> None:
         """A branch that nobody here asked to end."""
         branch.tokens = call.output_tokens
+        slot = self._slots[call]
+        if outcome is not Outcome.REPEATED:
+            self._score.ask(slot, call)
+            if self._score.awaits(slot, call):
+                self._awaiting[call] = slot, outcome
         if outcome is Outcome.ABORTED:
             # Whether a stop string was found or the client has gone shows when all have been told.
             asked.aborted.append((branch, self._answer(asked, call)))
             return
-        slot = self._slots[call]
-        self._score.ask(slot, call)
         score = 0.0 if outcome is Outcome.REPEATED else self._score.score(slot, call)
         asked.group.score(branch.index, score, call.output_tokens)
-        asked.group.finish(branch.index, _fate(call, outcome))
+        asked.group.finish(branch.index, _fate(outcome))
         self._remember_end(asked, branch, self._answer(asked, call))
         stop = self._engine.stop_reason(call) if self._engine is not None else None
-        call.note = _note(asked, branch, stop)
+        awaited = self._score.known(slot, call) if call in self._awaiting else None
+        call.note = _note(asked, branch, stop, awaited)
 
     def _answer(self, asked: _Asked, call: Call) -> str | None:
         """A branch's answer, where answers are voted on."""
@@ -291,10 +328,13 @@ class BranchesPolicy(ServingPolicy):
             asked.scores[branch.index] = branch.score
         if branch.fate is not Fate.FINISHED:
             return
-        if branch.score is not None:
+        awaited = asked.calls[branch.index] in self._awaiting
+        if branch.score is not None and not awaited:
             self._history(asked).finished.add(branch.score)
         if answer is not None:
-            asked.votes.append(answer)
+            if awaited:
+                asked.awaited_votes[branch.index] = len(asked.votes)
+            asked.votes.append((answer, branch.score))
 
     def _history(self, asked: _Asked) -> History:
         return self._histories.setdefault(asked.group.rules.score_every.bit_length(), History())
@@ -318,6 +358,38 @@ class BranchesPolicy(ServingPolicy):
             self._history(asked).at(at_tokens).add(score)
             self._touched[asked] = None
 
+    def _take_last_score(self, call: Call) -> None:
+        """What was awaited of a branch that has finished."""
+        slot, _ = self._awaiting[call]
+        if self._score.awaits(slot, call):
+            return  # that was the answer to an older question
+        asked, score = self._asked[call.request_id], self._score.score(slot, call)
+        branch = asked.group.branches[call.branch]
+        if score is not None:
+            asked.group.score_late(branch.index, score)
+            asked.scores[branch.index] = score
+            vote = asked.awaited_votes.pop(branch.index, None)
+            if vote is not None:
+                asked.votes[vote] = (asked.votes[vote][0], score)
+        self._stop_awaiting(asked, call)
+        self._touched[asked] = None
+
+    def _stop_awaiting(self, asked: _Asked, call: Call) -> None:
+        """The branch's score is what it is now."""
+        slot, outcome = self._awaiting.pop(call)
+        self._free(slot, call, outcome)
+        branch = asked.group.branches[call.branch]
+        whole = branch.score is not None and branch.score_at == branch.tokens
+        if branch.fate is Fate.FINISHED and whole:
+            self._history(asked).finished.add(branch.score or 0.0)
+
+    def _new_slot(self) -> int:
+        return len(self._slots) + len(self._awaiting)
+
+    def _free(self, slot: int, call: Call, outcome: Outcome) -> None:
+        self._score.finish(slot, call, outcome)
+        self._free_slots.append(slot)
+
     def _decide(self, asked: _Asked) -> list[Call]:
         group = asked.group
         if asked.aborted:
@@ -335,7 +407,14 @@ class BranchesPolicy(ServingPolicy):
             self._forget(asked)
         elif not group.live:
             self._await_siblings(asked)
+        elif group.lost > asked.lost:
+            self._move_up(asked)
         return ended
+
+    def _move_up(self, asked: _Asked) -> None:
+        """Branches that wait have another place now."""
+        asked.lost = asked.group.lost
+        self.stale.update(call for call in asked.calls.values() if call.admitted_s is None)
 
     def _settle_aborts(self, asked: _Asked) -> None:
         """Aborts of some branches were stop strings, those of all that lived a client that left."""
@@ -347,29 +426,32 @@ class BranchesPolicy(ServingPolicy):
 
     def _enough(self, asked: _Asked) -> int:
         """The finished branches that answer a request at this load."""
-        rules = asked.group.rules
-        if not self._config.bend or not asked.group.done:
+        group, rules = asked.group, asked.group.rules
+        if not self._config.bend or not group.done or rules.exhaustive:
             return rules.enough
-        seats = rules.branches - (len(asked.calls) - asked.started)
+        waiting = len(asked.calls) - asked.started
+        seats = rules.branches - waiting - group.lost if waiting > 0 else rules.branches
         if self._unserved:
             requests = len(self._running) + len(self._unserved)
             seats = min(seats, max(1, len(self._seated) // requests))
         return self._bend.enough(seats, rules.branches, rules.enough)
 
     def _certain(self, asked: _Asked) -> bool:
-        threshold = self._config.certainty
-        if not asked.votes or threshold is None:
+        threshold, rules = self._config.certainty, asked.group.rules
+        if not asked.votes or threshold is None or rules.exhaustive:
             return False
-        if agreement.decided(asked.votes, asked.group.rules.enough - asked.group.done):
+        weights = agreement.sums(asked.votes, weighted=asked.weighs)
+        if agreement.decided(weights, rules.enough - asked.group.done):
             return True
-        return len(asked.votes) > 1 and agreement.certainty(asked.votes) >= threshold
+        return len(asked.votes) > 1 and agreement.certainty(weights) >= threshold
 
     def _await_siblings(self, asked: _Asked) -> None:
         """All that have come are over, and some have not come: they may never do."""
         self._idle[asked.request_id] = None
         if len(self._idle) > _REMEMBERED:
             oldest, _ = self._idle.popitem(last=False)
-            self._asked.pop(oldest, None)
+            if oldest in self._asked:
+                self._drop(self._asked[oldest])
 
     def _forget(self, asked: _Asked) -> None:
         """Drops a request whose branches have all ended or are ended now."""
@@ -378,6 +460,13 @@ class BranchesPolicy(ServingPolicy):
             if len(self._closed) > _REMEMBERED:
                 self._closed.popitem(last=False)
         self._idle.pop(asked.request_id, None)
+        self._drop(asked)
+
+    def _drop(self, asked: _Asked) -> None:
+        """Waits no more for the scores of a request's branches."""
+        for call in asked.calls.values():
+            if call in self._awaiting:
+                self._stop_awaiting(asked, call)
         del self._asked[asked.request_id]
 
 
@@ -385,15 +474,17 @@ def _whole(fields: Mapping[str, FieldValue], name: str, otherwise: int) -> int:
     return int(fields.get(name, otherwise))
 
 
-def _fate(call: Call, outcome: Outcome) -> Fate:
-    if outcome is Outcome.REPEATED:
-        return Fate.REPEATED
-    if outcome is not Outcome.COMPLETED:
-        return Fate.STOPPED
-    return Fate.LENGTH if call.output_tokens >= call.max_output_tokens else Fate.FINISHED
+def _fate(outcome: Outcome) -> Fate:
+    return _FATES.get(outcome, Fate.STOPPED)
 
 
-def _note(asked: _Asked, branch: Branch, stop: int | str | None) -> str:
+def _note(
+    asked: _Asked,
+    branch: Branch,
+    stop: int | str | None,
+    awaited: tuple[float, float] | None = None,
+) -> str:
     others = {i: score for i, score in asked.scores.items() if i != branch.index}
     assert branch.fate is not None
-    return Note(branch.fate, branch.phase, branch.score, branch.tokens, stop, others).to_text()
+    note = Note(branch.fate, branch.phase, branch.score, branch.tokens, stop, others, awaited)
+    return note.to_text()

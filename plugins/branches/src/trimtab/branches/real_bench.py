@@ -11,25 +11,30 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 
+from trimtab.branches import sides
 from trimtab.branches.answers import Candidate, choose
-from trimtab.branches.drawn import wilson
-from trimtab.branches.figures import METRICS, Metric, Served
+from trimtab.branches.figures import METRICS, Served, cases_of
+from trimtab.branches.settling import BLOCK
 from trimtab.branches.sides import (
     BEST_OF_N,
     EARLY_STOP,
-    OURS,
+    PAPER,
+    PRUNING,
     SELF_CONSISTENCY,
     VANILLA,
+    WARM_UP_SHARE,
     Side,
+    deepconf,
 )
 from trimtab.branches.tasks import Sum, said, sums
+from trimtab.branches.watching import watched
 from trimtab.core.benchmark import Case, Options, Progress
 from trimtab.core.policy import FIELD_PREFIX
 from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, Server, running, small_cpu_environment
@@ -44,13 +49,18 @@ LOAD = 2.0
 SEATS = 32
 MOST_TOKENS = 200
 SCORE_EVERY = 16
-BASELINES = (VANILLA, SELF_CONSISTENCY, BEST_OF_N, EARLY_STOP)
+OURS = replace(sides.OURS, answer="weighted")
+"""As self-consistency does, ours lets the answers vote."""
+
+BASELINES = (VANILLA, SELF_CONSISTENCY, BEST_OF_N, EARLY_STOP, PRUNING, PAPER)
+"""Beside these there is DeepConf's rule, whose threshold comes of a warm-up. Memory is never short
+here, so that a rule for that alone would be best-of-N."""
+
 QUICK_BASELINES = (SELF_CONSISTENCY,)
 
 _PLAIN = frozenset({VANILLA.name, SELF_CONSISTENCY.name})
 """These ask vLLM for its own ``n``, and vote at the client."""
 
-_SHOWN = ("latency_mean", "latency_p50", "latency_p97", "throughput", "tokens", "accuracy")
 _FATES = {"stop": "finished", "length": "length"}
 _TIMEOUT_S = 1200.0
 
@@ -76,12 +86,19 @@ def cases(options: Options, progress: Progress) -> list[Case]:
             contenders = [Contender(s, servers[_key(s)].url) for s in (*rivals, OURS)]
             warm_up = sums(QUICK_WARM_UP if quick else WARM_UP, options.seed + 1_000_003)
             pace_per_s = _pace(contenders, warm_up, progress)
+            if not quick:
+                url = servers[_key(BEST_OF_N)].url
+                progress("scoring whole branches for DeepConf's threshold")
+                rivals = (*rivals, asyncio.run(_deepconf(url, warm_up)))
+                contenders.insert(-1, Contender(rivals[-1], url))
             crowds = [questions[at : at + size] for at in range(0, len(questions), size)]
             runs = _rounds(contenders, crowds, LOAD * pace_per_s, options.seed, progress)
     return [
         case
         for rival in rivals
-        for case in _cases("real/sums", rival.name, runs[rival.name], runs[OURS.name])
+        for case in cases_of(
+            f"real/sums/{OURS.name}", METRICS, rival.name, runs[rival.name], runs[OURS.name]
+        )
     ]
 
 
@@ -146,27 +163,65 @@ def _rounds(
 async def visit(contender: Contender, crowd: Sequence[Sum], arrivals_s: Sequence[float]) -> Served:
     """Asks one side all questions of a crowd as they arrive."""
     served = Served(last_arrival_s=arrivals_s[-1])
-    began_s = time.monotonic()
 
-    async def ask(client: httpx.AsyncClient, question: Sum, arrival_s: float) -> None:
+    async def ask(client: httpx.AsyncClient, question: Sum, arrival_s: float) -> tuple[float, bool]:
         await asyncio.sleep(max(0.0, began_s + arrival_s - time.monotonic()))
         answer, tokens = await _answer(client, contender, question)
         now_s = time.monotonic() - began_s
-        served.latencies_s.append(now_s - arrival_s)
-        served.right.append(answer == question.answer)
         served.tokens += tokens
         served.until_s = max(served.until_s, now_s)
+        return now_s - arrival_s, answer == question.answer
 
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(timeout=_TIMEOUT_S, limits=limits, trust_env=False) as client:
-        await asyncio.gather(*(ask(client, *pair) for pair in zip(crowd, arrivals_s, strict=True)))
+    async with _client() as client, watched(client, contender.url, served):
+        began_s = time.monotonic()
+        asked = (ask(client, *pair) for pair in zip(crowd, arrivals_s, strict=True))
+        for latency_s, right in await asyncio.gather(*asked):
+            served.latencies_s.append(latency_s)
+            served.right.append(right)
     return served
+
+
+def _client() -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(timeout=_TIMEOUT_S, limits=limits, trust_env=False)
+
+
+async def _deepconf(url: str, warm_up: Sequence[Sum]) -> Side:
+    """DeepConf's rule with the threshold that whole branches of a warm-up give."""
+    shown = replace(BEST_OF_N, fields={**BEST_OF_N.fields, "show": "all"})
+    contender = Contender(shown, url)
+    async with _client() as client:
+        answers = await asyncio.gather(*(_response(client, contender, one) for one in warm_up))
+    scores = [
+        choice[BLOCK]["score"]
+        for answer in answers
+        for choice in answer["choices"]
+        if choice[BLOCK]["score"] is not None
+    ]
+    return deepconf(float(np.quantile(scores, WARM_UP_SHARE)))
 
 
 async def _answer(
     client: httpx.AsyncClient, contender: Contender, question: Sum
 ) -> tuple[str | None, int]:
     """A side's answer to a question, and how many tokens it cost."""
+    content = await _response(client, contender, question)
+    candidates = [
+        Candidate(
+            choice["index"],
+            _FATES.get(choice["finish_reason"], ""),
+            answer=said(choice["message"]["content"] or ""),
+        )
+        for choice in content["choices"]
+    ]
+    winner = choose(candidates, "majority").winner
+    return winner.answer, int(content["usage"]["completion_tokens"])
+
+
+async def _response(
+    client: httpx.AsyncClient, contender: Contender, question: Sum
+) -> dict[str, Any]:
+    """What comes back of a question."""
     side = contender.side
     body: dict[str, Any] = {
         "model": "model",
@@ -182,52 +237,5 @@ async def _answer(
         body["vllm_xargs"] = {FIELD_PREFIX + name: value for name, value in fields.items()}
     response = await client.post(f"{contender.url}/v1/chat/completions", json=body)
     response.raise_for_status()
-    content = response.json()
-    candidates = [
-        Candidate(
-            choice["index"],
-            _FATES.get(choice["finish_reason"], ""),
-            answer=said(choice["message"]["content"] or ""),
-        )
-        for choice in content["choices"]
-    ]
-    winner = choose(candidates, "majority").winner
-    return winner.answer, int(content["usage"]["completion_tokens"])
-
-
-def _cases(
-    name: str, baseline: str, theirs: Sequence[Served], ours: Sequence[Served]
-) -> list[Case]:
-    notes = (
-        f"{sum(len(run.right) for run in ours)} questions at {LOAD:g} times what self-consistency "
-        f"can do; right: baseline {_share(theirs)}, ours {_share(ours)}"
-    )
-    return [
-        _case(name, metric, baseline, theirs, ours, notes)
-        for metric in METRICS
-        if metric.name in _SHOWN
-    ]
-
-
-def _case(
-    name: str,
-    metric: Metric,
-    baseline: str,
-    theirs: Sequence[Served],
-    ours: Sequence[Served],
-    notes: str,
-) -> Case:
-    pairs = [
-        (max(metric.of(a), metric.floor), max(metric.of(b), metric.floor))
-        for a, b in zip(theirs, ours, strict=True)
-    ]
-    return Case.compare(
-        f"{name}/{OURS.name}", metric.name, metric.unit, metric.better, baseline, pairs, notes=notes
-    )
-
-
-def _share(runs: Sequence[Served]) -> str:
-    """The share of right answers, with its 95 % interval."""
-    right, of = sum(sum(run.right) for run in runs), sum(len(run.right) for run in runs)
-    low, high = wilson(right, of)
-    return f"{right / of:.3f} ({low:.3f} to {high:.3f})"
+    content: dict[str, Any] = response.json()
+    return content

@@ -13,7 +13,8 @@ from trimtab.core.policy import FieldValue
 BRANCHES = 8
 ENOUGH = 4
 PAPER_ALPHA = 0.5
-_WARM_UP_SHARE = 0.1
+WARM_UP_SHARE = 0.1
+"""Of the branches of a warm-up, those that DeepConf's threshold would have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +59,18 @@ PAPER = Side(
 OURS = Side("trimtab", BRANCHES)
 
 
-def deepconf(warm_up: Sequence[Question]) -> Side:
-    """DeepConf's rule: a threshold from questions answered in full before, and a weighted vote.
+def deepconf(threshold: float) -> Side:
+    """DeepConf's rule (arXiv:2508.15260, online mode), and a weighted vote.
 
-    It ends what falls under the lowest tenth of the warm-up branches' lowest scores
-    (arXiv:2508.15260, online mode).
+    Args:
+        threshold: what falls under it is ended; the lowest `WARM_UP_SHARE` of questions answered
+            in full before.
     """
-    lowest = [min(rewards) for question in warm_up for rewards in question.rewards]
-    threshold = float(np.quantile(lowest, _WARM_UP_SHARE))
     fields: dict[str, FieldValue] = {**_ALL, "pruning": "below", "prune_below": threshold}
     return Side("deepconf-threshold", BRANCHES, fields, _PLAIN, "weighted")
+
+
+def lowest_scores(warm_up: Sequence[Question]) -> float:
+    """DeepConf's threshold by drawn questions: of their branches' lowest scores."""
+    lowest = [min(rewards) for question in warm_up for rewards in question.rewards]
+    return float(np.quantile(lowest, WARM_UP_SHARE))

@@ -23,6 +23,7 @@ from trimtab.branches.sides import (
     VANILLA,
     Side,
     deepconf,
+    lowest_scores,
 )
 from trimtab.branches.simulated_serving import Run, run, serve
 from trimtab.core.benchmark import Case, Options, Progress
@@ -99,7 +100,7 @@ def all_rivals(seed: int) -> list[Side]:
         EARLY_STOP,
         PRUNING,
         REBASE,
-        deepconf(warm_up),
+        deepconf(lowest_scores(warm_up)),
         STEP,
     ]
 

@@ -38,6 +38,8 @@ _ANSWER = r"regex:answer (\d+)$"
 class _Answers:
     """Stands for the engine's texts: a branch's text says the answer that was drawn for it."""
 
+    by_priority = False
+
     def __init__(self, crowd: Mapping[str, Question]) -> None:
         self._crowd = crowd
 

@@ -25,6 +25,7 @@ from trimtab.branches.sides import (
     VANILLA,
     Side,
     deepconf,
+    lowest_scores,
 )
 from trimtab.core.benchmark import Case, Options, Progress
 from trimtab.hosts.vllm.dry_engine import DryEngine
@@ -78,7 +79,7 @@ def _compare(
             BEST_OF_N,
             EARLY_STOP,
             PRUNING,
-            deepconf(kind.draw(16, 1.0, seed + 1_000_003)),
+            deepconf(lowest_scores(kind.draw(16, 1.0, seed + 1_000_003))),
             STEP,
         )
         for side in (*sides, PAPER, OURS):

@@ -24,7 +24,7 @@ class Replay(BranchScorer):
         try:
             scores = json.loads(str(call.fields.get("replay", "")))[call.branch]
             self._scores[call] = [float(score) for score in scores]
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
             self._scores[call] = []
         self._asked[call] = 0
 

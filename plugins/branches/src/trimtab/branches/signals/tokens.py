@@ -43,6 +43,7 @@ def certainty(logprobs: NDArray[np.float32]) -> Values:
     shares /= shares.sum(axis=1, keepdims=True)
     entropy = -(shares * np.log(np.maximum(shares, 1e-30))).sum(axis=1)
     values: Values = 1.0 - entropy / np.log(top.shape[1])
+    values[~np.isfinite(top).all(axis=1)] = np.nan
     return values
 
 
@@ -103,6 +104,10 @@ class TokenSignal(BranchScorer):
     def observe(self, slots: NDArray[np.intp], logprobs: NDArray[np.float32]) -> None:
         """Moves each branch's window on by one token."""
         values = self._value(logprobs)
+        known = np.isfinite(values)
+        if not known.all():
+            # Where a grammar leaves few tokens, logprobs say nothing of what the model thinks.
+            slots, values = slots[known], values[known]
         seen = self._seen[slots]
         places = seen % self._window
         if self._lowest_counts:

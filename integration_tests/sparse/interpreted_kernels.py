@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from trimtab.kernels.sparse import SparseShape, naive, select_blocks, selected_attention
+from trimtab.kernels.sparse import (
+    SparseShape,
+    compressed_attention,
+    naive,
+    select_blocks,
+    selected_attention,
+    sliding_attention,
+)
 
-SHAPE = SparseShape(window=8, stride=4, block=16, top=3, first=1, recent=1)
+SHAPE = SparseShape(window=8, stride=4, block=16, top=3, first=1, recent=1, sliding=24)
 
 
-def agree(dtype, heads, kv_heads, d, d_v, queries, keys, tolerance, workspace_bytes=1 << 20):
+def agree(dtype, heads, kv_heads, d, d_v, queries, keys, tolerance, workspace_bytes=1 << 20, **way):
     generator = torch.Generator().manual_seed(0)
 
     def some(*shape):
@@ -22,7 +29,7 @@ def agree(dtype, heads, kv_heads, d, d_v, queries, keys, tolerance, workspace_by
     ours = [x.to(dtype).requires_grad_() for x in (q, k, v)]
     theirs = [x.to(dtype).float().requires_grad_() for x in (q, k, v)]
     out, lse = selected_attention(
-        *(*ours, indices, cu_q, cu_k), block=16, workspace_bytes=workspace_bytes
+        *(*ours, indices, cu_q, cu_k), block=16, workspace_bytes=workspace_bytes, **way
     )
     expected, expected_lse = naive.selected(*theirs, indices, 16, d**-0.5)
     near = {"atol": tolerance, "rtol": tolerance}
@@ -44,7 +51,59 @@ def select_agrees():
     assert torch.equal(chosen, naive.select(q, entries, 90, SHAPE, 16**-0.5))
 
 
+def branch_agrees(dtype, heads, kv_heads, d, d_v, queries, tolerance, branch):
+    """Two packed sequences, one of them shorter than a window."""
+    generator = torch.Generator().manual_seed(2)
+    keys, few = queries + 9, 5
+    compressed = branch == "compressed"
+    tokens = [SHAPE.entries(keys), 0] if compressed else [keys, few]
+    cu_q, cu_k, cu_e = (
+        torch.tensor([0, a, a + b], dtype=torch.int32)
+        for a, b in ((queries, few), (keys, few), tokens)
+    )
+    qkv = [
+        torch.randn(*sizes, generator=generator).to(dtype)
+        for sizes in (
+            (queries + few, heads, d),
+            (sum(tokens), kv_heads, d),
+            (sum(tokens), kv_heads, d_v),
+        )
+    ]
+    ours = [x.clone().requires_grad_() for x in qkv]
+    theirs = [x.float().requires_grad_() for x in qkv]
+    if compressed:
+        out, lse = compressed_attention(*ours, cu_q, cu_k, cu_e, SHAPE)
+    else:
+        out, lse = sliding_attention(*ours, cu_q, cu_k, window=SHAPE.sliding)
+    expected = []
+    for q, k, v, all_keys in zip(
+        theirs[0].split([queries, few]),
+        *(x.split(tokens) for x in theirs[1:]),
+        (keys, few),
+        strict=True,
+    ):
+        if compressed:
+            expected.append(naive.compressed(q, k, v, all_keys, SHAPE, d**-0.5)[:2])
+        else:
+            expected.append(naive.sliding(q, k, v, SHAPE.sliding, d**-0.5))
+    near = {"atol": tolerance, "rtol": tolerance}
+    wanted, wanted_lse = (torch.cat(x) for x in zip(*expected, strict=True))
+    torch.testing.assert_close(out.float(), wanted, **near)
+    torch.testing.assert_close(lse, wanted_lse, **near)
+    above = torch.randn(wanted.shape, generator=generator)
+    out.backward(above.to(dtype))
+    wanted.backward(above)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad.float(), b.grad, **near)
+
+
 agree(torch.float32, 6, 2, 16, 24, 20, 50, 1e-4, workspace_bytes=20_000)
 agree(torch.float16, 3, 3, 12, 16, 33, 33, 2e-2)
 agree(torch.bfloat16, 5, 1, 16, 16, 33, 33, 6e-2)
+agree(torch.float32, 6, 2, 16, 24, 20, 50, 1e-4, workspace_bytes=20_000, as_published=True)
+agree(torch.float16, 3, 3, 12, 16, 33, 33, 2e-2, as_published=True)
 select_agrees()
+branch_agrees(torch.float32, 6, 2, 16, 24, 70, 1e-4, "sliding")
+branch_agrees(torch.float32, 6, 2, 16, 24, 70, 1e-4, "compressed")
+branch_agrees(torch.float16, 3, 3, 12, 16, 33, 2e-2, "sliding")
+branch_agrees(torch.bfloat16, 5, 1, 16, 16, 33, 6e-2, "compressed")

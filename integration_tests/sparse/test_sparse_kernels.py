@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from trimtab.kernels.sparse import (
     SparseShape,
-    gathered,
+    blockwise,
     naive,
+    published,
     select_blocks,
     selected_attention,
     tables,
@@ -71,13 +72,15 @@ heads = st.sampled_from([(1, 1), (3, 1), (4, 4), (10, 2), (14, 2)])
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 99), heads, st.sampled_from([(8, 8), (12, 20)]), lengths)
-def test_selected_attention_is_the_naive_one_with_its_gradients(seed, head_counts, sizes, spans):
+@given(st.integers(0, 99), heads, st.sampled_from([(8, 8), (12, 20)]), lengths, st.booleans())
+def test_selected_attention_is_the_naive_one_with_its_gradients(
+    seed, head_counts, sizes, spans, as_published
+):
     *qkv, cu_q, cu_k = drawn(seed, *head_counts, *sizes, spans, torch.float64)
     indices = some_blocks(seed, head_counts[1], qkv[0].shape[0], 4)
     ours = [x.clone().requires_grad_() for x in qkv]
     theirs = [x.clone().requires_grad_() for x in qkv]
-    out, lse = selected_attention(*ours, indices, cu_q, cu_k, block=16)
+    out, lse = selected_attention(*ours, indices, cu_q, cu_k, block=16, as_published=as_published)
     expected, expected_lse = by_sequence(*theirs, cu_q, cu_k, indices, 16)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
@@ -159,14 +162,18 @@ def test_the_order_of_slots_and_repeats_change_nothing():
     torch.testing.assert_close(*results)
 
 
-def test_a_later_token_changes_no_earlier_output_nor_selection():
+@pytest.mark.parametrize("as_published", [False, True])
+def test_a_later_token_changes_no_earlier_output_nor_selection(as_published):
     q, k, v, cu_q, cu_k = drawn(4, 4, 2, 8, 8, [(64, 64)])
     shape = SparseShape(8, 4, 16, top=2, first=1, recent=1)
 
     def both(k, v):
         entries = naive.mean_compress(k, shape)
         chosen = select_blocks(q, entries, cu_q, cu_k, ends([len(entries)]), shape)
-        return chosen, selected_attention(q, k, v, chosen, cu_q, cu_k, block=16)[0]
+        out, _ = selected_attention(
+            q, k, v, chosen, cu_q, cu_k, block=16, as_published=as_published
+        )
+        return chosen, out
 
     chosen, out = both(k, v)
     k2, v2 = k.clone(), v.clone()
@@ -191,11 +198,14 @@ def test_what_lies_in_a_block_nobody_chose_does_not_leak_nor_get_a_gradient():
     assert not leaves[2].grad[16:48].any()
 
 
-def test_logits_of_ten_thousand_in_half_precision_stay_finite():
+@pytest.mark.parametrize("as_published", [False, True])
+def test_logits_of_ten_thousand_in_half_precision_stay_finite(as_published):
     q, k, v, cu_q, cu_k = drawn(6, 2, 1, 8, 8, [(64, 64)], torch.float16)
     indices = some_blocks(6, 1, 64, 4).clamp(min=0)
     indices[..., 0] = torch.arange(64) // 16
-    out, lse = selected_attention(q * 60, k * 60, v, indices, cu_q, cu_k, block=16)
+    out, lse = selected_attention(
+        *(q * 60, k * 60, v, indices, cu_q, cu_k), block=16, as_published=as_published
+    )
     expected = naive.selected(*(x.double() for x in (q * 60, k * 60, v)), indices, 16, 8**-0.5)[0]
     assert lse.abs().max() > 5000
     torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=0)
@@ -234,12 +244,13 @@ def test_items_cover_a_row_that_everybody_chose():
     assert (items.row[47:] == -1).all()
 
 
-def test_gathering_in_small_chunks_changes_nothing():
+@pytest.mark.parametrize("way", [blockwise, published])
+def test_a_small_workspace_changes_nothing(way):
     q, k, v, cu_q, cu_k = drawn(9, 4, 2, 8, 8, [(60, 60)], torch.float64)
     queries, blocks = tables.place_queries(cu_q, cu_k, 60, 16), tables.cut(cu_k, 60, 16)
     ids = tables.number_through(some_blocks(9, 2, 60, 4), queries, blocks)
     whole, parts = (
-        gathered.forward(q, k, v, ids, 16, 0.3, queries, blocks, most) for most in (1 << 20, 64)
+        way.forward(q, k, v, ids, 16, 0.3, queries, blocks, most) for most in (1 << 24, 64)
     )
     torch.testing.assert_close(whole, parts)
 
@@ -249,7 +260,9 @@ def test_the_operators_keep_torchs_rules():
     indices = some_blocks(10, 2, 40, 3)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     operators = torch.ops.trimtab_sparse
-    torch.library.opcheck(operators.selected, (*leaves, indices, cu_q, cu_k, 16, 0.3, 1 << 20))
+    torch.library.opcheck(
+        operators.selected, (*leaves, indices, cu_q, cu_k, 16, 0.3, 1 << 20, False)
+    )
     entries = naive.mean_compress(k.detach(), SMALL)
     sizes = [8, 4, 16, 3, 1, 1]
     arguments = (q.detach(), entries, cu_q, cu_k, ends([len(entries)]), sizes, 0.3)

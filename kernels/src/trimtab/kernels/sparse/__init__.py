@@ -3,11 +3,28 @@
 `naive` is the mathematics; the operators below run it by Triton on GPUs and by torch on CPUs.
 """
 
+from trimtab.kernels.sparse.branches import (
+    compressed_attention,
+    keep_selection,
+    native_sparse_attention,
+    sliding_attention,
+)
 from trimtab.kernels.sparse.operators import (
     WORKSPACE_BYTES,
     select_blocks,
     selected_attention,
 )
 from trimtab.kernels.sparse.shape import SparseShape
+from trimtab.kernels.sparse.windows import Windows
 
-__all__ = ["WORKSPACE_BYTES", "SparseShape", "select_blocks", "selected_attention"]
+__all__ = [
+    "WORKSPACE_BYTES",
+    "SparseShape",
+    "Windows",
+    "compressed_attention",
+    "keep_selection",
+    "native_sparse_attention",
+    "select_blocks",
+    "selected_attention",
+    "sliding_attention",
+]

@@ -45,7 +45,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor, block: int) -> dict[str, Any]:
+def block_sizes(q: Tensor, k: Tensor, v: Tensor, block: int) -> dict[str, Any]:
+    """The constants of kernels that read blocks of keys."""
     return {
         "HEADS": q.shape[1],
         "GROUP": q.shape[1] // k.shape[1],
@@ -58,7 +59,8 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, block: int) -> dict[str, Any]:
     }
 
 
-def _segments(queries: int, bytes_per_query: int, most_bytes: int) -> Iterator[slice]:
+def segments(queries: int, bytes_per_query: int, most_bytes: int) -> Iterator[slice]:
+    """Cuts queries so that what each segment writes fits a workspace."""
     step = max(1, most_bytes // max(1, bytes_per_query))
     for begin in range(0, queries, step):
         yield slice(begin, min(queries, begin + step))
@@ -80,10 +82,10 @@ def selected_forward(
 
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    sizes = _sizes(q, k, v, block)
+    sizes = block_sizes(q, k, v, block)
     top, group = ids.shape[-1], sizes["GROUP"]
     bytes_per_query = q.shape[1] * top * (v.shape[-1] * q.element_size() + 8)
-    for part in _segments(q.shape[0], bytes_per_query, workspace_bytes):
+    for part in segments(q.shape[0], bytes_per_query, workspace_bytes):
         table = tables.block_major(ids[:, part], blocks.first.numel())
         items = tables.schedule(table, group, FORWARD.rows)
         entries = table.query.numel() * group
@@ -132,11 +134,11 @@ def selected_backward(
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
     delta = (gradient.float() * out.float()).sum(-1)
-    sizes = _sizes(q, k, v, block)
+    sizes = block_sizes(q, k, v, block)
     tile = backward_tile(max(sizes["PAD"], sizes["PAD_V"]))
     top, group = ids.shape[-1], sizes["GROUP"]
     bytes_per_query = q.shape[1] * top * q.shape[-1] * 4
-    for part in _segments(q.shape[0], bytes_per_query, workspace_bytes):
+    for part in segments(q.shape[0], bytes_per_query, workspace_bytes):
         table = tables.block_major(ids[:, part], blocks.first.numel())
         partial = dk.new_empty(table.query.numel() * group, q.shape[-1])
         kernels.backward[(table.rows.numel() - 1,)](

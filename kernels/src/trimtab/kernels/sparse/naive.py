@@ -141,14 +141,18 @@ def native_sparse_attention(
     gates: Tensor,
     shape: SparseShape,
     scale: float,
+    sliding_kv: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The three branches, mixed by ``gates [queries, heads or 1, 3]`` (NSA, equation 5)."""
+    """The three branches, mixed by ``gates [queries, heads or 1, 3]`` (NSA, equation 5).
+
+    The sliding branch may have keys and values of its own.
+    """
     keys = k.shape[0]
     coarse, _, p = compressed(q, compressed_k, compressed_v, keys, shape, scale)
     blocks = top_blocks(importance(p.detach(), keys, k.shape[1], shape), keys, shape)
     branches = (
         coarse,
         selected(q, k, v, blocks, shape.block, scale)[0],
-        sliding(q, k, v, shape.sliding, scale)[0],
+        sliding(q, *(sliding_kv or (k, v)), shape.sliding, scale)[0],
     )
     return (torch.stack(branches, -1) * gates[:, :, None]).sum(-1)

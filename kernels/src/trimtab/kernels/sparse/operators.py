@@ -5,22 +5,39 @@ On a GPU they run Triton kernels; on a CPU plain torch, or the kernels too where
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from trimtab.kernels.sparse import gathered, launch, naive, tables
+from trimtab.kernels.sparse import blockwise, launch, launch_published, naive, published, tables
 from trimtab.kernels.sparse.shape import SparseShape
+from trimtab.kernels.sparse.tiles import wide
 
 WORKSPACE_BYTES = 256 * 2**20
 """What partial results may take at most; longer inputs are done in segments."""
 
-_GATHERED_KEYS = 1 << 16
 
-
-def _on_triton(x: Tensor) -> bool:
+def on_triton(x: Tensor) -> bool:
+    """Whether a tensor is one for the Triton kernels."""
     return x.dtype != torch.float64 and (x.is_cuda or launch.interpreted())
+
+
+def exactly(x: Tensor) -> torch.autocast:
+    """No autocast: it would reach the products inside an operator, whose types are chosen there."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class _Ways(NamedTuple):
+    """The forward pass on a GPU, and in plain torch."""
+
+    on_gpu: Callable[..., tuple[Tensor, Tensor]]
+    in_torch: Callable[..., tuple[Tensor, Tensor]]
+
+
+_OWN = _Ways(launch.selected_forward, blockwise.forward)
+_PUBLISHED = _Ways(launch_published.forward, published.forward)
 
 
 def _laid_out(
@@ -42,12 +59,14 @@ def _selected(
     block: int,
     scale: float,
     workspace_bytes: int,
+    as_published: bool,
 ) -> tuple[Tensor, Tensor]:
     queries, blocks, ids = _laid_out(q, k, indices, cu_q, cu_k, block)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if _on_triton(q):
-        return launch.selected_forward(q, k, v, ids, block, scale, queries, blocks, workspace_bytes)
-    return gathered.forward(q, k, v, ids, block, scale, queries, blocks, _GATHERED_KEYS)
+    ways = _PUBLISHED if as_published else _OWN
+    forward = ways.on_gpu if on_triton(q) else ways.in_torch
+    with exactly(q):
+        return forward(q, k, v, ids, block, scale, queries, blocks, workspace_bytes)
 
 
 @_selected.register_fake
@@ -61,6 +80,7 @@ def _(
     block: int,
     scale: float,
     workspace_bytes: int,
+    as_published: bool,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=wide)
@@ -83,13 +103,11 @@ def _selected_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     queries, blocks, ids = _laid_out(q, k, indices, cu_q, cu_k, block)
     gradient, q, k, v = (x.contiguous() for x in (gradient, q, k, v))
-    if _on_triton(q):
-        return launch.selected_backward(
+    backward = launch.selected_backward if on_triton(q) else blockwise.backward
+    with exactly(q):
+        return backward(
             *(gradient, q, k, v, out, lse, ids, block, scale, queries, blocks, workspace_bytes)
         )
-    return gathered.backward(
-        *(gradient, q, k, v, out, lse, ids, block, scale, queries, blocks, _GATHERED_KEYS)
-    )
 
 
 @_selected_backward.register_fake
@@ -111,7 +129,7 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, indices, cu_q, cu_k, ctx.block, ctx.scale, ctx.workspace_bytes = inputs
+    q, k, v, indices, cu_q, cu_k, ctx.block, ctx.scale, ctx.workspace_bytes, _ = inputs
     ctx.save_for_backward(q, k, v, *output, indices, cu_q, cu_k)
     ctx.mark_non_differentiable(output[1])
 
@@ -122,7 +140,7 @@ def _differentiate(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor
         *(gradient, q, k, v, out, lse, indices, cu_q, cu_k),
         *(ctx.block, ctx.scale, ctx.workspace_bytes),
     )
-    return *gradients, *(None,) * 6
+    return *gradients, *(None,) * 7
 
 
 _selected.register_autograd(_differentiate, setup_context=_keep)
@@ -139,6 +157,7 @@ def selected_attention(
     block: int = 64,
     scale: float | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
+    as_published: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of packed queries to the blocks that each has chosen (NSA, section 3.3.2).
 
@@ -153,6 +172,8 @@ def selected_attention(
         block: tokens of a block, a power of two.
         scale: of the logits; ``d ** -0.5`` by default.
         workspace_bytes: what partial results may take.
+        as_published: whether the forward takes FSA's passes as published (arXiv 2508.18224): a pass
+            for running maxima comes first. The results are the same.
 
     Returns:
         Output ``[queries, heads, d_v]`` as ``q``, and the natural logarithm of the sum of
@@ -167,7 +188,7 @@ def selected_attention(
         return out, lse.float().fill_(float("-inf"))
     result: tuple[Tensor, Tensor] = _selected(
         *(q, k, v, indices, cu_queries, cu_keys, block),
-        *(q.shape[-1] ** -0.5 if scale is None else scale, workspace_bytes),
+        *(q.shape[-1] ** -0.5 if scale is None else scale, workspace_bytes, as_published),
     )
     return result
 
@@ -208,12 +229,13 @@ def _select(
 ) -> Tensor:
     shape = SparseShape(*sizes)
     q, entries = q.contiguous(), entries.contiguous()
-    if _on_triton(q):
+    if on_triton(q):
         queries = tables.place_queries(cu_q, cu_k, q.shape[0], shape.block)
         position = queries.last - cu_k.long()[queries.sequence]
         seen = ((position + 1 - shape.window) // shape.stride + 1).clamp(min=0)
         return launch.select(q, entries, cu_q, cu_entries, seen, queries, shape, scale)
-    return _select_by_sequence(q, entries, cu_q, cu_k, cu_entries, shape, scale)
+    with exactly(q):
+        return _select_by_sequence(q, entries, cu_q, cu_k, cu_entries, shape, scale)
 
 
 def _select_by_sequence(
@@ -237,8 +259,7 @@ def _select_by_sequence(
             stop = min(end, at + step)
             until = keys - (end - stop)
             known = own[: shape.entries(until)].to(q.dtype)
-            query, known = gathered.wide(q[at:stop]), gathered.wide(known)
-            out[:, at:stop] = naive.select(query, known, until, shape, scale)
+            out[:, at:stop] = naive.select(wide(q[at:stop]), wide(known), until, shape, scale)
     return out
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.kernels.sparse import launch
+from trimtab.kernels.sparse import launch, launch_spans
 
 TARGETS: Mapping[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
@@ -51,7 +51,81 @@ class Configuration:
 
 
 def configurations(group: int = 4) -> Iterator[Configuration]:
-    """Every kernel as the launcher starts it, for bfloat16 and each head size."""
+    """Every kernel as the launchers start it, for bfloat16 and each head size."""
+    yield from _of_blocks(group)
+    yield from _of_spans(group)
+    yield from _as_published(group)
+
+
+def _as_published(group: int) -> Iterator[Configuration]:
+    """The kernels of FSA's published passes."""
+    from trimtab.kernels.sparse import triton_published
+
+    wide, narrow, number, index = "*fp32", "*bf16", "*i64", "*i32"
+    lists = {"rows": number, "query": index, "item_row": index, "item_chunk": index}
+    lists |= {"block_first": number, "block_length": number, "last": number}
+    lists |= {"scale": "fp32", "blocks": "i32", "q": narrow, "k": narrow}
+    parts = {"part": wide, "running": wide, "part_sum": wide}
+    for d, d_v in HEAD_SIZES:
+        keys = {"HEADS": 32, "GROUP": group, "WIDEN": False, "BLOCK": 64}
+        keys |= {"ROWS": launch.FORWARD.rows, "D": d, "PAD": launch.padded(d)}
+        values = {"D_V": d_v, "PAD_V": launch.padded(d_v)}
+        yield Configuration(
+            "published_maxima",
+            triton_published.maxima,
+            (d, d_v),
+            {**lists, "part_max": wide},
+            keys,
+            launch.FORWARD,
+        )
+        yield Configuration(
+            "published_forward",
+            triton_published.forward,
+            (d, d_v),
+            {**lists, **parts, "v": narrow},
+            {**keys, **values},
+            launch.FORWARD,
+        )
+        yield Configuration(
+            "published_merge",
+            triton_published.merge,
+            (d, d_v),
+            {**parts, "place": index, "out": narrow, "lse": wide, "queries": "i32"},
+            {"TOP": 16, "HEADS": 32, "GROUP": group, "GROUP_PAD": group, **values},
+            launch.MERGE,
+        )
+
+
+def _of_spans(group: int) -> Iterator[Configuration]:
+    """The kernels of the compressed and the sliding branch."""
+    from trimtab.kernels.sparse import triton_spans
+
+    wide, narrow, number = "*fp32", "*bf16", "*i64"
+    qkv = {"q": narrow, "k": narrow, "v": narrow, "lse": wide}
+    spans = {"low": number, "high": number, "queries": "i32", "scale": "fp32"}
+    above = {**qkv, "gradient": narrow, "delta": wide, **spans}
+    keys = {"first_query": number, "end_query": number, "tokens": "i32"}
+    for d, d_v in HEAD_SIZES:
+        pads = {"PAD": launch.padded(d), "PAD_V": launch.padded(d_v)}
+        sizes = {"HEADS": 32, "GROUP": group, "WIDEN": False, "D": d, "D_V": d_v, **pads}
+        for name, function, types in (
+            ("span", triton_spans.forward, {**qkv, "out": narrow, **spans}),
+            ("span_dq", triton_spans.backward_queries, {**above, "dq": narrow}),
+            (
+                "span_dkv",
+                triton_spans.backward_keys,
+                {**above, **keys, "dk": narrow, "dv": narrow},
+            ),
+        ):
+            tile, columns = launch_spans.BACKWARD, launch_spans.BACKWARD_KEYS
+            if name == "span":
+                tile, columns = launch_spans.forward_tile(max(pads.values())), launch_spans.KEYS
+            constants = {**sizes, "ROWS": tile.rows, "KEYS": columns}
+            yield Configuration(name, function, (d, d_v), types, constants, tile)
+
+
+def _of_blocks(group: int) -> Iterator[Configuration]:
+    """The kernels of the selected branch and of the choice."""
     from trimtab.kernels.sparse import triton_select, triton_selected
 
     wide, narrow, number, index = "*fp32", "*bf16", "*i64", "*i32"

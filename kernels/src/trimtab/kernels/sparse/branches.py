@@ -1,0 +1,267 @@
+"""Native sparse attention, whole and differentiable: the compressed, selected and sliding branch.
+
+The operators ``trimtab_sparse::span`` and ``::span_backward`` serve the compressed and the sliding
+branch. On a GPU they run Triton kernels; on a CPU plain torch, or the kernels where Triton
+interprets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.kernels.sparse import launch_spans, spans, tables
+from trimtab.kernels.sparse.operators import (
+    WORKSPACE_BYTES,
+    exactly,
+    on_triton,
+    select_blocks,
+    selected_attention,
+)
+from trimtab.kernels.sparse.shape import SparseShape
+
+
+@torch.library.custom_op("trimtab_sparse::span", mutates_args=())
+def _span(
+    q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    way = launch_spans if on_triton(q) else spans
+    with exactly(q):
+        return way.forward(q, k, v, low, high, scale)
+
+
+@_span.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=wide)
+
+
+@torch.library.custom_op("trimtab_sparse::span_backward", mutates_args=())
+def _span_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    low: Tensor,
+    high: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradient, q, k, v = (x.contiguous() for x in (gradient, q, k, v))
+    way = launch_spans if on_triton(q) else spans
+    with exactly(q):
+        return way.backward(gradient, q, k, v, out, lse, low, high, scale)
+
+
+@_span_backward.register_fake
+def _(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    low: Tensor,
+    high: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, low, high, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, low, high)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_span_backward(gradient, *ctx.saved_tensors, ctx.scale), None, None, None
+
+
+_span.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    if q.shape[0] == 0 or k.shape[0] == 0:
+        lse = q.new_full(q.shape[:2], float("-inf"))
+        return q.new_zeros(*q.shape[:2], v.shape[-1]), spans.wide(lse)
+    result: tuple[Tensor, Tensor] = _span(
+        *(q, k, v, low, high, q.shape[-1] ** -0.5 if scale is None else scale)
+    )
+    return result
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
+        raise ValueError(f"q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions, not 3")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} heads do not divide into {k.shape[1]} KV heads")
+    if k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together"
+        )
+    if q.dtype != k.dtype or k.dtype != v.dtype:
+        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; give one dtype")
+
+
+def compressed_attention(
+    q: Tensor,
+    entries_k: Tensor,
+    entries_v: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    cu_entries: Tensor,
+    shape: SparseShape,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of packed queries to the compressed entries that lie behind them (NSA, 3.3.1).
+
+    Args:
+        q: ``[queries, heads, d]``.
+        entries_k: compressed keys ``[entries, kv_heads, d]``; more than ``cu_entries`` tells of are
+            not looked at.
+        entries_v: compressed values ``[entries, kv_heads, d_v]``.
+        cu_queries: ends of the packed sequences ``[sequences + 1]`` int32, from 0.
+        cu_keys: the same of the raw keys.
+        cu_entries: the same of the entries.
+        shape: sizes.
+        scale: of the logits; ``d ** -0.5`` by default.
+
+    Returns:
+        Output ``[queries, heads, d_v]`` and natural logarithm ``[queries, heads]``; 0 and minus
+        infinity for queries before the end of the first window.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+    _check(q, entries_k, entries_v)
+    queries = tables.place_queries(cu_queries, cu_keys, q.shape[0], shape.block)
+    position = queries.last - cu_keys.long()[queries.sequence]
+    seen = ((position + 1 - shape.window) // shape.stride + 1).clamp(min=0)
+    low = cu_entries.long()[queries.sequence]
+    return _attend(q, entries_k, entries_v, low, low + seen, scale)
+
+
+def sliding_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    *,
+    window: int,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of packed queries to the ``window`` latest tokens, the own one among them.
+
+    Args:
+        q: ``[queries, heads, d]``.
+        k: ``[keys, kv_heads, d]``.
+        v: ``[keys, kv_heads, d_v]``.
+        cu_queries: ends of the packed sequences ``[sequences + 1]`` int32, from 0.
+        cu_keys: the same of the keys; the last query of a sequence belongs to its last key.
+        window: tokens.
+        scale: of the logits; ``d ** -0.5`` by default.
+
+    Returns:
+        Output ``[queries, heads, d_v]`` and natural logarithm ``[queries, heads]``.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+    _check(q, k, v)
+    if window < 1:
+        raise ValueError(f"a window of {window} tokens shows nothing; give at least 1")
+    queries = tables.place_queries(cu_queries, cu_keys, q.shape[0], 1)
+    begins = cu_keys.long()[queries.sequence]
+    high = queries.last + 1
+    return _attend(q, k, v, torch.maximum(begins, high - window), high, scale)
+
+
+def native_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    entries_k: Tensor,
+    entries_v: Tensor,
+    gates: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    cu_entries: Tensor,
+    shape: SparseShape,
+    *,
+    sliding_k: Tensor | None = None,
+    sliding_v: Tensor | None = None,
+    scale: float | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> Tensor:
+    """The three branches of packed sequences, mixed by their gates (NSA, equation 5).
+
+    Gradients reach all tensors but the choice of blocks, which follows the compressed keys.
+
+    Args:
+        q: ``[queries, heads, d]``; head ``h`` reads KV head ``h // (heads / kv_heads)``.
+        k: keys of the selected branch ``[keys, kv_heads, d]``.
+        v: its values ``[keys, kv_heads, d_v]``.
+        entries_k: compressed keys ``[entries, kv_heads, d]``.
+        entries_v: compressed values ``[entries, kv_heads, d_v]``.
+        gates: of the compressed, selected and sliding branch ``[queries, heads or 1, 3]``.
+        cu_queries: ends of the packed sequences ``[sequences + 1]`` int32, from 0.
+        cu_keys: the same of the raw keys; the last query of a sequence belongs to its last key.
+        cu_entries: the same of the entries.
+        shape: sizes.
+        sliding_k: keys of the sliding branch, if it has its own.
+        sliding_v: its values, likewise.
+        scale: of the logits; ``d ** -0.5`` by default.
+        workspace_bytes: what partial results may take.
+
+    Returns:
+        ``[queries, heads, d_v]``.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+    if gates.shape not in ((q.shape[0], q.shape[1], 3), (q.shape[0], 1, 3)):
+        raise ValueError(
+            f"gates is {tuple(gates.shape)}; it must be [{q.shape[0]}, {q.shape[1]} or 1, 3]"
+        )
+    ends = (cu_queries, cu_keys)
+    coarse, _ = compressed_attention(q, entries_k, entries_v, *ends, cu_entries, shape, scale=scale)
+    blocks = select_blocks(q, entries_k, *ends, cu_entries, shape, scale=scale)
+    fine, _ = selected_attention(
+        q, k, v, blocks, *ends, block=shape.block, scale=scale, workspace_bytes=workspace_bytes
+    )
+    near, _ = sliding_attention(
+        q,
+        k if sliding_k is None else sliding_k,
+        v if sliding_v is None else sliding_v,
+        *ends,
+        window=shape.sliding,
+        scale=scale,
+    )
+    coarse_gate, fine_gate, near_gate = gates.to(q.dtype).unsqueeze(2).unbind(-1)
+    return coarse * coarse_gate + fine * fine_gate + near * near_gate
+
+
+def keep_selection() -> Any:
+    """For ``context_fn`` of `torch.utils.checkpoint.checkpoint`: blocks are chosen once.
+
+    What is computed again under activation checkpointing may differ in its last bits, where
+    kernels are not deterministic; then it would choose other blocks than the loss was computed
+    with, and the gradients would be wrong. With this, the forward's choice is kept (``top``
+    integers for each token and KV head), and everything else is computed again.
+    """
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    contexts: Callable[[Any], Any] = create_selective_checkpoint_contexts
+    return contexts([torch.ops.trimtab_sparse.select.default])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from trimtab.placement.bench import fragmented
 from trimtab.placement.grid import Demand, Spread, fits, spread_of
-from trimtab.placement.leftovers import may_touch, near_cuts, near_holdings
+from trimtab.placement.leftovers import may_touch, near_cuts, near_holdings, summed
 from trimtab.placement.priced_columns import priced_columns
 from trimtab.placement.prices import ROW, Heights, Money, market
 from trimtab.placement.programme import Programme
@@ -105,6 +105,26 @@ def test_what_placements_touch_is_never_ruled_out(seed: int) -> None:
     for parts, touched in fewest_rows_touched(demand).items():
         offers = market(demand, parts, rounds=50)
         assert may_touch(demand, parts, touched, offers, nodes=100)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_parts_by_height_are_enough_for_what_placements_touch(seed: int) -> None:
+    demand = small(random.Random(seed))
+    for parts, touched in fewest_rows_touched(demand).items():
+        offers = market(demand, parts, rounds=50)
+        gap = round((touched - offers.rows_touched) * ROW)
+        cuts = near_cuts(offers.prices, parts, gap, steps=1000)
+        assert cuts is not None
+        programme = summed(demand, touched, cuts, offers.prices, gap)
+        assert programme.solve(nodes=100).feasible
+
+
+def test_parts_by_height_forbid_what_prices_allow() -> None:
+    """The bound is 525.6 of 534 rows, and leaves more holdings than are listed."""
+    demand = Demand(89, 8, (17, 75, 40, 82, 73, 29, 41, 60, 69, 81, 63, 72, 85, 37, 38, 33, 6))
+    offers = market(demand, 2, rounds=100)
+    assert 525 < offers.rows_touched < 526
+    assert not may_touch(demand, 2, 534, offers, nodes=100)
 
 
 def test_prices_leave_too_few_holdings_for_whole_columns() -> None:

@@ -5,7 +5,8 @@ pods earns at most the greatest profit. What its columns pay more and its pods e
 is what it lies above the bound. Where only so many rows may be touched, no cut and no holding may
 therefore miss the best by more than the distance from the bound to that number. Where few are left,
 they are all listed, and whether whole numbers of them make up a grid is a small integer programme:
-where it has no solution, there is no placement.
+where it has no solution, there is no placement. Where there are more, the parts of all pods with
+the same capacity and the same tallest part are only counted by height.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from trimtab.placement.prices import ROW, Heights, Holding, Market, Money, earni
 from trimtab.placement.programme import Programme
 
 _STEPS = 3000
-"""Of listing cuts, and of listing holdings; where they do not suffice, nothing is said."""
+"""Of listing cuts, and of listing holdings."""
+
+_MOST_SUMMED = 4000
+"""Variables of the programme that does without a list of holdings."""
 
 
 def may_touch(demand: Demand, parts: int, most: int, offers: Market, *, nodes: int) -> bool:
@@ -39,10 +43,15 @@ def may_touch(demand: Demand, parts: int, most: int, offers: Market, *, nodes: i
     if gap < 0:
         return False
     cuts = near_cuts(offers.prices, parts, gap, steps=_STEPS)
-    holdings = near_holdings(demand, offers.prices, gap, steps=_STEPS)
-    if cuts is None or holdings is None:
+    if cuts is None:
         return True
-    return _programme(demand, most, cuts, holdings).solve(nodes=nodes).feasible
+    holdings = near_holdings(demand, offers.prices, gap, steps=_STEPS)
+    if holdings is not None:
+        return _programme(demand, most, cuts, holdings).solve(nodes=nodes).feasible
+    programme = summed(demand, most, cuts, offers.prices, gap)
+    if len(programme.costs) > _MOST_SUMMED:
+        return True
+    return programme.solve(nodes=nodes).feasible
 
 
 def _bound(demand: Demand, parts: int, prices: Money) -> int:
@@ -116,14 +125,7 @@ def _programme(
 ) -> Programme:
     """Whole numbers of cuts and holdings with the same parts, for all columns and all pods."""
     programme = Programme()
-    parts: dict[int, list[tuple[int, float]]] = defaultdict(list)
-    columns: list[tuple[int, float]] = []
-    for cut in cuts:
-        variable = programme.variable(upper=demand.columns, whole=True)
-        columns.append((variable, 1))
-        for height, number in Counter(cut).items():
-            parts[height].append((variable, -number))
-    programme.constrain(columns, low=demand.columns, high=demand.columns)
+    parts = _asked(programme, demand, cuts)
     pods: list[list[tuple[int, float]]] = [[] for _ in demand.classes]
     touched: list[tuple[int, float]] = []
     for holding in holdings:
@@ -134,6 +136,69 @@ def _programme(
         for height, number in Counter(holding.parts).items():
             parts[height].append((variable, number))
     for own, (_, number) in zip(pods, demand.classes, strict=True):
+        programme.constrain(own, low=number, high=number)
+    for terms in parts.values():
+        programme.constrain(terms, low=0, high=0)
+    programme.constrain(touched, high=most)
+    return programme
+
+
+def _asked(
+    programme: Programme, demand: Demand, cuts: list[Heights]
+) -> dict[int, list[tuple[int, float]]]:
+    """A whole number of each cut; the parts they ask for by height, counted negative."""
+    parts: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    columns: list[tuple[int, float]] = []
+    for cut in cuts:
+        variable = programme.variable(upper=demand.columns, whole=True)
+        columns.append((variable, 1))
+        for height, number in Counter(cut).items():
+            parts[height].append((variable, -number))
+    programme.constrain(columns, low=demand.columns, high=demand.columns)
+    return parts
+
+
+def summed(demand: Demand, most: int, cuts: list[Heights], prices: Money, gap: int) -> Programme:
+    """As above without a list of holdings; whatever has a solution above has one here.
+
+    Args:
+        demand: the job's grid and the pods' free nodes.
+        most: rows touched by all pods together.
+        cuts: of columns, all that are near enough.
+        prices: of parts by height.
+        gap: the money by which cuts and pods may miss the best.
+    """
+    programme = Programme()
+    parts, touched = _asked(programme, demand, cuts), list[tuple[int, float]]()
+    earned = earnings(prices, max(capacity for capacity, _ in demand.classes))
+    spent = np.arange(len(prices)) * ROW
+    for capacity, number in demand.classes:
+        least = int((earned[:, capacity] - spent).max()) - gap
+        idle = programme.variable(upper=number if least <= 0 else 0, whole=True)
+        own: list[tuple[int, float]] = [(idle, 1)]
+        for tallest in range(1, min(capacity, demand.rows) + 1):
+            needed = least + tallest * ROW
+            if earned[tallest, capacity] < needed:
+                continue
+            pods = programme.variable(upper=number, whole=True)
+            own.append((pods, 1))
+            touched.append((pods, tallest))
+            heights = np.arange(1, min(tallest, capacity - tallest) + 1)
+            left = capacity - tallest - heights
+            near = prices[tallest] + prices[heights] + earned[tallest, left] >= needed
+            held = {
+                height: programme.variable(whole=True)
+                for height in sorted({tallest, *heights[near].tolist()})
+            }
+            for height, variable in held.items():
+                parts[height].append((variable, 1))
+                alike = min(demand.columns, capacity // height)
+                programme.constrain([(variable, 1), (pods, -alike)], high=0)
+            programme.constrain([(held[tallest], 1), (pods, -1)], low=0)
+            used = [(variable, float(height)) for height, variable in held.items()]
+            programme.constrain([*used, (pods, -capacity)], high=0)
+            counted = [(variable, 1.0) for variable in held.values()]
+            programme.constrain([*counted, (pods, -demand.columns)], high=0)
         programme.constrain(own, low=number, high=number)
     for terms in parts.values():
         programme.constrain(terms, low=0, high=0)

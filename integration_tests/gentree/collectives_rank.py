@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 from torch import distributed as dist
+
+from trimtab.core.errors import BadInput
 
 Op = dist.ReduceOp
 
@@ -29,6 +34,11 @@ def main() -> None:
         freed,
         identical,
         functional,
+        sparse,
+        groups_own_calls,
+        behind_a_barrier,
+        late_but_in_time,
+        told_otherwise,
     )
     for check in [c for c in everything if not sys.argv[1:] or c.__name__ in sys.argv[1:]]:
         check(dist.get_rank(), dist.get_world_size())
@@ -45,6 +55,14 @@ def values(rank: int, *shape: int) -> torch.Tensor:
 
 def exact(size: int, *shape: int) -> torch.Tensor:
     return torch.stack([values(rank, *shape).double() for rank in range(size)]).sum(0)
+
+
+def refusal(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except (RuntimeError, ValueError, BadInput) as error:
+        return str(error)
+    raise AssertionError("what is wrong was taken")
 
 
 def sums(rank: int, size: int) -> None:
@@ -129,7 +147,7 @@ def scattered(rank: int, size: int) -> None:
 
 
 def gathered(rank: int, size: int) -> None:
-    for length in (1, 6, 1001):
+    for length in (0, 1, 6, 1001):
         whole = torch.empty(size * length)
         dist.all_gather_single(whole, values(rank, length))
         assert torch.equal(whole, torch.cat([values(r, length) for r in range(size)]))
@@ -171,11 +189,17 @@ def subgroups(rank: int, size: int) -> None:
 
 
 def coalesced(rank: int, size: int) -> None:
-    tensors = [values(rank, 7), values(rank + 50, 3, 5)]
-    dist.all_reduce_coalesced(tensors)
-    torch.testing.assert_close(tensors[0], exact(size, 7).float())
     expected = torch.stack([values(r + 50, 3, 5) for r in range(size)]).sum(0)
-    torch.testing.assert_close(tensors[1], expected)
+    for by_one_call in (True, False):
+        tensors = [values(rank, 7), values(rank + 50, 3, 5), torch.empty(0)]
+        if by_one_call:
+            dist.all_reduce_coalesced(tensors)
+        else:
+            with dist.distributed_c10d._coalescing_manager(dist.group.WORLD):
+                for tensor in tensors:
+                    dist.all_reduce(tensor)
+        torch.testing.assert_close(tensors[0], exact(size, 7).float())
+        torch.testing.assert_close(tensors[1], expected)
 
 
 def waited_and_not(rank: int, size: int) -> None:
@@ -223,6 +247,73 @@ def functional(rank: int, size: int) -> None:
     kept = collectives.reduce_scatter_tensor_coalesced(whole, "sum", [0, 0], dist.group.WORLD)
     expected = exact(size, 2 * size).float()[2 * rank : 2 * rank + 2]
     torch.testing.assert_close(collectives.wait_tensor(kept[0]), expected)
+
+
+def sparse(rank: int, size: int) -> None:
+    """The base group's, as gradients of embeddings are."""
+    ours = torch.sparse_coo_tensor([[rank % 2, 2]], [1.0, float(rank)], (4,))
+    dist.all_reduce(ours)
+    even = (size + 1) // 2
+    assert ours.to_dense().tolist() == [even, size - even, size * (size - 1) / 2, 0]
+
+
+def groups_own_calls(rank: int, size: int) -> None:
+    """What a group is asked by its methods, without options, and with what gloo has or refuses."""
+    group, ones = dist.group.WORLD, torch.ones(3)
+    parts = [torch.empty(3) for _ in range(size)]
+    group.allgather([parts], [ones * rank]).wait()
+    assert [part[0].item() for part in parts] == list(range(size))
+    group.reduce_scatter([ones], [[torch.full((3,), float(r)) for r in range(size)]]).wait()
+    assert ones.tolist() == [rank * size] * 3
+    whole = torch.empty(3 * size)
+    group._allgather_base(whole, ones).wait()
+    assert whole[::3].tolist() == [r * size for r in range(size)]
+    many = group.all_gather_single_coalesced([whole, torch.empty(size)], [ones, ones[:1].clone()])
+    assert [len(tensor) for tensor in many.get_future().wait()] == [3 * size, size]
+    assert many.is_completed()
+    group.monitored_barrier(timedelta(seconds=30), False)
+    group.barrier().wait()
+    for wrong in (
+        lambda: group.allreduce([]),
+        lambda: group.allgather([parts], []),
+        lambda: group.allgather([parts[1:]], [ones]),
+        lambda: group.allgather([parts], [ones[:2]]),
+        lambda: group.reduce_scatter([], [parts]),
+        lambda: group.allreduce_coalesced([ones, ones.double()]),
+    ):
+        refusal(wrong)
+
+
+def behind_a_barrier(rank: int, size: int) -> None:
+    for both_wait in (False, True):
+        many = [torch.full((200_000,), rank + 1.0) for _ in range(8)]
+        works = [dist.all_reduce(tensor, async_op=True) for tensor in many]
+        met = dist.barrier(async_op=both_wait)
+        if met is not None:
+            met.wait()
+        assert all(work.is_completed() for work in works)
+        assert {tensor[-1].item() for tensor in many} == {size * (size + 1) / 2}
+
+
+def late_but_in_time(rank: int, size: int) -> None:
+    if rank == 1:
+        time.sleep(1)
+    sums(rank, size)
+
+
+def told_otherwise(rank: int, size: int) -> None:
+    """No group is made where one rank is told otherwise than the others."""
+    for variable, value, told in (
+        ("TRIMTAB_HOST", "h9", "rank 1 runs on 'h9', which is no node of two-racks"),
+        ("TRIMTAB_GENTREE_ALWAYS", "0", "rank 1 of the group plans for another network"),
+        ("TRIMTAB_GENTREE_TOPOLOGY", "", "rank 1 of the group plans for another network"),
+    ):
+        kept = os.environ[variable]
+        if rank == 1:
+            os.environ[variable] = value
+        refused = refusal(dist.new_group)
+        os.environ[variable] = kept
+        assert told in refused, refused
 
 
 if __name__ == "__main__":

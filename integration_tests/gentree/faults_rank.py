@@ -23,12 +23,15 @@ def main(faults: list[str]) -> None:
     rank = dist.get_rank()
     tensor = torch.ones(100_000)
     for fault in faults:
-        group = dist.new_group(timeout=TIMEOUT)
+        group = dist.new_group(timeout=timedelta(seconds=60))
         dist.all_reduce(tensor, group=group)
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
         began_s = time.monotonic()
         try:
             if rank == 2:
                 spoil(fault, tensor, group)
+            elif fault == "gathered":
+                gather(tensor, group)
             else:
                 dist.all_reduce(tensor, group=group)
         except RuntimeError as error:
@@ -42,8 +45,14 @@ def spoil(fault: str, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> 
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault == "size":
         dist.all_reduce(tensor[:50_000], group=group)
+    elif fault == "gathered":
+        gather(tensor[:50_000], group)
     else:
         time.sleep(9)
+
+
+def gather(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    dist.all_gather([torch.empty_like(tensor) for _ in range(4)], tensor, group=group)
 
 
 if __name__ == "__main__":

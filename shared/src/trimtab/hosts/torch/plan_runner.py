@@ -154,11 +154,11 @@ class PlanRunner:
 
     Args:
         base: a process group that sends and receives.
-        timeout: how long a message may take.
+        timeout: how long a message may take; it may be changed between two calls.
     """
 
     def __init__(self, base: Any, timeout: timedelta) -> None:
-        self._base, self._timeout = base, timeout
+        self._base, self.timeout = base, timeout
         # With the turns themselves, so that no others can have their id.
         self._cuts: OrderedDict[tuple[int, int], tuple[Sequence[Turn], list[_CutTurn]]] = (
             OrderedDict()
@@ -241,7 +241,7 @@ class PlanRunner:
     def _wait(self, messages: _Pending) -> None:
         for peer, work in messages:
             try:
-                work.wait(self._timeout)
+                work.wait(self.timeout)
             except RuntimeError as error:
                 raise PeerLost(peer, _first_line(error)) from None
 

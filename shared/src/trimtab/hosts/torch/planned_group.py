@@ -20,12 +20,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from trimtab.core.collectives import Schedule
 from trimtab.hosts.torch.plan_runner import Combine, PeerLost, PlannedRank, PlanRunner, adding
 
-_options: Any = dist
-"""torch.distributed with the names that its type information lacks."""
+_options: Any = distributed_c10d
+"""Where torch.distributed has the names that it does not export, or that its types lack."""
 
 _FAULT = "trimtab/fault"
 _FAULT_WAIT_S = 1.0
@@ -140,7 +141,11 @@ class _Several(dist.Work):
         return all(done)
 
     def get_future(self) -> Any:
-        return torch.futures.collect_all([work.get_future() for work in self._works])
+        together = torch.futures.collect_all([work.get_future() for work in self._works])
+        return together.then(lambda done: [t for each in done.value() for t in each.value() or ()])
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
 
 
 class _Thread:
@@ -214,7 +219,6 @@ class PlannedGroup(dist.ProcessGroup):
         super().__init__(rank, size)  # type: ignore[call-arg]
         self._store, self._plans, self._names = store, plans, list(names)
         self._own_rank, self._own_size = rank, size
-        self._timeout = timeout
         self._bases = {"cpu": _gloo(store, rank, size, timeout)}
         self._register_backend(
             torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, self._bases["cpu"]
@@ -250,7 +254,7 @@ class PlannedGroup(dist.ProcessGroup):
         given = _listed(tensors)
         opts = opts if opts is not None else dist.AllreduceOptions()
         how = _operation(_op_of(opts))
-        planned = self._for(given, given[0].nbytes) if len(given) == 1 and how else None
+        planned = self._for(given, _bytes(given)) if len(given) == 1 and how else None
         if planned is None or how is None or not _fits(given[0], how):
             return self._base(given).allreduce(given, _as_options(opts, dist.AllreduceOptions))
         return self._submit(given, opts, lambda call: self._reduce_all(given, planned, how, call))
@@ -260,7 +264,7 @@ class PlannedGroup(dist.ProcessGroup):
         opts = opts if opts is not None else dist.AllreduceCoalescedOptions()
         how = _operation(_op_of(opts))
         alike = len({(t.dtype, t.device) for t in given}) == 1
-        planned = self._for(given, sum(t.nbytes for t in given)) if alike and how else None
+        planned = self._for(given, _bytes(given)) if alike and how else None
         if planned is None or how is None or not _fits(given[0], how):
             return self._base(given).allreduce_coalesced(given, opts)
         return self._submit(given, opts, lambda call: self._reduce_all(given, planned, how, call))
@@ -269,11 +273,14 @@ class PlannedGroup(dist.ProcessGroup):
         opts = opts if opts is not None else dist.ReduceScatterOptions()
         how = _operation(_op_of(opts))
         even = input.numel() == output.numel() * self._own_size and input.dtype == output.dtype
-        planned = self._for([input, output], input.nbytes, blocks=True) if even and how else None
+        size = _bytes([input])
+        planned = self._for([input, output], size, blocks=True) if even and how else None
         if planned is None or how is None or not _fits(input, how):
             return self._base([input])._reduce_scatter_base(output, input, opts)
         return self._submit(
-            [output], opts, lambda call: self._scatter(output, [input], planned, how, call)
+            [output],
+            opts,
+            lambda call: self._scatter(output, [input], planned, how, call),
         )
 
     def _reduce_scatter_base(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
@@ -283,21 +290,21 @@ class PlannedGroup(dist.ProcessGroup):
         self, outputs: Any, inputs: Any, opts: Any = None
     ) -> Any:
         opts = opts if opts is not None else dist.ReduceScatterOptions()
-        (output,), (parts,) = _listed(outputs), inputs
-        how = _operation(_op_of(opts))
-        even = all(p.numel() == output.numel() and p.dtype == output.dtype for p in parts)
-        size = output.nbytes * self._own_size
-        planned = self._for([output, *parts], size, blocks=True) if even and how else None
-        if planned is None or how is None or not _fits(output, how):
-            return self._base([output]).reduce_scatter(outputs, inputs, opts)
+        given, how = _listed(outputs), _operation(_op_of(opts))
+        parts = self._shares(given, inputs) if how else None
+        planned = None if parts is None else self._for([*given, *parts], _bytes(parts), blocks=True)
+        if parts is None or planned is None or how is None or not _fits(given[0], how):
+            return self._base(given).reduce_scatter(given, inputs, opts)
         return self._submit(
-            [output], opts, lambda call: self._scatter(output, parts, planned, how, call)
+            given,
+            opts,
+            lambda call: self._scatter(given[0], parts, planned, how, call),
         )
 
     def all_gather_single(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
         opts = opts if opts is not None else _options.AllgatherOptions()
         even = output.numel() == input.numel() * self._own_size and input.dtype == output.dtype
-        planned = self._for([input, output], output.nbytes, blocks=True) if even else None
+        planned = self._for([input, output], _bytes([output]), blocks=True) if even else None
         if planned is None:
             return self._base([input])._allgather_base(output, input, opts)
         return self._submit(
@@ -309,15 +316,12 @@ class PlannedGroup(dist.ProcessGroup):
 
     def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         opts = opts if opts is not None else _options.AllgatherOptions()
-        (parts,), (given,) = outputs, _listed(inputs)
-        even = all(p.numel() == given.numel() and p.dtype == given.dtype for p in parts)
-        size = given.nbytes * self._own_size
-        planned = self._for([given, *parts], size, blocks=True) if even else None
-        if planned is None:
-            return self._base([given]).allgather(outputs, [given], opts)
-        return self._submit(
-            list(parts), opts, lambda call: self._gather(parts, given, planned, call)
-        )
+        given = _listed(inputs)
+        parts = self._shares(given, outputs)
+        planned = None if parts is None else self._for([*given, *parts], _bytes(parts), blocks=True)
+        if parts is None or planned is None:
+            return self._base(given).allgather(outputs, given, opts)
+        return self._submit(parts, opts, lambda call: self._gather(parts, given[0], planned, call))
 
     def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         pairs = zip(outputs, inputs, strict=True)
@@ -335,9 +339,19 @@ class PlannedGroup(dist.ProcessGroup):
     ) -> Any:
         return self._base(_listed(tensors)).broadcast(tensors, *rest, **more)
 
-    def barrier(self, *rest: Any, **more: Any) -> Any:
-        device = getattr(rest[0] if rest else more.get("opts"), "device", None)
-        return self._bases[getattr(device, "type", "cpu")].barrier(*rest, **more)
+    def barrier(  # type: ignore[override]
+        self, opts: Any = None, timeout: timedelta | None = None
+    ) -> Any:
+        opts = opts if opts is not None else dist.BarrierOptions()
+        if timeout is not None:
+            opts.timeout = timeout
+        base = self._bases[getattr(opts.device, "type", "cpu")]
+        # What was called before a barrier is over behind it.
+        before = self._submit([], opts, lambda call: None)
+        if opts.asyncOp:
+            return _Several([before, base.barrier(opts)])
+        before.wait()
+        return base.barrier(opts)
 
     def send(self, tensors: Any, peer: int, tag: int) -> Any:
         return self._base(tensors).send(tensors, peer, tag)
@@ -371,6 +385,24 @@ class PlannedGroup(dist.ProcessGroup):
         schedule = self._plans.schedule(payload_bytes)
         return None if schedule is None else PlannedRank(schedule, self._own_rank)
 
+    def _shares(
+        self, wholes: Sequence[torch.Tensor], lists: Sequence[Sequence[torch.Tensor]]
+    ) -> list[torch.Tensor] | None:
+        """One tensor for each rank, all like the only whole; None where it is otherwise."""
+        if len(wholes) != 1 or len(lists) != 1 or len(lists[0]) != self._own_size:
+            return None
+        like = (wholes[0].numel(), wholes[0].dtype)
+        even = all((part.numel(), part.dtype) == like for part in lists[0])
+        return list(lists[0]) if even else None
+
+    def _limit(self, opts: Any) -> timedelta:
+        """How long a message of a call may take: what it says, or what the group does now."""
+        own: timedelta | None = getattr(opts, "timeout", None)
+        if own is not None and own > timedelta(0):
+            return own
+        now: timedelta = self._bases["cpu"].options._timeout
+        return now
+
     def _base(self, tensors: Sequence[torch.Tensor]) -> Any:
         """The group of the tensors' device."""
         kind = tensors[0].device.type if tensors else "cpu"
@@ -381,12 +413,13 @@ class PlannedGroup(dist.ProcessGroup):
     def _submit(
         self, result: list[torch.Tensor], opts: Any, run: Callable[[int], None]
     ) -> PlannedWork:
-        work = PlannedWork(result)
+        work, limit = PlannedWork(result), self._limit(opts)
 
         def call(number: int) -> None:
             try:
                 if self._fault is not None:
                     raise self._fault
+                self._runner.timeout = limit
                 run(number)
             except PeerLost as lost:
                 own_bytes = sum(tensor.nbytes for tensor in result)
@@ -493,6 +526,11 @@ def _no_sums(first: torch.Tensor, others: torch.Tensor) -> None:
 
 def _listed(tensors: Any) -> list[torch.Tensor]:
     return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+
+
+def _bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Their size as dense ones; a sparse one has no ``nbytes``."""
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 def _op_of(opts: Any) -> Any:

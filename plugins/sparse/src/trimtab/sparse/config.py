@@ -2,9 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_LEAST_BLOCK = 16
+
+
+class NativeConfig(BaseModel):
+    """Native sparse attention in place of a model's own, to train with; sizes in tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    window: int = Field(32, ge=1, description="tokens behind one compressed entry")
+    stride: int = Field(16, ge=1, description="tokens between the beginnings of entries")
+    block: int = Field(64, ge=_LEAST_BLOCK, description="tokens of a block, a power of two")
+    top: int = Field(16, ge=1, description="blocks of each query, forced ones included")
+    first: int = Field(1, ge=0, description="blocks at a sequence's beginning, always chosen")
+    recent: int = Field(2, ge=0, description="latest blocks, the own included, always chosen")
+    sliding: int = Field(512, ge=1, description="latest tokens that the sliding branch sees")
+    gate: Literal["token", "head"] = Field(
+        "head", description="one gate a branch for all heads, or one for each"
+    )
+    compress: Literal["mean", "linear", "mlp"] = Field(
+        "linear", description="how entries are made of windows"
+    )
+    kv_per_branch: bool = Field(False, description="keys and values of its own for each branch")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.block & (self.block - 1):
+            raise ValueError(f"the block of {self.block} tokens is no power of two")
+        if self.first + self.recent > self.top:
+            raise ValueError(
+                f"{self.first} first and {self.recent} recent blocks are more than top, {self.top}"
+            )
+        if self.window % self.stride or self.block % self.stride:
+            raise ValueError(
+                f"the stride {self.stride} must divide window {self.window} and block {self.block}"
+            )
+        if self.window > self.block:
+            raise ValueError(f"the window {self.window} is longer than the block {self.block}")
+        return self
 
 
 class SparseConfig(BaseModel):
@@ -28,4 +67,8 @@ class SparseConfig(BaseModel):
     recent: int = Field(2, ge=1, description="latest blocks that are always kept, the own included")
     min_prompt: int = Field(
         2048, ge=64, description="tokens from which on a prompt is filled in sparsely"
+    )
+    native: NativeConfig = Field(
+        default_factory=NativeConfig,
+        description="in a DeepSpeed configuration: the native sparse attention to train with",
     )

@@ -11,16 +11,25 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from trimtab.core.benchmark import Benchmark, Case, Options, Progress
+    from trimtab.core.launch import LaunchChange, LaunchRequest
 
 
 @hookimpl
 def trimtab_info() -> PluginInfo:
     """Says what the plugin is, and how it is switched on."""
     return PluginInfo(
-        summary="fills in long prompts of dense models by attending to the blocks that matter",
-        enable='--additional-config \'{"trimtab": {"sparse": {}}}\'',
+        summary="fills in long prompts, and trains, by attending to the blocks that matter",
+        enable='--additional-config \'{"trimtab": {"sparse": {}}}\', or the same block in the'
+        " DeepSpeed configuration and trimtab.sparse.in_deepspeed.prepare(model)",
         config=SparseConfig,
     )
+
+
+@hookimpl
+def trimtab_launch(config: SparseConfig, launch: LaunchRequest) -> LaunchChange | None:
+    """Changes nothing of a launch: its options are checked, and the job reads them itself."""
+    del config, launch
+    return None
 
 
 @hookimpl

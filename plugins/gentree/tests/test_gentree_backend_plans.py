@@ -71,6 +71,10 @@ def test_the_network_of_the_environment(topology: str, tmp_path: Path) -> None:
     )
     with pytest.raises(BadInput, match="no such file"):
         Network.of_environment({"TRIMTAB_GENTREE_TOPOLOGY": "nowhere.yaml"})
+    dead = Path(topology).read_text().replace("1000000000.0", "0", 1)
+    (tmp_path / "dead.yaml").write_text(dead)
+    with pytest.raises(BadInput, match="bandwidth_bytes_per_s is 0"):
+        Network.of_environment({"TRIMTAB_GENTREE_TOPOLOGY": str(tmp_path / "dead.yaml")})
 
 
 def test_a_launch_tells_every_rank(topology: str) -> None:

@@ -166,7 +166,7 @@ def _places(store: Any, rank: int, size: int, network: Network | None) -> list[_
     own = {
         "names": list(dict.fromkeys([own_host(), socket.gethostname()])),
         "local": int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0),
-        "network": "" if network is None else digest([network.cluster, network.constants]),
+        "network": "" if network is None else digest(network),
     }
     store.set(f"trimtab/place/{rank}", json.dumps(own))
     found = []
@@ -178,7 +178,7 @@ def _places(store: Any, rank: int, size: int, network: Network | None) -> list[_
         raise BadInput(
             f"rank {odd} of the group plans for another network than rank 0",
             where=TOPOLOGY_VARIABLE,
-            fix="give every host the same cluster and constants",
+            fix=f"give every host the same cluster and constants, and the same {ALWAYS_VARIABLE}",
         )
     return found
 

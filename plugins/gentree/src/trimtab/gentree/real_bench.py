@@ -23,6 +23,7 @@ from trimtab.core.collectives.combine import ring
 from trimtab.core.cost import Constants
 from trimtab.core.documents import Document
 from trimtab.core.errors import TrimtabError
+from trimtab.gentree import call_cost_job
 from trimtab.gentree.backend import (
     ALWAYS_VARIABLE,
     CONSTANTS_VARIABLE,
@@ -46,6 +47,9 @@ REPEATS = {2**10: 15, 2**16: 15, 2**20: 7, 2**22: 5, 2**24: 3}
 
 LOOPBACK_REPEATS = {2**10: 25, 2**16: 25, 2**20: 11, 2**24: 7, 2**26: 5}
 QUICK_REPEATS = {2**16: 5, 2**22: 3}
+
+CALL_RANKS, CALL_BYTES = 4, 2**10
+"""Where the CPU time of one call is told."""
 
 CONSTANTS = Constants(alpha_s=1e-3, incast_threshold=9)
 """A round costs about a millisecond with eight processes on two cores."""
@@ -98,28 +102,25 @@ def places() -> list[Place]:
     """All places: racks with two orders of ranks, one switch with two queues, this machine."""
     in_order = tuple((f"h{number}", 0) for number in range(RANKS))
     star = partial(Place, network=_shaped([RANKS]), slots=in_order, repeats=REPEATS)
-    here = Node(
-        name="here",
-        device="cpu",
-        count=RANKS,
-        inside=InsideLink(bandwidth_bytes_per_s=0.5e9, latency_s=0),
-    )
     return [
         interleaved(),
         Place("racks-2x4/in-order", _shaped([4, 4]), in_order, REPEATS),
         star(name="star-8/queue-64KiB", queue_bytes=SHORT_QUEUE_BYTES),
         star(name="star-8/queue-1MiB", queue_bytes=LONG_QUEUE_BYTES),
-        Place(
-            "loopback-8",
-            Cluster(nodes=(here,)),
-            tuple(("here", device) for device in range(RANKS)),
-            LOOPBACK_REPEATS,
-        ),
+        loopback(RANKS, LOOPBACK_REPEATS),
     ]
 
 
+def loopback(ranks: int, repeats: Mapping[int, int]) -> Place:
+    """This machine alone."""
+    inside = InsideLink(bandwidth_bytes_per_s=0.5e9, latency_s=0)
+    here = Node(name="here", device="cpu", count=ranks, inside=inside)
+    slots = tuple(("here", device) for device in range(ranks))
+    return Place(f"loopback-{ranks}", Cluster(nodes=(here,)), slots, repeats)
+
+
 def real_cases(options: Options, progress: Progress) -> list[Case]:
-    """Times of AllReduces and of training steps among eight ranks.
+    """Times of AllReduces and of training steps among eight ranks, and CPU times of small calls.
 
     Most of them are hosts in namespaces with shaped links; where this machine has none, those
     cases are left out, and all are without torch.
@@ -139,6 +140,9 @@ def real_cases(options: Options, progress: Progress) -> list[Case]:
         if place.is_here or not reason:
             progress(f"real hosts: {place.name}")
             cases += allreduce_cases(place)
+    if not options.quick:
+        progress("CPU time of small calls")
+        cases += call_cost_cases()
     if not (options.quick or reason):
         progress("real hosts: training")
         cases += training_cases(interleaved())
@@ -189,6 +193,33 @@ def _allreduce_cases(
             f" {where}",
         )
         for baseline in (GLOO, RING)
+    ]
+
+
+def call_cost_cases(payload_bytes: int = CALL_BYTES) -> list[Case]:
+    """What a small AllReduce costs a rank through the backend, against gloo's own, on this machine.
+
+    Raises:
+        TrimtabError: the job failed.
+    """
+    place = loopback(CALL_RANKS, {})
+    task = call_cost_job.Task(
+        ranks=CALL_RANKS, address=_address(place), payload_bytes=payload_bytes
+    )
+    spent_s: dict[str, list[float]] = defaultdict(list)
+    for cost in call_cost_job.costs(run(place, call_cost_job.__name__, task)):
+        spent_s[cost.way].append(cost.cpu_s)
+    return [
+        Case.compare(
+            f"real/{place.name}/{payload_bytes}-bytes/{way.replace(' ', '-')}",
+            "cpu_per_call_s",
+            "s",
+            "lower",
+            GLOO,
+            list(zip(spent_s[GLOO], spent_s[way], strict=True)),
+            notes=f"all threads of one of {task.ranks} ranks, on average over {task.calls} calls",
+        )
+        for way in (call_cost_job.PLANNED, call_cost_job.PASSED_ON)
     ]
 
 

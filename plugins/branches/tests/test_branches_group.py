@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.branches.bars import FixedBar, History, LikeWithLike, PaperBars, Recent
-from trimtab.branches.group import Bars, Branch, BranchGroup, Rules
+from trimtab.branches.group import Bars, Branch, BranchGroup, Rules, length_class
 from trimtab.branches.note import Fate
+
+NORMAL = NormalDist()
 
 
 @dataclass
@@ -265,29 +269,70 @@ def test_recent_scores_know_their_quantiles_and_ranks(scores: list[float], share
         assert recent.quantile(share) == -math.inf
 
 
+def remembered(correlation: float, seed: int = 7) -> History:
+    """A history of finished branches whose scores halfway tell so much of the final ones."""
+    draw = np.random.default_rng(seed)
+    history = History()
+    for _ in range(256):
+        early = draw.standard_normal()
+        late = correlation * early + math.sqrt(1 - correlation**2) * draw.standard_normal()
+        history.at(100).add(NORMAL.cdf(early))
+        history.finish({length_class(100): NORMAL.cdf(early)}, NORMAL.cdf(late))
+    return history
+
+
 def test_safe_mode_compares_branches_of_one_length() -> None:
     history = History()
     for n in range(100):
         history.at(100).add(n / 100)
         history.at(1000).add(0.5 + n / 200)
-        history.finished.add(0.5 + n / 200)
     bars = LikeWithLike(history, None)
-    assert bars.exploring(100) == pytest.approx(0.2)
-    assert bars.exploring(1000) == pytest.approx(0.6)
-    # A finished branch in the middle asks of others to be in the middle of their own length.
-    assert bars.exploiting(0.75, 100) == pytest.approx(0.5, abs=0.02)
-    assert bars.exploiting(0.99, 100) == pytest.approx(0.9, abs=0.02)
-    assert bars.exploiting(0.51, 100) == pytest.approx(0.2, abs=0.02)
+    assert bars.exploring(100) == pytest.approx(0.12)
+    assert bars.exploring(1000) == pytest.approx(0.56)
 
 
-def test_safe_mode_leaves_two_until_a_good_one_has_finished() -> None:
-    history = History()
-    bars = LikeWithLike(history, None)
-    assert bars.survivors(None) == bars.survivors(0.9) == 2
-    for n in range(100):
-        history.finished.add(n / 100)
-    assert [bars.survivors(score) for score in (None, 0.2, 0.7)] == [2, 2, 1]
-    group = BranchGroup(Rules(3, 3, 10, 3), LikeWithLike(history, 0.5))
+@pytest.mark.parametrize("correlation", [0.3, 0.6, 0.9])
+def test_how_much_scores_tell_of_final_ones_is_learnt(correlation: float) -> None:
+    found = remembered(correlation).correlation(100)
+    assert found == pytest.approx(correlation, abs=0.1)
+    assert History().correlation(100) == 0.6
+
+
+@pytest.mark.parametrize("correlation", [0.4, 0.8])
+@pytest.mark.parametrize("best", [0.5, 0.8, 0.95])
+def test_a_branch_is_waited_for_as_long_as_it_may_raise_the_best(
+    correlation: float, best: float
+) -> None:
+    history = remembered(correlation)
+    bar = LikeWithLike(history, None).exploiting(0.0, best, 100)
+    known, draw = history.correlation(100), np.random.default_rng(1)
+    goal = NORMAL.inv_cdf((history.finished.rank(best) * 256 + 0.5) / 257)
+
+    def gain(score: float) -> float:
+        """Drawn: by how much the best is raised, of a branch with this score halfway."""
+        early = NORMAL.inv_cdf((history.at(100).rank(score) * 256 + 0.5) / 257)
+        late = known * early + math.sqrt(1 - known**2) * draw.standard_normal(20_000)
+        return float(np.maximum(late - goal, 0).mean())
+
+    lowest = LikeWithLike(history, None).exploring(100)
+    assert bar >= lowest
+    if lowest < bar < 1 and history.at(100).rank(bar) < 0.99:
+        assert gain(bar) == pytest.approx(0.15, abs=0.03)
+    elif bar == lowest:
+        assert gain(bar) > 0.12
+
+
+def test_a_better_finished_branch_asks_more_of_the_others() -> None:
+    bars = LikeWithLike(remembered(0.7), None)
+    asked = [bars.exploiting(0.5, best, 100) for best in (0.1, 0.5, 0.7, 0.9, 0.99)]
+    assert asked == sorted(asked)
+    assert asked[0] < asked[-1]
+
+
+def test_safe_mode_leaves_two_until_one_has_finished() -> None:
+    bars = LikeWithLike(History(), None)
+    assert [bars.survivors(score) for score in (None, 0.2)] == [2, 1]
+    group = BranchGroup(Rules(3, 3, 10, 3), LikeWithLike(History(), 0.5))
     for index in range(3):
         group.add(index)
     for index in range(3):
@@ -297,9 +342,7 @@ def test_safe_mode_leaves_two_until_a_good_one_has_finished() -> None:
 
 def test_safe_mode_prunes_none_of_a_hard_question_for_being_hard() -> None:
     history = History()
-    for n in range(100):
-        history.at(10).add(n / 100)
-    for bars, pruned in ((LikeWithLike(history, None), [3, 1]), (FixedBar(0.2), [3, 1, 2, 0])):
+    for bars, pruned in ((LikeWithLike(history, 0.2), [3, 1]), (FixedBar(0.2), [3, 1, 2, 0])):
         group = BranchGroup(Rules(5, 5, 10, 5), bars)
         for index, score in enumerate((0.13, 0.11, 0.12, 0.1, 0.9)):
             group.add(index)
@@ -326,4 +369,4 @@ def test_all_run_to_their_ends_only_where_all_must_finish_and_none_is_pruned(
 
 def test_safe_mode_prunes_nothing_before_it_has_seen_enough() -> None:
     bars = LikeWithLike(History(), None)
-    assert bars.exploring(100) == bars.exploiting(0.9, 100) == -math.inf
+    assert bars.exploring(100) == bars.exploiting(0.9, 0.9, 100) == -math.inf

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Protocol
 
@@ -19,13 +19,13 @@ class Bars(Protocol):
 
     @property
     def among_siblings(self) -> bool:
-        """Whether a branch must also be in the lower half of its own siblings to be pruned."""
+        """Whether the upper half of a request's branches is safe until one has finished."""
 
     def exploring(self, tokens: int) -> float:
         """The score that a branch of so many tokens must have while no branch has finished."""
 
-    def exploiting(self, first_score: float, tokens: int) -> float:
-        """The same, once a first branch has finished with a score."""
+    def exploiting(self, first: float, best: float, tokens: int) -> float:
+        """The same, once branches have finished: the first's score, and the best one."""
 
     def survivors(self, best_score: float | None) -> int:
         """How many branches pruning leaves at least, with this best score of a finished one."""
@@ -55,6 +55,11 @@ class Rules:
         return not self.prunes and self.enough >= self.branches
 
 
+def length_class(tokens: int) -> int:
+    """Lengths within a power of two: scores are only compared with those of about their length."""
+    return tokens.bit_length()
+
+
 @dataclass(slots=True, eq=False)
 class Branch:
     """One branch of a group; `fate` is None while it lives."""
@@ -65,6 +70,8 @@ class Branch:
     """The multiples of `Rules.score_every` that have been judged."""
     score: float | None = None
     score_at: int = 0
+    trail: dict[int, float] = field(default_factory=dict)
+    """While it lived, its last score at each length; see `length_class`."""
     fate: Fate | None = None
     phase: int = 1
 
@@ -146,6 +153,8 @@ class BranchGroup:
             return
         branch.scored = max(branch.scored, at_tokens // self.rules.score_every)
         if value is not None and math.isfinite(value):
+            if branch.score is not None:
+                branch.trail[length_class(branch.score_at)] = branch.score
             branch.score, branch.score_at = value, at_tokens
             self._to_judge.add(index)
 
@@ -217,7 +226,8 @@ class BranchGroup:
         if not self.rules.prunes:
             return []
         ended = []
-        middle = self._middle() if self._bars.among_siblings else math.inf
+        shields = self._bars.among_siblings and self._first is None
+        middle = self._middle() if shields else math.inf
         for branch in judged:
             if branch.score is None or branch.score >= min(self._bar(branch.score_at), middle):
                 continue
@@ -232,9 +242,11 @@ class BranchGroup:
         return ended
 
     def _can_spare_one(self) -> bool:
+        return self._live + self._done > self._bars.survivors(self._best())
+
+    def _best(self) -> float | None:
         finished = (b.score for b in self.branches.values() if b.fate is Fate.FINISHED)
-        best = max((score for score in finished if score is not None), default=None)
-        return self._live + self._done > self._bars.survivors(best)
+        return max((score for score in finished if score is not None), default=None)
 
     def _middle(self) -> float:
         """The median of the last scores of the branches that live or have finished."""
@@ -246,6 +258,7 @@ class BranchGroup:
         return median(scores) if len(scores) > 1 else math.inf
 
     def _bar(self, tokens: int) -> float:
-        if self._first is not None and self._first.score is not None:
-            return self._bars.exploiting(self._first.score, tokens)
-        return self._bars.exploring(tokens)
+        best = self._best()
+        if self._first is None or self._first.score is None or best is None:
+            return self._bars.exploring(tokens)
+        return self._bars.exploiting(self._first.score, best, tokens)

@@ -330,7 +330,7 @@ class BranchesPolicy(ServingPolicy):
             return
         awaited = asked.calls[branch.index] in self._awaiting
         if branch.score is not None and not awaited:
-            self._history(asked).finished.add(branch.score)
+            self._history(asked).finish(branch.trail, branch.score)
         if answer is not None:
             if awaited:
                 asked.awaited_votes[branch.index] = len(asked.votes)
@@ -379,9 +379,9 @@ class BranchesPolicy(ServingPolicy):
         slot, outcome = self._awaiting.pop(call)
         self._free(slot, call, outcome)
         branch = asked.group.branches[call.branch]
-        whole = branch.score is not None and branch.score_at == branch.tokens
-        if branch.fate is Fate.FINISHED and whole:
-            self._history(asked).finished.add(branch.score or 0.0)
+        whole = branch.score_at == branch.tokens
+        if branch.fate is Fate.FINISHED and whole and branch.score is not None:
+            self._history(asked).finish(branch.trail, branch.score)
 
     def _new_slot(self) -> int:
         return len(self._slots) + len(self._awaiting)

@@ -118,8 +118,8 @@ def last_scores(notes: Mapping[int, Note | None]) -> dict[int, float]:
     Notes of siblings that ended later know more branches.
     """
     scores: dict[int, float] = {}
-    for note in sorted(filter(None, notes.values()), key=lambda note: len(note.others)):
-        scores.update(note.others)
+    for told in sorted(filter(None, notes.values()), key=lambda note: len(note.others)):
+        scores.update(told.others)
     for i, note in notes.items():
         if note is not None and note.score is not None and _told_later(i, notes) is None:
             scores[i] = note.score

@@ -22,6 +22,7 @@ from trimtab.kernels.sparse.operators import (
     selected_attention,
 )
 from trimtab.kernels.sparse.shape import SparseShape
+from trimtab.kernels.sparse.tiles import wide
 
 
 @torch.library.custom_op("trimtab_sparse::span", mutates_args=())
@@ -31,15 +32,16 @@ def _span(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     way = launch_spans if on_triton(q) else spans
     with exactly(q):
-        return way.forward(q, k, v, low, high, scale)
+        result: tuple[Tensor, Tensor] = way.forward(q, k, v, low, high, scale)
+    return result
 
 
 @_span.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=wide)
+    of_sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=of_sums)
 
 
 @torch.library.custom_op("trimtab_sparse::span_backward", mutates_args=())
@@ -57,7 +59,10 @@ def _span_backward(
     gradient, q, k, v = (x.contiguous() for x in (gradient, q, k, v))
     way = launch_spans if on_triton(q) else spans
     with exactly(q):
-        return way.backward(gradient, q, k, v, out, lse, low, high, scale)
+        result: tuple[Tensor, Tensor, Tensor] = way.backward(
+            gradient, q, k, v, out, lse, low, high, scale
+        )
+    return result
 
 
 @_span_backward.register_fake
@@ -93,7 +98,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     if q.shape[0] == 0 or k.shape[0] == 0:
         lse = q.new_full(q.shape[:2], float("-inf"))
-        return q.new_zeros(*q.shape[:2], v.shape[-1]), spans.wide(lse)
+        return q.new_zeros(*q.shape[:2], v.shape[-1]), wide(lse)
     result: tuple[Tensor, Tensor] = _span(
         *(q, k, v, low, high, q.shape[-1] ** -0.5 if scale is None else scale)
     )

@@ -39,8 +39,10 @@ def forward(
         entries = table.query.numel()
         maxima, sums = lse.new_zeros(entries, group), lse.new_empty(entries, group)
         partial = lse.new_empty(entries * group, v.shape[-1])
-        lists = (table.rows, table.query, items.row, items.chunk)
-        lists += (blocks.first, blocks.length, queries.last[part])
+        lists = (
+            *(table.rows, table.query, items.row, items.chunk),
+            *(blocks.first, blocks.length, queries.last[part]),
+        )
         grid = (items.row.numel(),)
         kernels.maxima[grid](
             *(q[part], k, maxima, *lists, scale, blocks.first.numel()), **of_keys, **launched

@@ -34,12 +34,14 @@ def _tiles(low: Tensor, high: Tensor, heads: int) -> Iterator[tuple[slice, slice
 
 def _by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
     """``[kv_heads, group * rows, d]`` from ``[rows, heads, d]``, in the type of sums."""
-    return wide(x).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+    parts: Tensor = wide(x).unflatten(1, (kv_heads, -1))
+    return parts.permute(1, 2, 0, 3).flatten(1, 2)
 
 
 def _by_query(x: Tensor, group: int) -> Tensor:
     """`_by_kv_head` undone, for ``[kv_heads, group * rows, …]``."""
-    return x.unflatten(1, (group, -1)).movedim(2, 0).flatten(1, 2)
+    parts: Tensor = x.unflatten(1, (group, -1))
+    return parts.movedim(2, 0).flatten(1, 2)
 
 
 def _visible(low: Tensor, high: Tensor, keys: slice, group: int) -> Tensor:

@@ -82,7 +82,8 @@ def _group(changes: Mapping[str, str]) -> torch.distributed.ProcessGroup:
     from torch import distributed
 
     os.environ.update(changes)
-    return distributed.new_group(backend="gentree")
+    group: torch.distributed.ProcessGroup = distributed.new_group(backend="gentree")
+    return group
 
 
 def costs(lines: Iterable[str]) -> Iterator[CallCost]:

@@ -235,7 +235,10 @@ class NSAAttention(nn.Module):
             rotated(self.compress_k(coarse_k, windows, heads), first),
             self.compress_v(coarse_v, windows, heads),
             x.gates,
-            *(ends, ends, windows.ends, self.shape),
+            ends,
+            ends,
+            windows.ends,
+            self.shape,
             sliding_k=k if x.near_k is None else rotated(x.near_k, rotation),
             sliding_v=x.v if x.near_v is None else x.near_v,
         )

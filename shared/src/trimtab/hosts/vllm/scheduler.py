@@ -30,7 +30,7 @@ from trimtab.hosts.vllm.waiting_queue import PolicyQueue
 
 logger = logging.getLogger(__name__)
 
-_OF_REASONS = {
+_OF_REASONS: dict[FinishReason | None, Outcome] = {
     FinishReason.LENGTH: Outcome.CUT,
     FinishReason.REPETITION: Outcome.REPEATED,
 }

@@ -191,6 +191,22 @@ def test_without_the_fields_n_is_vllms_own(client):
     assert all(choice.model_extra["stop_reason"] is None for choice in answer.choices)
 
 
+def test_with_all_awaited_and_nothing_pruned_the_texts_are_vllms_own(client):
+    # The prompt is computed in one piece; the seeds of a request's branches are seed, seed + 1, ...
+    asked = {"n": 4, "seed": 11, "messages": [{"role": "user", "content": "Name a colour."}]}
+    asked |= {"model": "model", "max_tokens": 24, "temperature": 0.9}
+    plain = client.chat.completions.create(**asked)
+    more = fields(branches=4, enough=4, pruning="off", show="all")
+    ours = client.chat.completions.create(**asked, extra_body=more)
+    texts = {choice.index: choice.message.content for choice in plain.choices}
+    assert len(set(texts.values())) > 1
+    told = {c.model_extra["trimtab"]["branch"]: c.message.content for c in ours.choices}
+    assert told == texts
+    reasons = {c.model_extra["trimtab"]["branch"]: c.finish_reason for c in ours.choices}
+    assert reasons == {choice.index: choice.finish_reason for choice in plain.choices}
+    assert ours.usage.completion_tokens == plain.usage.completion_tokens
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_takes_all_its_branches_with_it(server, stream):
     before = generated(server)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -29,25 +31,63 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        row = [0.1, 0.9] if asked["input"].startswith("5") else [0.9, 0.1]
-        content = json.dumps({"data": [{"data": [row]}]}).encode()
+        content = json.dumps({"data": [{"data": [self.row(asked["input"])]}]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
 
+    def row(self, text: str) -> list[float]:
+        return [0.1, 0.9] if text.startswith("5") else [0.9, 0.1]
+
     def log_message(self, *args: object) -> None:
         pass
 
 
-@pytest.fixture
-def model() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+class NoNumbers(Handler):
+    """Answers at once, and with nothing."""
+
+    asked = 0
+
+    def row(self, text: str) -> list[float]:
+        type(self).asked += 1
+        return [math.nan, math.nan]
+
+
+class TooLate(Handler):
+    """Answers when nobody waits any more, and would have all pruned."""
+
+    asked = 0
+    over = threading.Event()
+
+    def row(self, text: str) -> list[float]:
+        type(self).asked += 1
+        self.over.wait()
+        return [0.9, 0.1]
+
+    def do_POST(self) -> None:
+        with suppress(ConnectionError):
+            super().do_POST()
+
+
+@contextmanager
+def served(handler: type[Handler]) -> Iterator[str]:
+    TooLate.over.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            TooLate.over.set()
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def model() -> Iterator[str]:
+    with served(Handler) as url:
+        yield url
 
 
 @pytest.fixture
@@ -57,11 +97,13 @@ def nobody() -> Iterator[str]:
         yield f"http://127.0.0.1:{bound.getsockname()[1]}"
 
 
-def fates(url: str, prompts: dict[str, int]) -> dict[str, Counter[Fate]]:
+def fates(
+    url: str, prompts: dict[str, int], length: int = LENGTH, timeout_s: float = 10.0
+) -> dict[str, Counter[Fate]]:
     """How the branches of requests end; each prompt is one token over and over."""
     options: dict[str, Any] = {
         "signals": {"prm": 1.0},
-        "prm": {"url": url, "model": "prm"},
+        "prm": {"url": url, "model": "prm", "timeout_s": timeout_s},
         "pruning": "paper",
         "score_every": 20,
         "m": BRANCHES,
@@ -74,9 +116,9 @@ def fates(url: str, prompts: dict[str, int]) -> dict[str, Counter[Fate]]:
             dry.add(
                 f"{index}_{name}",
                 [token] * 40,
-                LENGTH + 100,
+                length + 100,
                 xargs={"trimtab.branches": BRANCHES},
-                ends_after=LENGTH,
+                ends_after=length,
             )
     ended: dict[str, Counter[Fate]] = {name: Counter() for name in prompts}
     while dry.scheduler.get_num_unfinished_requests():
@@ -105,3 +147,16 @@ def test_where_nobody_answers_all_branches_go_on_and_it_is_said_once(nobody, cap
     assert ended == {name: {Fate.FINISHED: BRANCHES} for name in ("some", "others")}
     told = [r for r in caplog.records if "go on unscored" in r.getMessage()]
     assert len(told) == 1
+
+
+@pytest.mark.parametrize(("handler", "why"), [(NoNumbers, "not finite"), (TooLate, "no answer")])
+def test_a_model_that_is_slow_or_says_nothing_leaves_the_branches_unscored(
+    handler: type[NoNumbers | TooLate], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "trimtab"), served(handler) as url:
+        ended = fates(url, {"some": 5, "others": 6}, length=600, timeout_s=0.1)
+    assert handler.asked
+    assert ended == {name: {Fate.FINISHED: BRANCHES} for name in ("some", "others")}
+    told = [r.getMessage() for r in caplog.records if "go on unscored" in r.getMessage()]
+    assert len(told) == 1
+    assert why in told[0]

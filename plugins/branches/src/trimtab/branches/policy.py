@@ -47,7 +47,6 @@ class _Asked:
     extract: Extractor | None
     """Finds the answer in a text; None where no vote is taken."""
     calls: dict[int, Call] = field(default_factory=dict)
-    started: int = 0
     lost: int = 0
     """How many places of lost branches its waiting ones have moved up."""
     scores: dict[int, float] = field(default_factory=dict)
@@ -146,9 +145,6 @@ class BranchesPolicy(ServingPolicy):
             return
         self._seated.add(call)
         self._running[call.request_id] += 1
-        asked = self._asked.get(call.request_id)
-        if asked is not None:
-            asked.started += 1
 
     def watches(self, call: Call) -> bool:
         """Branches alone: of other calls only their coming and going counts."""
@@ -429,8 +425,8 @@ class BranchesPolicy(ServingPolicy):
         group, rules = asked.group, asked.group.rules
         if not self._config.bend or not group.done or rules.exhaustive:
             return rules.enough
-        waiting = len(asked.calls) - asked.started
-        seats = rules.branches - waiting - group.lost if waiting > 0 else rules.branches
+        waiting = sum(asked.calls[b.index].admitted_s is None for b in group.living())
+        seats = rules.branches - waiting - group.lost if waiting else rules.branches
         if self._unserved:
             requests = len(self._running) + len(self._unserved)
             seats = min(seats, max(1, len(self._seated) // requests))

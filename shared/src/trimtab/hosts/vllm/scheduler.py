@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _OF_REASONS: dict[FinishReason | None, Outcome] = {
     FinishReason.LENGTH: Outcome.CUT,
+    FinishReason.ERROR: Outcome.FAILED,
+    FinishReason.ABORT: Outcome.ABORTED,
     FinishReason.REPETITION: Outcome.REPEATED,
 }
 

@@ -171,6 +171,7 @@ class BranchesPolicy(ServingPolicy):
         self._leave(call)
         slot = self._slots.get(call)
         if slot is None:
+            self._dismiss(call)
             return
         asked = self._asked.get(call.request_id)
         if asked is not None:
@@ -196,14 +197,19 @@ class BranchesPolicy(ServingPolicy):
             else:
                 self._take_score(call, at_tokens)
         ended: list[Call] = []
-        for call in self._late:
-            call.note = Note(Fate.STOPPED, 2, None, call.output_tokens).to_text()
+        for call in tuple(self._late):
+            self._dismiss(call)
             ended.append(call)
-        self._late.clear()
         while self._touched:
             asked, _ = self._touched.popitem()
             ended += self._decide(asked)
         return ended
+
+    def _dismiss(self, call: Call) -> None:
+        """Says of a sibling that came after the answer that it is none, however it ends."""
+        if call in self._late:
+            self._late.remove(call)
+            call.note = Note(Fate.STOPPED, 2, None, call.output_tokens).to_text()
 
     def quiet_steps(self) -> int:
         """Tokens until some branch is scored next; until then `on_step` has nothing to do."""

@@ -32,7 +32,6 @@ PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 
 _MARK = FIELD_PREFIX.encode()
 _SEEN = "trimtab.branches"
-_XARGS = "vllm_xargs, "
 
 
 class Middleware:
@@ -67,7 +66,7 @@ class Middleware:
         try:
             asked = what_is_asked(content, config)
         except BadInput as error:
-            await refuse(send, error, error.where.removeprefix(_XARGS))
+            await refuse(send, error)
             return
         if asked is None:
             await self._app(scope, replay, send)

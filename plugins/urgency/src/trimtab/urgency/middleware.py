@@ -85,7 +85,7 @@ class PriorityMiddleware:
         try:
             said = call_fields.from_headers(headers, options.call_fields())
         except BadInput as error:
-            await refuse(send, error, error.where.removeprefix("header "))
+            await refuse(send, error)
             return
         body, receive = await read_body(receive)
         content = json_object(body)
@@ -95,7 +95,7 @@ class PriorityMiddleware:
         try:
             call = self._arrive(content, said)
         except BadInput as error:
-            await refuse(send, error, error.where)
+            await refuse(send, error)
             return
         watched = _Response(send)
         try:

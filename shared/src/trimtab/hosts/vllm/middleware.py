@@ -86,8 +86,9 @@ def additional_config(scope: Scope) -> object:
     return getattr(getattr(state, "vllm_config", None), "additional_config", None)
 
 
-async def refuse(send: Send, error: BadInput, param: str) -> None:
-    """Answers 400 in the shape of the OpenAI API's errors."""
+async def refuse(send: Send, error: BadInput) -> None:
+    """Answers 400 as the OpenAI API does; ``param`` names the field or header."""
+    param = error.where.removeprefix("header ").removeprefix("vllm_xargs, ")
     detail = {"message": str(error), "type": "BadRequestError", "param": param, "code": 400}
     body = json.dumps({"error": detail}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -124,14 +125,14 @@ class Middleware:
         try:
             said = call_fields.from_headers(request_headers(scope), known)
         except BadInput as error:
-            await refuse(send, error, error.where.removeprefix("header "))
+            await refuse(send, error)
             return
         body, receive = await read_body(receive)
         if body is not None and (said or _MARK in body):
             try:
                 body = _merged(body, said)
             except BadInput as error:
-                await refuse(send, error, error.where)
+                await refuse(send, error)
                 return
             scope, receive = with_body(scope, receive, body)
         await self._app(scope, receive, send)

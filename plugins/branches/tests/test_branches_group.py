@@ -287,8 +287,8 @@ def test_safe_mode_compares_branches_of_one_length() -> None:
         history.at(100).add(n / 100)
         history.at(1000).add(0.5 + n / 200)
     bars = LikeWithLike(history, None)
-    assert bars.exploring(100) == pytest.approx(0.12)
-    assert bars.exploring(1000) == pytest.approx(0.56)
+    assert bars.exploring(100) == pytest.approx(0.1)
+    assert bars.exploring(1000) == pytest.approx(0.55)
 
 
 @pytest.mark.parametrize("correlation", [0.3, 0.6, 0.9])
@@ -370,3 +370,19 @@ def test_all_run_to_their_ends_only_where_all_must_finish_and_none_is_pruned(
 def test_safe_mode_prunes_nothing_before_it_has_seen_enough() -> None:
     bars = LikeWithLike(History(), None)
     assert bars.exploring(100) == bars.exploiting(0.9, 0.9, 100) == -math.inf
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_in_safe_mode_a_branch_that_finishes_has_all_others_judged(at_once: bool) -> None:
+    history = remembered(0.9)
+    bars: Bars = LikeWithLike(history, None) if at_once else PaperBars(0.0)
+    group = BranchGroup(Rules(3, 3, 100, 1), bars)
+    for index in range(3):
+        group.add(index)
+    for index, score in enumerate((0.6, 0.3, 0.98)):
+        group.score(index, score, 100)
+    assert group.decide() == []
+    group.finish(0, Fate.FINISHED)
+    assert [b.index for b in group.decide()] == ([1] if at_once else [])
+    group.score(1, 0.3, 200)
+    assert [b.index for b in group.decide()] == ([] if at_once else [1])

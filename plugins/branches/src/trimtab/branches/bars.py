@@ -16,7 +16,7 @@ from trimtab.branches.group import length_class
 _REMEMBERED = 256
 _ENOUGH = 16
 
-LOWEST_SHARE = 0.125
+LOWEST_SHARE = 0.1
 """Of branches that were as far, those that are pruned while none of their own has finished."""
 
 _WORTH_WAITING = 0.15
@@ -37,6 +37,7 @@ class PaperBars:
     """
 
     among_siblings = False
+    at_once = False
 
     def __init__(self, alpha: float) -> None:
         self._alpha = alpha
@@ -62,6 +63,7 @@ class FixedBar:
     """
 
     among_siblings = False
+    at_once = False
 
     def __init__(self, alpha: float) -> None:
         self._alpha = alpha
@@ -187,18 +189,20 @@ class LikeWithLike:
 
     Args:
         history: the recent scores.
-        alpha: a fixed threshold while no branch has finished; the lowest eighth by default.
+        alpha: a fixed threshold while no branch has finished; the lowest tenth by default.
     """
 
     among_siblings = True
     """Recent scores are of all requests: a hard question's branches score low together."""
+
+    at_once = True
 
     def __init__(self, history: History, alpha: float | None) -> None:
         self._history = history
         self._alpha = alpha
 
     def exploring(self, tokens: int) -> float:
-        """Alpha, or what one in eight branches of this length scores less than."""
+        """Alpha, or what one in ten branches of this length scores less than."""
         if self._alpha is not None:
             return self._alpha
         return self._history.at(tokens).quantile(LOWEST_SHARE)

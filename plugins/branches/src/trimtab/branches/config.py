@@ -81,7 +81,7 @@ class BranchesConfig(BaseModel):
         ge=0,
         le=1,
         description="score under which a branch is pruned while none has finished; by default .5 "
-        "in the modes paper and below, and in safe mode the lowest eighth of recent scores at the "
+        "in the modes paper and below, and in safe mode the lowest tenth of recent scores at the "
         "same length",
     )
     max_pruned: int | None = Field(

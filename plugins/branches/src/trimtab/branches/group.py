@@ -21,6 +21,10 @@ class Bars(Protocol):
     def among_siblings(self) -> bool:
         """Whether the upper half of a request's branches is safe until one has finished."""
 
+    @property
+    def at_once(self) -> bool:
+        """Whether a branch that finishes has all others judged, by their last scores."""
+
     def exploring(self, tokens: int) -> float:
         """The score that a branch of so many tokens must have while no branch has finished."""
 
@@ -177,6 +181,8 @@ class BranchGroup:
         if fate is Fate.FINISHED and self._first is None:
             self._first = branch
         self._end(branch, fate)
+        if fate is Fate.FINISHED and self._bars.at_once:
+            self._to_judge.update(b.index for b in self.living() if b.score is not None)
         self._done += fate is Fate.FINISHED
 
     def decide(self, enough: int | None = None, *, certain: bool = False) -> list[Branch]:

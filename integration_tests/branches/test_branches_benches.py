@@ -71,7 +71,7 @@ def test_the_step_bench_compares_the_plugin_with_the_bare_host(monkeypatch):
     for name, size in {
         "GROUPS": 2,
         "BRANCHES": 2,
-        "QUICK_STEPS": 3,
+        "SCORE_EVERY": 3,
         "QUICK_REPEATS": 2,
     }.items():
         monkeypatch.setattr(step_bench, name, size)

@@ -6,7 +6,8 @@ import pytest
 
 from trimtab.core.benchmark import Options
 from trimtab.core.errors import TrimtabError
-from trimtab.gentree import bench, call_cost_job, real_bench
+from trimtab.gentree import bench, real_bench
+from trimtab.hosts.testbed import call_cost_job
 from trimtab.hosts.testbed.allreduce_job import Timing
 from trimtab.hosts.testbed.training_job import Step
 
@@ -111,7 +112,7 @@ def test_the_base_backend_is_timed_where_it_is_chosen(monkeypatch) -> None:
 
 
 def test_the_cpu_time_of_a_call_is_told_by_a_plan_and_passed_on(monkeypatch) -> None:
-    ways = {"gloo": 2.0, call_cost_job.PLANNED: 4.0, call_cost_job.PASSED_ON: 2.0}
+    ways = {"gloo": 2.0, real_bench.PLANNED: 4.0, real_bench.PASSED_ON: 2.0}
     turns = [call_cost_job.CallCost(way=way, cpu_s=cpu_s) for way, cpu_s in ways.items()]
     lines = [turn.model_dump_json() for turn in turns] * 2
     monkeypatch.setattr(real_bench, "run", lambda place, module, task: lines)

@@ -23,7 +23,6 @@ from trimtab.core.collectives.combine import ring
 from trimtab.core.cost import Constants
 from trimtab.core.documents import Document
 from trimtab.core.errors import TrimtabError
-from trimtab.gentree import call_cost_job
 from trimtab.gentree.backend import (
     ALWAYS_VARIABLE,
     CONSTANTS_VARIABLE,
@@ -32,7 +31,14 @@ from trimtab.gentree.backend import (
 )
 from trimtab.gentree.planner import leaf_order
 from trimtab.hosts.job_variables import HOST_VARIABLE
-from trimtab.hosts.testbed import TreeNetwork, allreduce_job, obstacle, training_job, two_tiers
+from trimtab.hosts.testbed import (
+    TreeNetwork,
+    allreduce_job,
+    call_cost_job,
+    obstacle,
+    training_job,
+    two_tiers,
+)
 from trimtab.hosts.testbed.allreduce_job import Race
 from trimtab.hosts.testbed.ranked_job import GLOO
 from trimtab.hosts.testbed.training_job import Kind, Step
@@ -50,6 +56,10 @@ QUICK_REPEATS = {2**16: 5, 2**22: 3}
 
 CALL_RANKS, CALL_BYTES = 4, 2**10
 """Where the CPU time of one call is told."""
+
+PLANNED, PASSED_ON = "by a plan", "passed on"
+_WAYS = {PLANNED: {ALWAYS_VARIABLE: "1"}, PASSED_ON: {TOPOLOGY_VARIABLE: ""}}
+"""What each way of a call sets in the environment."""
 
 CONSTANTS = Constants(alpha_s=1e-3, incast_threshold=9)
 """A round costs about a millisecond with eight processes on two cores."""
@@ -204,7 +214,11 @@ def call_cost_cases(payload_bytes: int = CALL_BYTES) -> list[Case]:
     """
     place = loopback(CALL_RANKS, {})
     task = call_cost_job.Task(
-        ranks=CALL_RANKS, address=_address(place), payload_bytes=payload_bytes
+        backend=OURS,
+        ways=_WAYS,
+        ranks=CALL_RANKS,
+        address=_address(place),
+        payload_bytes=payload_bytes,
     )
     spent_s: dict[str, list[float]] = defaultdict(list)
     for cost in call_cost_job.costs(run(place, call_cost_job.__name__, task)):
@@ -219,7 +233,7 @@ def call_cost_cases(payload_bytes: int = CALL_BYTES) -> list[Case]:
             list(zip(spent_s[GLOO], spent_s[way], strict=True)),
             notes=f"all threads of one of {task.ranks} ranks, on average over {task.calls} calls",
         )
-        for way in (call_cost_job.PLANNED, call_cost_job.PASSED_ON)
+        for way in _WAYS
     ]
 
 

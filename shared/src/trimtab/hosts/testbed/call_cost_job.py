@@ -1,8 +1,8 @@
-"""CPU time of a small AllReduce over gloo, and through the backend: by a plan, and passed on.
+"""CPU time of a small AllReduce over gloo, and through a backend in several environments.
 
-Each rank is run as ``python -m trimtab.gentree.call_cost_job TASK`` with its number in ``RANK``,
-where TASK is a JSON file (`Task`); the network is that of the environment. All ways run in one set
-of processes and take turns. The first rank prints one JSON line (`CallCost`) for each turn.
+Each rank is run as ``python -m trimtab.hosts.testbed.call_cost_job TASK`` with its number in
+``RANK``, where TASK is a JSON file (`Task`). All ways run in one set of processes and take turns.
+The first rank prints one JSON line (`CallCost`) for each turn.
 """
 
 from __future__ import annotations
@@ -15,26 +15,25 @@ from typing import TYPE_CHECKING
 from pydantic import PositiveInt
 
 from trimtab.core.documents import Document
-from trimtab.gentree.backend import ALWAYS_VARIABLE, TOPOLOGY_VARIABLE
 from trimtab.hosts.testbed.ranked_job import GLOO, RankedTask, printed, run_rank
 
 if TYPE_CHECKING:
     import torch
-
-PLANNED, PASSED_ON = "by a plan", "passed on"
-
-_ENVIRONMENTS = {PLANNED: {ALWAYS_VARIABLE: "1"}, PASSED_ON: {TOPOLOGY_VARIABLE: ""}}
 
 
 class Task(RankedTask):
     """What is run.
 
     Attributes:
+        backend: whose calls are timed beside gloo's.
+        ways: by its name, what each way sets in the environment when its group is made.
         payload_bytes: on each rank.
         calls: in each turn.
         repeats: turns of each way, after one that is not timed.
     """
 
+    backend: str
+    ways: dict[str, dict[str, str]]
     payload_bytes: PositiveInt
     calls: PositiveInt = 50
     repeats: PositiveInt = 7
@@ -57,7 +56,7 @@ def _costs(task: Task, rank: int) -> Iterator[CallCost]:
     from torch import distributed
 
     groups = {GLOO: distributed.group.WORLD}
-    groups |= {way: _group(changes) for way, changes in _ENVIRONMENTS.items()}
+    groups |= {way: _group(task.backend, changes) for way, changes in task.ways.items()}
     data = torch.empty(task.payload_bytes // 4)
     for group in groups.values():
         data.fill_(rank + 1.0)
@@ -77,12 +76,12 @@ def _costs(task: Task, rank: int) -> Iterator[CallCost]:
                 yield CallCost(way=way, cpu_s=spent_s.item() / task.calls / task.ranks)
 
 
-def _group(changes: Mapping[str, str]) -> torch.distributed.ProcessGroup:
+def _group(backend: str, changes: Mapping[str, str]) -> torch.distributed.ProcessGroup:
     """All ranks over the backend, in an environment that is changed so."""
     from torch import distributed
 
     os.environ.update(changes)
-    group: torch.distributed.ProcessGroup = distributed.new_group(backend="gentree")
+    group: torch.distributed.ProcessGroup = distributed.new_group(backend=backend)
     return group
 
 

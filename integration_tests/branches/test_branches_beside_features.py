@@ -335,3 +335,29 @@ def test_a_due_workflow_passes_the_questions_that_a_silent_one_waits_for(bed):
             assert sum(dry.count(name).values()) == 6
             assert dry.count(name)[Fate.FINISHED] < 6
     assert answered_before[True] < answered_before[False]
+
+
+def test_a_branch_that_the_engine_ends_with_an_error_is_no_answer(bed):
+    dry = bed()
+
+    def change(request):
+        under(Grammar(5 if request.request_id == "0_a" else 10_000))(request)
+
+    dry.ask("a", [90, 20, 30, 60], change=change, enough=2, pruning="off")
+    dry.run()
+    assert dry.reasons["0_a"] == ["error"]
+    assert dry.finished("a") == {1, 2}
+    assert dry.fates("a")[3] is Fate.STOPPED
+
+
+def test_a_branch_that_failed_before_it_ran_does_not_count_as_one_that_waits(bed):
+    dry = bed()
+    broken = Future()
+    broken.set_exception(ValueError("no grammar"))
+
+    def change(request):
+        under(broken if request.request_id == "1_a" else Grammar())(request)
+
+    dry.ask("a", [20, 20, 30, 60], change=change, enough=2, pruning="off")
+    dry.run()
+    assert dry.finished("a") == {0, 2}

@@ -10,12 +10,24 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.special import ndtri
 
-from trimtab.branches.bars import FixedBar, History, LikeWithLike, PaperBars, Recent
+from trimtab.branches.bars import (
+    WORTH_WAITING,
+    FixedBar,
+    History,
+    LikeWithLike,
+    Outlook,
+    PaperBars,
+    Recent,
+    gain,
+)
 from trimtab.branches.group import Bars, Branch, BranchGroup, Rules, length_class
 from trimtab.branches.note import Fate
 
 NORMAL = NormalDist()
+NORMAL_SAMPLE = ndtri((np.arange(20_000) + 0.5) / 20_000)
 
 
 @dataclass
@@ -256,17 +268,18 @@ def test_memory_takes_nothing_where_pruning_is_off() -> None:
 
 
 @given(st.lists(st.floats(0, 1), max_size=600), st.floats(0, 1))
-def test_recent_scores_know_their_quantiles_and_ranks(scores: list[float], share: float) -> None:
+def test_recent_scores_know_ranks(scores: list[float], score: float) -> None:
     recent = Recent()
-    for score in scores:
-        recent.add(score)
+    for one in scores:
+        recent.add(one)
     kept = sorted(scores[-256:])
     assert len(recent) == len(kept)
     assert recent.rank(2.0) == (1.0 if kept else 0.0)
-    if len(kept) >= 16:
-        assert recent.quantile(share) == kept[min(int(share * len(kept)), len(kept) - 1)]
-    else:
-        assert recent.quantile(share) == -math.inf
+    if len(kept) < 16:
+        assert recent.deviate(score) is None
+        return
+    place = sum((one < score) + 0.5 * (one == score) for one in kept)
+    assert recent.deviate(score) == pytest.approx(NORMAL.inv_cdf((place + 0.5) / (len(kept) + 1)))
 
 
 def remembered(correlation: float, seed: int = 7) -> History:
@@ -281,14 +294,7 @@ def remembered(correlation: float, seed: int = 7) -> History:
     return history
 
 
-def test_safe_mode_compares_branches_of_one_length() -> None:
-    history = History()
-    for n in range(100):
-        history.at(100).add(n / 100)
-        history.at(1000).add(0.5 + n / 200)
-    bars = LikeWithLike(history, None)
-    assert bars.exploring(100) == pytest.approx(0.1)
-    assert bars.exploring(1000) == pytest.approx(0.55)
+REMEMBERED = {correlation: remembered(correlation) for correlation in (0.0, 0.5, 0.95)}
 
 
 @pytest.mark.parametrize("correlation", [0.3, 0.6, 0.9])
@@ -298,35 +304,105 @@ def test_how_much_scores_tell_of_final_ones_is_learnt(correlation: float) -> Non
     assert History().correlation(100) == 0.6
 
 
-@pytest.mark.parametrize("correlation", [0.4, 0.8])
-@pytest.mark.parametrize("best", [0.5, 0.8, 0.95])
-def test_a_branch_is_waited_for_as_long_as_it_may_raise_the_best(
-    correlation: float, best: float
+def test_scores_that_are_all_alike_tell_nothing() -> None:
+    history = History()
+    for _ in range(40):
+        history.at(100).add(0.5)
+        history.finish({length_class(100): 0.5}, 0.5)
+    assert history.correlation(100) == 0.2
+    group = lived(history, [0.5, 0.5, 0.5], finished=[0.5])
+    assert group.decide() == []
+
+
+@given(
+    st.tuples(st.floats(-3, 3), st.floats(0, 1)),
+    st.tuples(st.floats(-3, 3), st.floats(0, 1)),
+)
+def test_a_gain_is_the_mean_of_what_one_lies_above_another(
+    of: tuple[float, float], over: tuple[float, float]
+) -> None:
+    found = gain(Outlook(*of), Outlook(*over))
+    spread = math.sqrt(of[1] + over[1])
+    drawn = of[0] - over[0] + spread * NORMAL_SAMPLE
+    assert found == pytest.approx(float(np.maximum(drawn, 0).mean()), abs=0.01)
+
+
+def lived(history: History, scores: list[float], finished: list[float]) -> BranchGroup:
+    """A request whose live branches have these scores at 100 tokens, and others have finished."""
+    count = len(scores) + len(finished)
+    group = BranchGroup(Rules(count, count, 50, count), LikeWithLike(history, None))
+    for index in range(count):
+        group.add(index)
+    for index, score in enumerate(scores):
+        group.score(index, score, 100)
+    for index, score in enumerate(finished, len(scores)):
+        group.score(index, score, 200)
+        group.finish(index, Fate.FINISHED)
+    return group
+
+
+@pytest.mark.parametrize("correlation", [0.4, 0.8, 0.95])
+@pytest.mark.parametrize("best", [None, 0.3, 0.8, 0.95])
+@pytest.mark.parametrize("sibling", [0.2, 0.6, 0.97])
+def test_a_branch_goes_on_as_long_as_it_may_raise_the_best(
+    correlation: float, best: float | None, sibling: float
 ) -> None:
     history = remembered(correlation)
-    bar = LikeWithLike(history, None).exploiting(0.0, best, 100)
-    known, draw = history.correlation(100), np.random.default_rng(1)
-    goal = NORMAL.inv_cdf((history.finished.rank(best) * 256 + 0.5) / 257)
+    told = history.correlation(100)
+    lasting, other = (np.random.default_rng(n).standard_normal(40_000) for n in (1, 2))
 
-    def gain(score: float) -> float:
-        """Drawn: by how much the best is raised, of a branch with this score halfway."""
+    def final(score: float, noise: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Drawn: the final deviates of a branch with this score halfway."""
         early = NORMAL.inv_cdf((history.at(100).rank(score) * 256 + 0.5) / 257)
-        late = known * early + math.sqrt(1 - known**2) * draw.standard_normal(20_000)
-        return float(np.maximum(late - goal, 0).mean())
+        return told * early + math.sqrt(1 - told**2) * noise
 
-    lowest = LikeWithLike(history, None).exploring(100)
-    assert bar >= lowest
-    if lowest < bar < 1 and history.at(100).rank(bar) < 0.99:
-        assert gain(bar) == pytest.approx(0.15, abs=0.03)
-    elif bar == lowest:
-        assert gain(bar) > 0.12
+    for score in np.linspace(0.02, 0.98, 25).tolist():
+        gains = [np.maximum(final(score, lasting) - final(sibling, other), 0).mean()]
+        if best is not None:
+            goal = NORMAL.inv_cdf((history.finished.rank(best) * 256 + 0.5) / 257)
+            gains.append(np.maximum(final(score, lasting) - goal, 0).mean())
+        group = lived(history, [score, sibling, sibling], [] if best is None else [best])
+        pruned = 0 in {branch.index for branch in group.decide()}
+        enough = WORTH_WAITING * (1 - told**2)
+        if abs(min(gains) - enough) > 0.015:
+            assert pruned == (min(gains) < enough)
 
 
-def test_a_better_finished_branch_asks_more_of_the_others() -> None:
-    bars = LikeWithLike(remembered(0.7), None)
-    asked = [bars.exploiting(0.5, best, 100) for best in (0.1, 0.5, 0.7, 0.9, 0.99)]
-    assert asked == sorted(asked)
-    assert asked[0] < asked[-1]
+@given(
+    st.lists(st.floats(0, 1), min_size=2, max_size=9, unique=True),
+    st.sampled_from([0.0, 0.5, 0.95]),
+)
+def test_the_most_promising_branch_lives_until_one_has_finished(
+    scores: list[float], correlation: float
+) -> None:
+    group = lived(REMEMBERED[correlation], scores, [])
+    pruned = {branch.index for branch in group.decide()}
+    assert scores.index(max(scores)) not in pruned
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=9), st.floats(0, 1), st.floats(0, 1))
+def test_a_better_finished_branch_asks_more_of_the_others(
+    scores: list[float], one: float, other: float
+) -> None:
+    lower, higher = (
+        {b.index for b in lived(REMEMBERED[0.5], scores, [best]).decide()}
+        for best in sorted((one, other))
+    )
+    assert lower <= higher
+
+
+def test_a_branch_is_compared_with_those_that_were_as_far() -> None:
+    history = remembered(0.9)
+    for n in range(256):
+        history.at(1000).add(0.9 + n / 2560)
+        history.finish({length_class(1000): n / 256}, n / 256)
+    group = BranchGroup(Rules(2, 2, 50, 2), LikeWithLike(history, None))
+    for index, tokens in enumerate((1000, 100)):
+        group.add(index)
+        group.score(index, 0.905, tokens)
+    group.add(2)
+    # The same score is a good one at 100 tokens, and a bad one at 1,000.
+    assert [branch.index for branch in group.decide()] == [0]
 
 
 def test_safe_mode_leaves_two_until_one_has_finished() -> None:
@@ -368,21 +444,21 @@ def test_all_run_to_their_ends_only_where_all_must_finish_and_none_is_pruned(
 
 
 def test_safe_mode_prunes_nothing_before_it_has_seen_enough() -> None:
-    bars = LikeWithLike(History(), None)
-    assert bars.exploring(100) == bars.exploiting(0.9, 0.9, 100) == -math.inf
+    assert lived(History(), [0.0, 0.1, 1.0], [1.0]).decide() == []
 
 
 @pytest.mark.parametrize("at_once", [True, False])
 def test_in_safe_mode_a_branch_that_finishes_has_all_others_judged(at_once: bool) -> None:
-    history = remembered(0.9)
+    history = remembered(0.7)
     bars: Bars = LikeWithLike(history, None) if at_once else PaperBars(0.0)
     group = BranchGroup(Rules(3, 3, 100, 1), bars)
     for index in range(3):
         group.add(index)
-    for index, score in enumerate((0.6, 0.3, 0.98)):
+    for index, score in enumerate((0.6, 0.5, 0.7)):
         group.score(index, score, 100)
     assert group.decide() == []
+    group.score(0, 0.97, 120)
     group.finish(0, Fate.FINISHED)
-    assert [b.index for b in group.decide()] == ([1] if at_once else [])
+    assert [b.index for b in group.decide()] == ([1, 2] if at_once else [])
     group.score(1, 0.3, 200)
     assert [b.index for b in group.decide()] == ([] if at_once else [1])

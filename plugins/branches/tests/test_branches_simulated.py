@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from trimtab.branches import simulated_bench
-from trimtab.branches.drawn import Kind
+from trimtab.branches.drawn import RIGHT, Kind
 from trimtab.branches.rebase import searched
 from trimtab.branches.sides import OURS, PAPER, SELF_CONSISTENCY, VANILLA, Side
 from trimtab.branches.simulated_bench import REBASE, all_rivals
@@ -114,3 +115,16 @@ def test_the_tier_compares_with_every_baseline(monkeypatch: pytest.MonkeyPatch) 
     metrics = {"latency_mean", "latency_p50", "latency_p97", "preemptions", "accuracy"}
     assert metrics <= {case.metric for case in cases}
     assert len(told) == 3
+
+
+@pytest.mark.parametrize("auroc", [0.6, 0.9])
+def test_chances_are_how_often_branches_are_right(auroc: float) -> None:
+    crowd = Kind(mean_tokens=60.0, score_every=8, auroc=auroc).draw(1500, 1.0, seed=2)
+    chances = np.array([chance for question in crowd for chance in question.chances])
+    right = np.array([answer == RIGHT for question in crowd for answer in question.answers])
+    for low in np.linspace(0, 0.8, 5):
+        some = (chances >= low) & (chances < low + 0.2)
+        assert right[some].mean() == pytest.approx(chances[some].mean(), abs=0.03)
+    said = np.array([rewards[-1] for question in crowd for rewards in question.rewards])
+    logarithms = [np.log(shares[right]).mean() for shares in (chances, said)]
+    assert logarithms[0] > logarithms[1], "a branch's last reward says less than all that is known"

@@ -1,4 +1,4 @@
-"""The thresholds of pruning: the paper's, and those that compare like with like."""
+"""Which branches pruning ends: by the paper's thresholds, or by what they may still give."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy.special import ndtri
+from scipy.stats import rankdata
 
 from trimtab.branches.group import length_class
+
+if TYPE_CHECKING:
+    from trimtab.branches.group import Branch, BranchGroup
 
 _REMEMBERED = 256
 _ENOUGH = 16
 
-LOWEST_SHARE = 0.1
-"""Of branches that were as far, those that are pruned while none of their own has finished."""
+WORTH_WAITING = 0.16
+"""By how much a live branch must be expected to raise the best final score, to go on.
 
-_WORTH_WAITING = 0.15
-"""Standard deviations of a finished branch's score by which a live one must be expected to raise
-the best, to go on."""
+In standard deviations of final scores, for a present score that tells nothing of them; the more it
+tells, the more right answers a standard deviation is, and the less of it suffices.
+"""
 
 _FEWEST_PAIRS = 24
 _FIRST_CORRELATION = 0.6
@@ -33,22 +38,19 @@ class PaperBars:
     """Two fixed thresholds (SART, two-phase pruning).
 
     Args:
-        alpha: the threshold while no branch has finished.
+        alpha: the threshold while no branch has finished; then the first one's score (alpha'),
+            which never lowers it.
     """
 
-    among_siblings = False
     at_once = False
 
     def __init__(self, alpha: float) -> None:
         self._alpha = alpha
 
-    def exploring(self, tokens: int) -> float:
-        """The same for every length."""
-        return self._alpha
-
-    def exploiting(self, first: float, best: float, tokens: int) -> float:
-        """The first finished branch's score (alpha'), which never lowers the bar."""
-        return max(self._alpha, first)
+    def condemned(self, judged: Sequence[Branch], group: BranchGroup) -> list[Branch]:
+        """Those under the threshold, the lowest first."""
+        first = group.first.score if group.first is not None else None
+        return _under(self._alpha if first is None else max(self._alpha, first), judged)
 
     def survivors(self, best_score: float | None) -> int:
         """One, whatever has finished."""
@@ -62,23 +64,23 @@ class FixedBar:
         alpha: the threshold; minus infinity prunes nothing.
     """
 
-    among_siblings = False
     at_once = False
 
     def __init__(self, alpha: float) -> None:
         self._alpha = alpha
 
-    def exploring(self, tokens: int) -> float:
-        """The same for every length."""
-        return self._alpha
-
-    def exploiting(self, first: float, best: float, tokens: int) -> float:
-        """The same before and after a first branch has finished."""
-        return self._alpha
+    def condemned(self, judged: Sequence[Branch], group: BranchGroup) -> list[Branch]:
+        """Those under the threshold, the lowest first."""
+        return _under(self._alpha, judged)
 
     def survivors(self, best_score: float | None) -> int:
         """One, whatever has finished."""
         return 1
+
+
+def _under(bar: float, judged: Sequence[Branch]) -> list[Branch]:
+    low = [(b.score, -b.index, b) for b in judged if b.score is not None and b.score < bar]
+    return [branch for *_, branch in sorted(low)]
 
 
 class Recent:
@@ -98,15 +100,16 @@ class Recent:
         if len(self._sorted) > _REMEMBERED:
             del self._sorted[bisect_left(self._sorted, self._by_age.popleft())]
 
-    def quantile(self, share: float) -> float:
-        """The score that this share of them lies under; minus infinity with too few of them."""
-        if len(self._sorted) < _ENOUGH:
-            return -math.inf
-        return self._sorted[min(int(share * len(self._sorted)), len(self._sorted) - 1)]
-
     def rank(self, score: float) -> float:
         """The share of them that lies at or under a score."""
         return bisect_right(self._sorted, score) / len(self._sorted) if self._sorted else 0.0
+
+    def deviate(self, score: float) -> float | None:
+        """A score's rank as a normal deviate, ties in the middle; None with too few of them."""
+        if len(self._sorted) < _ENOUGH:
+            return None
+        under = (bisect_left(self._sorted, score) + bisect_right(self._sorted, score)) / 2
+        return _NORMAL.inv_cdf((under + 0.5) / (len(self._sorted) + 1))
 
 
 class Pairs:
@@ -127,15 +130,15 @@ class Pairs:
         if len(self._pairs) >= _FEWEST_PAIRS and self._new >= _FEWEST_PAIRS // 3:
             self._new = 0
             middles, ends = zip(*self._pairs, strict=True)
-            found = float(np.corrcoef(_deviates(middles), _deviates(ends))[0, 1])
-            self._known = min(max(found, _WEAKEST), _STRONGEST)
+            self._known = min(max(_correlation(middles, ends), _WEAKEST), _STRONGEST)
         return self._known
 
 
-def _deviates(scores: Sequence[float]) -> NDArray[np.float64]:
-    """Ranks as normal deviates; ties in their order."""
-    ranks = (np.argsort(np.argsort(scores)) + 0.5) / len(scores)
-    return np.array([_NORMAL.inv_cdf(rank) for rank in ranks.tolist()])
+def _correlation(some: Sequence[float], others: Sequence[float]) -> float:
+    """That of two rows' ranks as normal deviates; 0 where all of a row are equal."""
+    deviates = np.stack([ndtri((rankdata(row) - 0.5) / len(row)) for row in (some, others)])
+    spreads = deviates.std(axis=1)
+    return float(np.corrcoef(deviates)[0, 1]) if spreads.all() else 0.0
 
 
 class History:
@@ -165,60 +168,82 @@ class History:
         return self._pairs[length_class(tokens)].correlation()
 
 
-_STEP = 0.01
-_LOSSES = [
-    _NORMAL.pdf(n * _STEP) - n * _STEP * (1 - _NORMAL.cdf(n * _STEP)) for n in range(-600, 601)
-]
-"""The unit normal loss ``E[(Z - u)+]`` for u from -6 to 6; it falls."""
+class Outlook(NamedTuple):
+    """What a branch's final score is expected to be: a normal distribution of its deviate."""
 
-
-def _where_loss_is(value: float) -> float:
-    """The ``u`` whose unit normal loss is this."""
-    place = bisect_left(_LOSSES, -value, key=lambda loss: -loss)
-    return (min(place, len(_LOSSES) - 1) - 600) * _STEP
+    mean: float
+    variance: float
 
 
 class LikeWithLike:
-    """Thresholds of safe mode: a branch is compared with others that were as far as it is.
+    """Safe mode: a branch goes on as long as it may still give the answer.
 
-    Once branches have finished, one that lives is worth waiting for as long as it is expected to
-    raise the best score by more than a little. Ranks as normal deviates, its final ``Z`` is
-    distributed as ``N(r z, 1 - r^2)``, where ``z`` is its present one and ``r`` how much scores at
-    this length told of final ones lately; with the best ``b`` so far the gain is ``E[(Z - b)+]``.
-    A weak signal in the middle of texts so prunes little, and a very good branch ends its siblings.
+    It is compared with others that were as far as it is. Ranks as normal deviates, its final score
+    ``Z`` is distributed as ``N(r z, 1 - r^2)``, where ``z`` is its present one and ``r`` how much
+    scores at this length told of final ones lately. It is worth its tokens as long as
+    ``E[(Z - B)+]`` is more than a little, where ``B`` is the best of its siblings: of those that
+    have finished, or what becomes of the most promising one that lives. A weak signal in the middle
+    of texts so prunes little, and a very good branch ends its siblings.
 
     Args:
         history: the recent scores.
-        alpha: a fixed threshold while no branch has finished; the lowest tenth by default.
+        alpha: while no branch has finished, a fixed threshold in place of that; the upper half of
+            the siblings is safe from it, since a hard question's branches score low together.
     """
-
-    among_siblings = True
-    """Recent scores are of all requests: a hard question's branches score low together."""
 
     at_once = True
 
     def __init__(self, history: History, alpha: float | None) -> None:
         self._history = history
         self._alpha = alpha
+        self._outlooks: dict[int, tuple[float, int, Outlook]] = {}
 
-    def exploring(self, tokens: int) -> float:
-        """Alpha, or what one in ten branches of this length scores less than."""
-        if self._alpha is not None:
-            return self._alpha
-        return self._history.at(tokens).quantile(LOWEST_SHARE)
-
-    def exploiting(self, first: float, best: float, tokens: int) -> float:
-        """The score at this length from which on the best is expected to be raised enough."""
-        finished = self._history.finished
-        if len(finished) < _ENOUGH:
-            return self.exploring(tokens)
-        correlation = self._history.correlation(tokens)
-        spread = math.sqrt(1 - correlation**2)
-        rank = (finished.rank(best) * len(finished) + 0.5) / (len(finished) + 1)
-        expected = _NORMAL.inv_cdf(rank) - spread * _where_loss_is(_WORTH_WAITING / spread)
-        share = _NORMAL.cdf(expected / correlation)
-        return max(self.exploring(tokens), self._history.at(tokens).quantile(share))
+    def condemned(self, judged: Sequence[Branch], group: BranchGroup) -> list[Branch]:
+        """Those of which no answer is expected any more, the most hopeless first."""
+        if self._alpha is not None and group.first is None:
+            return _under(min(self._alpha, group.middle()), judged)
+        known = [(b.index, o) for b in group.living() if (o := self._outlook(b)) is not None]
+        rivals = sorted((outlook, index) for index, outlook in known)[-2:]
+        best = None if group.best is None else self._history.finished.deviate(group.best)
+        outlooks = dict(known)
+        hopeless = []
+        for branch in judged:
+            outlook = outlooks.get(branch.index)
+            if outlook is None:
+                continue
+            gains = [gain(outlook, rival) for rival, index in rivals if index != branch.index][-1:]
+            if best is not None:
+                gains.append(gain(outlook, Outlook(best, 0.0)))
+            if gains and min(gains) < WORTH_WAITING * outlook.variance:
+                hopeless.append((min(gains), -branch.index, branch))
+        return [branch for *_, branch in sorted(hopeless)]
 
     def survivors(self, best_score: float | None) -> int:
         """Two, until a branch has finished: it may be the only one left."""
         return 2 if best_score is None else 1
+
+    def _outlook(self, branch: Branch) -> Outlook | None:
+        """By its last score; None without one, or with too few to compare it with."""
+        score, at_tokens = branch.score, branch.score_at
+        if score is None:
+            return None
+        found = self._outlooks.get(branch.index)
+        if found is not None and found[0] == score and found[1] == at_tokens:
+            return found[2]
+        deviate = self._history.at(at_tokens).deviate(score)
+        if deviate is None:
+            return None
+        told = self._history.correlation(at_tokens)
+        outlook = Outlook(told * deviate, 1 - told * told)
+        self._outlooks[branch.index] = score, at_tokens, outlook
+        return outlook
+
+
+def gain(of: Outlook, over: Outlook) -> float:
+    """``E[(X - Y)+]`` of two independent normal variables."""
+    spread = math.sqrt(of.variance + over.variance)
+    lead = of.mean - over.mean
+    if not spread:
+        return max(lead, 0.0)
+    ahead = lead / spread
+    return spread * _NORMAL.pdf(ahead) + lead * _NORMAL.cdf(ahead)

@@ -72,7 +72,7 @@ class BranchesConfig(BaseModel):
     )
     pruning: Pruning | None = Field(
         None,
-        description="safe: branches that score badly among those that were as far; paper: "
+        description="safe: branches that are not expected to give the answer; paper: "
         "the paper's two phases; below: whatever scores under prune_below; pressure: only where "
         "memory is short; off; by default paper with a reward model, else safe",
     )
@@ -81,8 +81,7 @@ class BranchesConfig(BaseModel):
         ge=0,
         le=1,
         description="score under which a branch is pruned while none has finished; by default .5 "
-        "in the modes paper and below, and in safe mode the lowest tenth of recent scores at the "
-        "same length",
+        "in the modes paper and below; safe mode does without one",
     )
     max_pruned: int | None = Field(
         None,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import expit
 
-from trimtab.branches.order_statistics import separation
+from trimtab.branches.order_statistics import Floats, separation
 
 RIGHT = 0
 _WRONG_SHARES = (0.4, 0.3, 0.2, 0.1)
@@ -20,6 +20,7 @@ _EARLY = 0.4
 """Of a signal's lead over a coin at the end of a text, what it has at its beginning."""
 _LASTING = 0.6
 """The share of a signal's noise that stays the same all along a branch."""
+_TINY = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class Question:
         lengths: of each branch, if nobody ends it.
         answers: of each branch, as a number; `RIGHT` is the right one.
         rewards: of each branch, its score at each scoring, the last one when it finishes.
+        chances: of each branch, how likely it is right in the light of all its rewards and of the
+            question's share of right branches; empty where it is not known.
     """
 
     arrival_s: float
@@ -39,6 +42,7 @@ class Question:
     lengths: tuple[int, ...]
     answers: tuple[int, ...]
     rewards: tuple[tuple[float, ...], ...]
+    chances: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +84,20 @@ class Kind:
         right = rng.random(self.branches) < chance
         wrong = 1 + rng.choice(len(_WRONG_SHARES), self.branches, p=_WRONG_SHARES)
         answers = tuple(int(a) for a in np.where(right, RIGHT, wrong))
-        rewards = tuple(
-            self.rewards(length, bool(good), rng)
+        signals = [
+            self._signal(length, bool(good), rng)
             for length, good in zip(tokens, right, strict=True)
-        )
-        return Question(arrival_s, self.prompt_tokens, tokens, answers, rewards)
+        ]
+        rewards = tuple(self._calibrated(*signal) for signal in signals)
+        chances = tuple(_posterior(float(chance), *signal) for signal in signals)
+        return Question(arrival_s, self.prompt_tokens, tokens, answers, rewards, chances)
 
     def rewards(self, length: int, right: bool, rng: np.random.Generator) -> tuple[float, ...]:
         """A calibrated reward: the chance that the branch is right, as far as the signal tells."""
+        return self._calibrated(*self._signal(length, right, rng))
+
+    def _signal(self, length: int, right: bool, rng: np.random.Generator) -> tuple[Floats, Floats]:
+        """At each scoring, by how much right branches lie above wrong ones, and where this lies."""
         scorings = (length - 1) // self.score_every + 1
         progress = np.minimum((np.arange(scorings) + 1) * self.score_every / length, 1.0)
         aurocs = 0.5 + (self.auroc - 0.5) * (_EARLY + (1 - _EARLY) * progress)
@@ -95,9 +105,22 @@ class Kind:
         noise = math.sqrt(_LASTING) * rng.standard_normal() + math.sqrt(
             1 - _LASTING
         ) * rng.standard_normal(scorings)
-        seen = apart * right + noise
+        return apart, apart * right + noise
+
+    def _calibrated(self, apart: Floats, seen: Floats) -> tuple[float, ...]:
         odds = math.log(self.accuracy / (1 - self.accuracy))
         return tuple(expit(odds + apart * seen - apart**2 / 2).round(4).tolist())
+
+
+def _posterior(chance: float, apart: Floats, seen: Floats) -> float:
+    """How likely a branch is right whose signal was seen, by Bayes' rule.
+
+    Its noise has the variance 1, and of any two scorings the covariance `_LASTING`.
+    """
+    lasting = _LASTING / (1 - _LASTING + _LASTING * len(apart))
+    weights = (apart - lasting * apart.sum()) / (1 - _LASTING)
+    odds = math.log(max(chance, _TINY) / max(1 - chance, _TINY))
+    return float(expit(odds + weights @ (seen - apart / 2)))
 
 
 def wilson(right: int, of: int, z: float = 1.96) -> tuple[float, float]:

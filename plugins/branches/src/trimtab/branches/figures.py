@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ class Served:
     Attributes:
         latencies_s: of each question, from its arrival to the end of its last branch.
         right: of each question, whether its answer was.
+        chances: of each question, how likely the branch that answered is right by all its rewards.
         tokens: output tokens of all branches.
         kv_block_s: KV blocks in use, summed over time.
         preemptions: how often vLLM threw a branch out of its KV cache.
@@ -34,6 +36,7 @@ class Served:
 
     latencies_s: list[float] = field(default_factory=list)
     right: list[bool] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
     tokens: int = 0
     kv_block_s: float = 0.0
     preemptions: int = 0
@@ -58,6 +61,8 @@ class Served:
             candidates.append(Candidate(branch, fate.value, score, tokens, answer))
         winner = choose(candidates, side.answer).winner
         self.right.append(question.answers[winner.branch] == RIGHT)
+        if question.chances:
+            self.chances.append(question.chances[winner.branch])
 
     @property
     def accuracy(self) -> float:
@@ -106,6 +111,14 @@ METRICS = (
     Metric("preemptions", "1", "lower", lambda served: float(served.preemptions), 1.0),
     Metric("accuracy", "1", "higher", lambda served: served.accuracy, 0.01),
 )
+EXPECTED_ACCURACY = Metric(
+    "expected_accuracy", "1", "higher", lambda served: fmean(served.chances), 0.01
+)
+"""The mean chance that the chosen branch is right, for sides that choose by rewards alone.
+
+Its mean is that of `accuracy`, and without the coins that made single branches right or wrong a
+difference of two sides has a fraction of the spread (Rao and Blackwell).
+"""
 
 
 def cases_of(
@@ -117,6 +130,8 @@ def cases_of(
 ) -> list[Case]:
     """A case for each metric; the repeats of both sides correspond."""
     notes = f"baseline: {summary(theirs)}; ours: {summary(ours)}"
+    if EXPECTED_ACCURACY in metrics:
+        notes += f"; {_expected_lead(theirs, ours)}"
     return [
         Case.compare(
             name,
@@ -145,6 +160,13 @@ def summary(runs: Sequence[Served]) -> str:
         f"stable in {stable} of {len(runs)}"
     )
     return said + _ends(runs)
+
+
+def _expected_lead(theirs: Sequence[Served], ours: Sequence[Served]) -> str:
+    """By how many points one side is right more often than the other, with its standard error."""
+    leads = [100 * (fmean(b.chances) - fmean(a.chances)) for a, b in zip(theirs, ours, strict=True)]
+    error = stdev(leads) / math.sqrt(len(leads)) if len(leads) > 1 else math.nan
+    return f"expected accuracy {fmean(leads):+.2f} points (standard error {error:.2f})"
 
 
 def _ends(runs: Sequence[Served]) -> str:

@@ -6,7 +6,7 @@ No engine here: whoever drives a group tells it what the branches do, and ends t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Protocol
@@ -15,21 +15,14 @@ from trimtab.branches.note import Fate
 
 
 class Bars(Protocol):
-    """Where the two thresholds of pruning lie."""
-
-    @property
-    def among_siblings(self) -> bool:
-        """Whether the upper half of a request's branches is safe until one has finished."""
+    """Which branches fall to pruning."""
 
     @property
     def at_once(self) -> bool:
         """Whether a branch that finishes has all others judged, by their last scores."""
 
-    def exploring(self, tokens: int) -> float:
-        """The score that a branch of so many tokens must have while no branch has finished."""
-
-    def exploiting(self, first: float, best: float, tokens: int) -> float:
-        """The same, once branches have finished: the first's score, and the best one."""
+    def condemned(self, judged: Sequence[Branch], group: BranchGroup) -> list[Branch]:
+        """Those of the judged ones that are to end, first those that can best be spared."""
 
     def survivors(self, best_score: float | None) -> int:
         """How many branches pruning leaves at least, with this best score of a finished one."""
@@ -85,7 +78,13 @@ class BranchGroup:
 
     Args:
         rules: what the request asked for.
-        bars: the thresholds.
+        bars: which branches are pruned.
+
+    Attributes:
+        branches: those that have arrived, by index.
+        closed: whether the request is answered.
+        first: the branch that finished first.
+        best: the best score of those that have finished.
     """
 
     def __init__(self, rules: Rules, bars: Bars) -> None:
@@ -93,7 +92,8 @@ class BranchGroup:
         self._bars = bars
         self.branches: dict[int, Branch] = {}
         self.closed = False
-        self._first: Branch | None = None
+        self.first: Branch | None = None
+        self.best: float | None = None
         self._pruned = 0
         self._done = 0
         self._live = 0
@@ -102,7 +102,7 @@ class BranchGroup:
     @property
     def phase(self) -> int:
         """1 while no branch has finished, then 2."""
-        return 1 if self._first is None else 2
+        return 1 if self.first is None else 2
 
     @property
     def done(self) -> int:
@@ -172,18 +172,22 @@ class BranchGroup:
             self.score(index, value, branch.tokens)
         elif math.isfinite(value):
             branch.score, branch.score_at = value, branch.tokens
+            self._find_best()
 
     def finish(self, index: int, fate: Fate) -> None:
         """A branch has come to an end that the group did not ask for."""
         branch = self.branches[index]
         if branch.fate is not None:
             return
-        if fate is Fate.FINISHED and self._first is None:
-            self._first = branch
+        if fate is Fate.FINISHED and self.first is None:
+            self.first = branch
         self._end(branch, fate)
-        if fate is Fate.FINISHED and self._bars.at_once:
+        if fate is not Fate.FINISHED:
+            return
+        self._done += 1
+        self._find_best()
+        if self._bars.at_once:
             self._to_judge.update(b.index for b in self.living() if b.score is not None)
-        self._done += fate is Fate.FINISHED
 
     def decide(self, enough: int | None = None, *, certain: bool = False) -> list[Branch]:
         """The branches to end now; they count as ended from here on.
@@ -223,38 +227,7 @@ class BranchGroup:
             self._end(branch, Fate.WITHHELD if not branch.tokens else fate)
         return ended
 
-    def _prune(self) -> list[Branch]:
-        """Judges the branches that have a new score, the worst first."""
-        judged = sorted(
-            (self.branches[i] for i in self._to_judge), key=lambda b: (b.score or 0.0, -b.index)
-        )
-        self._to_judge.clear()
-        if not self.rules.prunes:
-            return []
-        ended = []
-        shields = self._bars.among_siblings and self._first is None
-        middle = self._middle() if shields else math.inf
-        for branch in judged:
-            if branch.score is None or branch.score >= min(self._bar(branch.score_at), middle):
-                continue
-            if not self._can_spare_one():
-                break
-            if self._first is None:
-                if self._pruned >= self.rules.max_pruned:
-                    break
-                self._pruned += 1
-            self._end(branch, Fate.PRUNED)
-            ended.append(branch)
-        return ended
-
-    def _can_spare_one(self) -> bool:
-        return self._live + self._done > self._bars.survivors(self._best())
-
-    def _best(self) -> float | None:
-        finished = (b.score for b in self.branches.values() if b.fate is Fate.FINISHED)
-        return max((score for score in finished if score is not None), default=None)
-
-    def _middle(self) -> float:
+    def middle(self) -> float:
         """The median of the last scores of the branches that live or have finished."""
         scores = [
             branch.score
@@ -263,8 +236,27 @@ class BranchGroup:
         ]
         return median(scores) if len(scores) > 1 else math.inf
 
-    def _bar(self, tokens: int) -> float:
-        best = self._best()
-        if self._first is None or self._first.score is None or best is None:
-            return self._bars.exploring(tokens)
-        return self._bars.exploiting(self._first.score, best, tokens)
+    def _prune(self) -> list[Branch]:
+        """Judges the branches that have a new score."""
+        judged = [self.branches[i] for i in self._to_judge]
+        self._to_judge.clear()
+        if not self.rules.prunes:
+            return []
+        ended = []
+        for branch in self._bars.condemned(judged, self):
+            if not self._can_spare_one():
+                break
+            if self.first is None:
+                if self._pruned >= self.rules.max_pruned:
+                    break
+                self._pruned += 1
+            self._end(branch, Fate.PRUNED)
+            ended.append(branch)
+        return ended
+
+    def _can_spare_one(self) -> bool:
+        return self._live + self._done > self._bars.survivors(self.best)
+
+    def _find_best(self) -> None:
+        finished = (b.score for b in self.branches.values() if b.fate is Fate.FINISHED)
+        self.best = max((score for score in finished if score is not None), default=None)

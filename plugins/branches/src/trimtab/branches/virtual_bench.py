@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from trimtab.branches.drawn import Kind, Question
-from trimtab.branches.figures import METRICS, Served, cases_of
+from trimtab.branches.figures import EXPECTED_ACCURACY, METRICS, Metric, Served, cases_of
 from trimtab.branches.note import Note
 from trimtab.branches.sides import (
     BEST_OF_N,
@@ -37,6 +37,8 @@ KIND = Kind(mean_tokens=83.0, between=0.35, within=0.6, prompt_tokens=100, score
 RATES = {"stable": 2.0, "overload": 10.0, "all-loaded": 20.0}
 AUROCS = (0.55, 0.65, 0.75, 0.85, 0.95)
 QUESTIONS, SEEDS = 200, 5
+SWEEP_QUESTIONS = 400
+"""Over rewards of each quality it is a point or two that counts."""
 QUICK_QUESTIONS, QUICK_SEEDS = 20, 2
 QUICK_RATES = ("stable", "overload")
 QUICK_AUROCS = (0.75,)
@@ -56,8 +58,15 @@ def cases(options: Options, progress: Progress) -> list[Case]:
     for auroc in QUICK_AUROCS if options.quick else AUROCS:
         progress(f"vLLM's scheduler on a virtual clock: rewards of AUROC {auroc:g}")
         kind = replace(KIND, auroc=auroc)
+        questions = QUICK_QUESTIONS if options.quick else SWEEP_QUESTIONS
         found += _compare(
-            f"virtual/auroc-{auroc:g}", kind, RATES["stable"], questions, seeds, (BEST_OF_N,)
+            f"virtual/auroc-{auroc:g}",
+            kind,
+            RATES["stable"],
+            questions,
+            seeds,
+            (BEST_OF_N,),
+            (*METRICS, EXPECTED_ACCURACY),
         )
     return found
 
@@ -69,6 +78,7 @@ def _compare(
     questions: int,
     seeds: Iterable[int],
     rivals: Sequence[Side] | None = None,
+    metrics: Sequence[Metric] = METRICS,
 ) -> list[Case]:
     runs: dict[str, list[Served]] = {}
     for seed in seeds:
@@ -90,7 +100,7 @@ def _compare(
         for name in (PAPER.name, OURS.name)
         for rival in runs
         if rival not in ours
-        for case in cases_of(f"{where}/{name}", METRICS, rival, runs[rival], runs[name])
+        for case in cases_of(f"{where}/{name}", metrics, rival, runs[rival], runs[name])
     ]
 
 

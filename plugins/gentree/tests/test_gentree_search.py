@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
+from itertools import pairwise
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from trimtab.core.cluster import Cluster, Link, Node
-from trimtab.core.collectives import NetworkTree, Schedule, check_plan
+from trimtab.core.collectives import (
+    UNIT,
+    NetworkTree,
+    PlanFault,
+    Schedule,
+    Turn,
+    check_plan,
+    programme,
+)
+from trimtab.core.collectives.programme import Receive, Send, Sum
 from trimtab.core.cost import Constants, PlanEvaluator, cut_bound_s_per_byte
 from trimtab.gentree import choose
 from trimtab.gentree.baselines import baselines
@@ -73,19 +85,32 @@ def test_the_papers_recursion(shape, floats, width, expected_ms) -> None:
     assert 1e3 * grown.seconds(4 * floats, chunks=False) == pytest.approx(expected_ms, rel=1e-3)
 
 
-shapes: st.SearchStrategy[Shape] = st.recursive(
-    st.integers(1, 7), lambda below: st.lists(below, min_size=1, max_size=4), max_leaves=8
-)
+MOST_LEAVES = 64
+WIDEST: Shape = [[4, 5], [6, [3, 3]], [1, 2, 40]]
+"""A tree of so many leaves, of which no two switches are alike."""
+
+
+def parted(draw: st.DrawFn, count: int, depth: int) -> Shape:
+    if depth == 0 or count == 1 or draw(st.booleans()):
+        return count
+    places = st.lists(st.integers(1, count - 1), max_size=6, unique=True).map(sorted)
+    ends = [0, *draw(places), count]
+    return [parted(draw, end - begin, depth - 1) for begin, end in pairwise(ends)]
+
+
+@st.composite
+def shapes(draw: st.DrawFn, least: int = 1) -> Shape:
+    """Trees of up to 64 leaves below up to four tiers, with chains and unequal children."""
+    return parted(draw, draw(st.integers(least, MOST_LEAVES)), 3)
+
+
 sizes = st.sampled_from([1e3, 1e5, 1e7, 1e9])
 
 
-def leaves(shape: Shape) -> int:
-    return shape if isinstance(shape, int) else sum(map(leaves, shape))
-
-
-@settings(max_examples=12)
+@settings(max_examples=14)
+@example(WIDEST, 1e7, "sources", [1.0, 0.3])
 @given(
-    shapes.filter(lambda s: leaves(s) <= 40),
+    shapes(),
     sizes,
     st.sampled_from(["rate", "ports", "sources"]),
     st.sampled_from([None, [1.0, 0.3], [1.0, 2.0, 0.5]]),
@@ -104,13 +129,81 @@ def test_every_plan_is_proven_and_none_is_worse_than_what_libraries_have(
 
 
 @settings(max_examples=8)
-@given(shapes.filter(lambda s: leaves(s) <= 40), sizes)
+@given(shapes(), sizes)
 def test_the_papers_plans_are_proven_too(shape, payload) -> None:
     network = tree(shape)
     grown = GenTree(network, CONSTANTS, payload, PAPER).best()
     check_plan(Schedule.of(network.size, grown.steps))
     best = choose(network, payload, CONSTANTS).seconds
     assert best <= grown.seconds(payload, chunks=False) * 1.02
+
+
+def summed(schedule: Schedule, length: int = 61) -> bool:
+    """Whether numbers that are sent and added as the plan says become their sums everywhere."""
+    numbers = np.random.default_rng(schedule.ranks).integers(1, 2**40, (schedule.ranks, length))
+    held = numbers.copy()
+    turns = [(rank, t) for rank in range(schedule.ranks) for t in programme(schedule, rank)]
+
+    def span(part: Send | Receive | Sum) -> slice:
+        return slice(length * part.begin // UNIT, length * part.end // UNIT)
+
+    def when(turn: Turn) -> tuple[bool, int, int]:
+        gathers = turn.phase == "all-gather"
+        return gathers, -turn.step if gathers else turn.step, turn.round
+
+    for moment in sorted({when(turn) for _, turn in turns}):
+        before = held.copy()
+        for rank, turn in (t for t in turns if when(t[1]) == moment):
+            for message in turn.receives:
+                held[rank, span(message)] = before[message.peer, span(message)]
+            for total in turn.sums:
+                held[rank, span(total)] = before[list(total.operands), span(total)].sum(axis=0)
+    return bool((held == numbers.sum(axis=0)).all())
+
+
+def spoilt(draw: st.DrawFn, schedule: Schedule) -> Schedule:
+    """The plan with one thing of one group changed, which may still be an AllReduce."""
+    data = json.loads(schedule.model_dump_json())
+    at = draw(st.integers(0, len(data["steps"]) - 1))
+    groups = data["steps"][at]
+    group = groups[draw(st.integers(0, len(groups) - 1))]
+    some = st.integers(0, len(group["senders"]) - 1)
+    kind = draw(st.sampled_from(["drop", "twice", "swap", "sender", "cut"]))
+    if kind == "drop":
+        groups.remove(group)
+    elif kind == "twice":
+        data["steps"].append(groups)
+    elif kind == "swap":
+        data["steps"][at], data["steps"][0] = data["steps"][0], data["steps"][at]
+    elif kind == "sender":
+        changed = list(group["senders"])
+        changed[draw(some)] = draw(st.integers(0, schedule.ranks - 1))
+        if not group["ring"]:
+            group["owners"] = group["owners"] or group["senders"]
+        group["senders"] = changed
+    else:
+        group["cuts"] = [group["cuts"][0], *group["cuts"][:-2], group["cuts"][-1]]
+    return Schedule.model_validate(data)
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_what_the_checker_passes_adds_up_and_what_does_not_add_up_it_refuses(data) -> None:
+    network = tree(data.draw(shapes(least=2)))
+    order = data.draw(st.permutations(range(network.size)))
+    payload = data.draw(sizes)
+    grown = GenTree(network, CONSTANTS, payload, PAPER).best()
+    sound = Schedule.of(network.size, [s.renumbered(np.array(order)) for s in grown.steps])
+    check_plan(sound)
+    assert summed(sound)
+    other = spoilt(data.draw, sound)
+    try:
+        check_plan(other)
+    except PlanFault:
+        event("refused")
+    else:
+        event("passed")
+        assert summed(other)
 
 
 def test_the_order_of_ranks_is_the_plans() -> None:

@@ -192,13 +192,13 @@ class ServingPolicy:
     def on_arrival(self, call: Call, now_s: float) -> None:
         """A call has entered the engine; its key is asked for right after."""
 
-    def watches(self, call: Call) -> bool:
-        """Whether `on_step` must be told of the tokens of a call that has just arrived.
+    def watches(self, call: Call) -> int | None:
+        """How many tokens a call must have generated for `on_step` to be told of it next.
 
-        A call that nobody watches costs nothing from step to step; its ``output_tokens`` are known
-        when it ends.
+        Asked when the call has arrived, and after each `on_step` that was told of it; None for
+        never. By default it is told of every token. A call that nobody watches costs nothing.
         """
-        return True
+        return call.output_tokens + 1
 
     def wants_logprobs(self, call: Call) -> int | None:
         """How many top logprobs of each token the policy needs of a call that has just arrived.
@@ -235,9 +235,14 @@ class ServingPolicy:
         raise NotImplementedError
 
     def on_step(self, progressed: Collection[Call], now_s: float) -> Collection[Call]:
-        """The calls that got tokens in this step and go on; returns those the engine must end now.
+        """A step has given calls tokens; returns the calls that the engine must end now.
 
-        It comes after the step's `on_finish`, and also where calls have only finished.
+        It comes after the step's `on_finish`.
+
+        Args:
+            progressed: of the calls that go on, those that have come as far as `watches` says, and
+                maybe others that got tokens.
+            now_s: the time.
         """
         raise NotImplementedError
 

@@ -130,11 +130,12 @@ class PolicyStack:
             for entry in tuple(self._admitting)
         )
 
-    def watches(self, call: Call) -> bool:
-        """Whether some policy is to be told of a call's tokens from step to step."""
-        return any(
-            self._ask(entry, "watches", call, otherwise=False) for entry in tuple(self._stepping)
-        )
+    def watches(self, call: Call) -> int | None:
+        """The fewest tokens that some policy waits for a call to have generated; None for none."""
+        wanted: list[int | None] = [
+            self._ask(entry, "watches", call, otherwise=None) for entry in tuple(self._stepping)
+        ]
+        return min((tokens for tokens in wanted if tokens is not None), default=None)
 
     def wants_logprobs(self, call: Call) -> int | None:
         """The most logprobs of a call's tokens that some policy needs; None for none at all."""

@@ -86,7 +86,7 @@ class BranchesPolicy(ServingPolicy):
         self._awaiting: dict[Call, tuple[int, Outcome]] = {}
         """The slots of the branches that have finished and whose scores are still to come."""
         self._due_at: dict[Call, int] = {}
-        self._last_read: list[Call] = []
+        self._last_read: Sequence[Call] = ()
         self._last_slots = np.empty(0, dtype=np.intp)
         self._touched: dict[_Asked, None] = {}
         self._late: list[Call] = []
@@ -146,9 +146,9 @@ class BranchesPolicy(ServingPolicy):
         self._seated.add(call)
         self._running[call.request_id] += 1
 
-    def watches(self, call: Call) -> bool:
-        """Branches alone: of other calls only their coming and going counts."""
-        return call in self._slots or call in self._late
+    def watches(self, call: Call) -> int | None:
+        """Until a branch must be scored; of other calls only their coming and going counts."""
+        return self._due_at.get(call)
 
     def wants_logprobs(self, call: Call) -> int | None:
         """What the token signals need of a branch."""
@@ -156,13 +156,13 @@ class BranchesPolicy(ServingPolicy):
 
     def on_logprobs(self, calls: Sequence[Call], logprobs: NDArray[np.float32]) -> None:
         """Moves the token signals on."""
-        if calls != self._last_read:  # from one step to the next they are mostly the same
+        if calls is not self._last_read:  # from one step to the next they are mostly the same
             ours = [row for row, call in enumerate(calls) if call in self._slots]
             if len(ours) < len(calls):
                 if ours:
                     self.on_logprobs([calls[row] for row in ours], logprobs[ours])
                 return
-            self._last_read = list(calls)
+            self._last_read = calls
             self._last_slots = np.array([self._slots[call] for call in calls], dtype=np.intp)
         self._score.observe(self._last_slots, logprobs)
 

@@ -19,28 +19,17 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_TOKEN_SIGNALS = {
-    "probability": partial(
-        tokens.TokenSignal, tokens.sampled, tokens.probability_of, top_logprobs=0
-    ),
-    "lowest_probability": partial(
-        tokens.TokenSignal, tokens.sampled, tokens.probability_of, top_logprobs=0, which="lowest"
-    ),
-    "confidence": partial(
-        tokens.TokenSignal,
-        tokens.confidence,
-        tokens.share_of,
-        top_logprobs=tokens.TOP_LOGPROBS,
-    ),
+_PROBABILITY = (tokens.sampled, tokens.probability_of)
+_CONFIDENCE = (tokens.confidence, tokens.share_of)
+_TOKEN_SIGNALS: Mapping[str, partial[tokens.TokenSignal]] = {
+    "probability": partial(tokens.LastWindow, *_PROBABILITY, top_logprobs=0),
+    "lowest_probability": partial(tokens.LowestWindow, *_PROBABILITY, top_logprobs=0),
+    "confidence": partial(tokens.LastWindow, *_CONFIDENCE, top_logprobs=tokens.TOP_LOGPROBS),
     "lowest_confidence": partial(
-        tokens.TokenSignal,
-        tokens.confidence,
-        tokens.share_of,
-        top_logprobs=tokens.TOP_LOGPROBS,
-        which="lowest",
+        tokens.LowestWindow, *_CONFIDENCE, top_logprobs=tokens.TOP_LOGPROBS
     ),
     "entropy": partial(
-        tokens.TokenSignal, tokens.certainty, tokens.clipped, top_logprobs=tokens.TOP_LOGPROBS
+        tokens.LastWindow, tokens.certainty, tokens.clipped, top_logprobs=tokens.TOP_LOGPROBS
     ),
 }
 

@@ -14,11 +14,11 @@ from trimtab.hosts.vllm.dry_engine import DryEngine
 from trimtab.hosts.vllm.scheduler import Scheduler
 
 GROUPS, BRANCHES = 32, 8
-REPEATS, QUICK_REPEATS = 25, 4
-SCORE_EVERY = 50
-"""Tokens between two scorings; as many steps are timed at once, so that each scores all once."""
+REPEATS, QUICK_REPEATS = 7, 2
+SCORE_EVERY = 400
+"""Tokens between two scorings, the default; in as many timed steps each is scored once."""
 
-_PLUGIN = {"score_every": SCORE_EVERY, "signals": {"confidence": 1.0}, "max_pruned": 0}
+_PLUGIN = {"max_pruned": 0}
 """The default mode judges branches and prunes none: the engine stays as full."""
 
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from trimtab.core.collectives import Schedule
+from trimtab.hosts.torch import profiled_call
 from trimtab.hosts.torch.plan_runner import Combine, PeerLost, PlannedRank, PlanRunner, adding
 
 _options: Any = distributed_c10d
@@ -73,7 +74,10 @@ class PlannedWork(dist.Work):
     def __init__(self, result: list[torch.Tensor]) -> None:
         super().__init__()
         self._result = result
-        self._done = threading.Event()
+        self._done = False
+        # Held until the call is over; most are when anyone waits, and a threading.Event is dear.
+        self._running = threading.Lock()
+        self._running.acquire()
         self._error: Exception | None = None
         self._future: torch.futures.Future[list[torch.Tensor]] | None = None
         self._settling = threading.Lock()
@@ -81,8 +85,8 @@ class PlannedWork(dist.Work):
     def finish(self, error: Exception | None = None) -> None:
         """Says that the call is over."""
         with self._settling:
-            self._error = error
-            self._done.set()
+            self._error, self._done = error, True
+            self._running.release()
             future = self._future
         if future is not None:
             self._settle(future)
@@ -94,9 +98,11 @@ class PlannedWork(dist.Work):
             future.set_exception(self._error)  # type: ignore[arg-type]
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        limit_s = timeout.total_seconds()
-        if not self._done.wait(limit_s if limit_s > 0 else None):
-            raise RuntimeError(f"the collective is not done after {limit_s:g} s")
+        if not self._done:
+            limit_s = timeout.total_seconds()
+            if not self._running.acquire(timeout=limit_s if limit_s > 0 else -1):
+                raise RuntimeError(f"the collective is not done after {limit_s:g} s")
+            self._running.release()
         if self._error is not None:
             raise self._error
         return True
@@ -107,16 +113,16 @@ class PlannedWork(dist.Work):
             if self._future is not None:
                 return self._future
             made = self._future = torch.futures.Future()
-            over = self._done.is_set()
+            over = self._done
         if over:
             self._settle(made)
         return made
 
     def is_completed(self) -> bool:
-        return self._done.is_set()
+        return self._done
 
     def is_success(self) -> bool:
-        return self._done.is_set() and self._error is None
+        return self._done and self._error is None
 
     def exception(self) -> Exception | None:
         return self._error
@@ -253,11 +259,13 @@ class PlannedGroup(dist.ProcessGroup):
     def allreduce(self, tensors: Any, opts: Any = None) -> Any:  # type: ignore[override]
         given = _listed(tensors)
         opts = opts if opts is not None else dist.AllreduceOptions()
-        how = _operation(_op_of(opts))
-        planned = self._for(given, _bytes(given)) if len(given) == 1 and how else None
+        planned = self._for(given, _bytes(given)) if len(given) == 1 else None
+        how = _operation(_op_of(opts)) if planned is not None else None
         if planned is None or how is None or not _fits(given[0], how):
             return self._base(given).allreduce(given, _as_options(opts, dist.AllreduceOptions))
-        return self._submit(given, opts, lambda call: self._reduce_all(given, planned, how, call))
+        return self._submit(
+            "all_reduce", given, given, opts, partial(self._reduce_all, given, planned, how)
+        )
 
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
         given = _listed(tensors)
@@ -267,7 +275,9 @@ class PlannedGroup(dist.ProcessGroup):
         planned = self._for(given, _bytes(given)) if alike and how else None
         if planned is None or how is None or not _fits(given[0], how):
             return self._base(given).allreduce_coalesced(given, opts)
-        return self._submit(given, opts, lambda call: self._reduce_all(given, planned, how, call))
+        return self._submit(
+            "all_reduce", given, given, opts, partial(self._reduce_all, given, planned, how)
+        )
 
     def reduce_scatter_single(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
         opts = opts if opts is not None else dist.ReduceScatterOptions()
@@ -278,9 +288,11 @@ class PlannedGroup(dist.ProcessGroup):
         if planned is None or how is None or not _fits(input, how):
             return self._base([input])._reduce_scatter_base(output, input, opts)
         return self._submit(
+            "reduce_scatter",
+            [input],
             [output],
             opts,
-            lambda call: self._scatter(output, [input], planned, how, call),
+            partial(self._scatter, output, [input], planned, how),
         )
 
     def _reduce_scatter_base(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
@@ -296,9 +308,11 @@ class PlannedGroup(dist.ProcessGroup):
         if parts is None or planned is None or how is None or not _fits(given[0], how):
             return self._base(given).reduce_scatter(given, inputs, opts)
         return self._submit(
+            "reduce_scatter",
+            parts,
             given,
             opts,
-            lambda call: self._scatter(given[0], parts, planned, how, call),
+            partial(self._scatter, given[0], parts, planned, how),
         )
 
     def all_gather_single(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
@@ -308,7 +322,7 @@ class PlannedGroup(dist.ProcessGroup):
         if planned is None:
             return self._base([input])._allgather_base(output, input, opts)
         return self._submit(
-            [output], opts, lambda call: self._gather([output], input, planned, call)
+            "all_gather", [input], [output], opts, partial(self._gather, [output], input, planned)
         )
 
     def _allgather_base(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
@@ -321,7 +335,9 @@ class PlannedGroup(dist.ProcessGroup):
         planned = None if parts is None else self._for([*given, *parts], _bytes(parts), blocks=True)
         if parts is None or planned is None:
             return self._base(given).allgather(outputs, given, opts)
-        return self._submit(parts, opts, lambda call: self._gather(parts, given[0], planned, call))
+        return self._submit(
+            "all_gather", given, parts, opts, partial(self._gather, parts, given[0], planned)
+        )
 
     def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         pairs = zip(outputs, inputs, strict=True)
@@ -347,7 +363,7 @@ class PlannedGroup(dist.ProcessGroup):
             opts.timeout = timeout
         base = self._bases[getattr(opts.device, "type", "cpu")]
         # What was called before a barrier is over behind it.
-        before = self._submit([], opts, lambda call: None)
+        before = self._submit(None, [], [], opts, lambda call: None)
         if opts.asyncOp:
             return _Several([before, base.barrier(opts)])
         before.wait()
@@ -373,15 +389,17 @@ class PlannedGroup(dist.ProcessGroup):
         self, tensors: Sequence[torch.Tensor], payload_bytes: int, *, blocks: bool = False
     ) -> PlannedRank | None:
         """The plan for a call; None where it is the base group's."""
-        plain = all(t.device.type == "cpu" and t.layout == torch.strided for t in tensors)
-        if not plain or self._own_size == 1 or any(t.is_complex() for t in tensors):
+        if not tensors[0].is_cpu:
             return None
+        # Asked first, so that a call without a plan costs little more than the base group's own.
         planned: PlannedRank | None = self._planned(payload_bytes)
         if planned is None or (blocks and planned.places is None):
             return None
-        return planned
+        return planned if all(map(_is_plain, tensors)) else None
 
     def _plan(self, payload_bytes: int) -> PlannedRank | None:
+        if self._own_size == 1:
+            return None
         schedule = self._plans.schedule(payload_bytes)
         return None if schedule is None else PlannedRank(schedule, self._own_rank)
 
@@ -405,17 +423,40 @@ class PlannedGroup(dist.ProcessGroup):
 
     def _base(self, tensors: Sequence[torch.Tensor]) -> Any:
         """The group of the tensors' device."""
-        kind = tensors[0].device.type if tensors else "cpu"
+        if not tensors or tensors[0].is_cpu:
+            return self._bases["cpu"]
+        kind = tensors[0].device.type
         if kind not in self._bases:
             raise RuntimeError(f"the backend has no group for tensors on {kind!r}")
         return self._bases[kind]
 
     def _submit(
-        self, result: list[torch.Tensor], opts: Any, run: Callable[[int], None]
+        self,
+        name: str | None,
+        given: Sequence[torch.Tensor],
+        result: list[torch.Tensor],
+        opts: Any,
+        run: Callable[[int], None],
     ) -> PlannedWork:
+        """Runs a call behind all others.
+
+        Args:
+            name: in a profiler; None where it shall not show.
+            given: the tensors that the call reads.
+            result: those that it fills.
+            opts: of the call.
+            run: gets the number of the call.
+        """
         work, limit = PlannedWork(result), self._limit(opts)
+        seen = name is not None and profiled_call.profiled()
+        end = profiled_call.begin(f"{self.getBackendName()}:{name}", given) if seen else _nothing
 
         def call(number: int) -> None:
+            error = attempt(number)
+            end()
+            work.finish(error)
+
+        def attempt(number: int) -> Exception | None:
             try:
                 if self._fault is not None:
                     raise self._fault
@@ -424,13 +465,13 @@ class PlannedGroup(dist.ProcessGroup):
             except PeerLost as lost:
                 own_bytes = sum(tensor.nbytes for tensor in result)
                 self._fault = RuntimeError(self._told(lost, own_bytes))
-                work.finish(self._fault)
+                return self._fault
             except Exception as error:
-                work.finish(error)
-            else:
-                work.finish()
+                return error
+            return None
 
-        self._thread.submit(call, here=not getattr(opts, "asyncOp", True))
+        # An event is one of communication only if another thread ends it.
+        self._thread.submit(call, here=not (seen or getattr(opts, "asyncOp", True)))
         return work
 
     def _told(self, lost: PeerLost, own_bytes: int) -> str:
@@ -520,6 +561,10 @@ class PlannedGroup(dist.ProcessGroup):
                 output.copy_(block.view(output.shape))
 
 
+def _nothing() -> None:
+    pass
+
+
 def _no_sums(first: torch.Tensor, others: torch.Tensor) -> None:
     raise AssertionError("an all-gather has no sums")
 
@@ -530,7 +575,15 @@ def _listed(tensors: Any) -> list[torch.Tensor]:
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:
     """Their size as dense ones; a sparse one has no ``nbytes``."""
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    size_bytes = 0
+    for tensor in tensors:
+        size_bytes += tensor.numel() * tensor.itemsize
+    return size_bytes
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether plans can run on a tensor."""
+    return tensor.is_cpu and tensor.layout == torch.strided and not tensor.is_complex()
 
 
 def _op_of(opts: Any) -> Any:

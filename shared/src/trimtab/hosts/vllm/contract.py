@@ -85,12 +85,18 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.output:NewRequestData": ("req_id", "sampling_params"),
     "vllm.v1.engine:EngineCoreOutput": ("stop_reason",),
     "vllm.v1.outputs:LogprobsLists": ("logprobs", "cu_num_generated_tokens"),
-    "vllm.v1.outputs:ModelRunnerOutput": ("logprobs", "req_id_to_index", "sampled_token_ids"),
+    "vllm.v1.outputs:ModelRunnerOutput": (
+        "logprobs",
+        "req_id_to_index",
+        "req_ids",
+        "sampled_token_ids",
+    ),
 }
 """Classes by ``module:name`` with the fields that are read or set on what they hold."""
 
 SCHEDULER_ATTRIBUTES = (
     "connector",
+    "finished_req_ids",
     "get_request_counts",
     "kv_cache_config",
     "kv_cache_manager",

@@ -10,7 +10,7 @@ import copy
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -23,9 +23,12 @@ from vllm.v1.request import Request, RequestStatus
 from trimtab.core.policy import Call, Load, Outcome
 from trimtab.core.policy_stack import PolicyStack, StackKey
 from trimtab.hosts import versions
-from trimtab.hosts.vllm import call_fields, options, token_logprobs
+from trimtab.hosts.vllm import call_fields, options
 from trimtab.hosts.vllm.blocks import blocks_short, private_blocks
+from trimtab.hosts.vllm.engine_call import EngineCall
 from trimtab.hosts.vllm.engine_view import EngineView
+from trimtab.hosts.vllm.looks import Looks
+from trimtab.hosts.vllm.token_logprobs import TokenLogprobs
 from trimtab.hosts.vllm.waiting_queue import PolicyQueue
 
 logger = logging.getLogger(__name__)
@@ -66,8 +69,10 @@ class Scheduler(AsyncScheduler):
         versions.require("vllm")
         self._stack = PolicyStack(options.policies(self.vllm_config.additional_config))
         self._calls: dict[str, Call] = {}
-        self._watched: dict[str, Call] = {}
-        self._logprobs: dict[Call, int] = {}
+        self._looks = Looks(1 + self.num_spec_tokens)
+        self._readers: dict[str, Call] = {}
+        self._top_logprobs: dict[str, int] = {}
+        self._token_logprobs = TokenLogprobs(self._readers)
         self._ended: list[tuple[Request, Call]] = []
         self._view = EngineView(
             self.vllm_config.model_config, by_priority=self.policy is SchedulingPolicy.PRIORITY
@@ -119,36 +124,41 @@ class Scheduler(AsyncScheduler):
         now_s = time.monotonic()
         sampling = request.sampling_params
         child = _CHILD.fullmatch(request.request_id)
-        call = Call(
-            call_id=request.request_id,
-            arrival_s=now_s,
-            prompt_tokens=request.num_prompt_tokens,
-            max_output_tokens=request.max_tokens,
-            fields=call_fields.from_engine(
+        call = EngineCall(
+            request,
+            now_s,
+            call_fields.from_engine(
                 sampling.extra_args if sampling is not None else None, options.call_fields()
             ),
-            priority=request.priority,
             request_id=child[2] if child else request.request_id,
             branch=int(child[1]) if child else 0,
         )
         self._calls[request.request_id] = call
         self._view.requests[call] = request
         self._stack.on_arrival(call, now_s)
-        if self._stack.steps and self._stack.watches(call):
-            self._watched[request.request_id] = call
+        self._watch(call)
         if self._stack.reads_logprobs:
             wanted = self._stack.wants_logprobs(call)
             if wanted is not None:
-                self._logprobs[call] = wanted
+                self._readers[request.request_id] = call
+                self._top_logprobs[request.request_id] = wanted
+                self._token_logprobs.forget()
+
+    def _watch(self, call: Call) -> None:
+        """Has policies told of a call when it has come as far as one of them asks."""
+        if self._stack.steps:
+            tokens = self._stack.watches(call)
+            if tokens is not None:
+                self._looks.expect(call, tokens)
 
     def _unregister(self, request_id: str, outcome: Outcome) -> None:
         call = self._calls.pop(request_id, None)
         if call is not None:
-            request = self._view.requests[call]
-            call.output_tokens = max(call.output_tokens, request.num_output_tokens)
             self._stack.on_finish(call, outcome, time.monotonic())
-            self._watched.pop(request_id, None)
-            self._logprobs.pop(call, None)
+            self._looks.forget(call)
+            if self._readers.pop(request_id, None) is not None:
+                del self._top_logprobs[request_id]
+                self._token_logprobs.forget()
             del self._view.requests[call]
 
     def _key_of(self, request: Request) -> StackKey:
@@ -206,7 +216,7 @@ class Scheduler(AsyncScheduler):
             self._end([call])
 
     def _note_admissions(self, scheduled: SchedulerOutput, now_s: float) -> None:
-        if self._logprobs:
+        if self._readers:
             self._ask_for_logprobs(scheduled)
         admitted = [new.req_id for new in scheduled.scheduled_new_reqs]
         admitted.extend(scheduled.scheduled_cached_reqs.resumed_req_ids)
@@ -222,8 +232,7 @@ class Scheduler(AsyncScheduler):
     def _ask_for_logprobs(self, scheduled: SchedulerOutput) -> None:
         """Has the worker return logprobs that policies need; the request itself stays as it was."""
         for new in scheduled.scheduled_new_reqs:
-            call, sampling = self._calls.get(new.req_id), new.sampling_params
-            wanted = self._logprobs.get(call) if call is not None else None
+            wanted, sampling = self._top_logprobs.get(new.req_id), new.sampling_params
             if wanted is None or sampling is None or sampling.logprobs == -1:
                 continue
             if sampling.logprobs is None or sampling.logprobs < wanted:
@@ -233,32 +242,33 @@ class Scheduler(AsyncScheduler):
     def _note_outputs(
         self, outputs: dict[int, EngineCoreOutputs], model_output: ModelRunnerOutput
     ) -> None:
-        watched = self._watched
-        progressed: list[Call] = []
-        finished: list[tuple[Call, EngineCoreOutput]] = []
-        for client in outputs.values():
-            for output in client.outputs:
-                if output.finish_reason is not None and self._has_left(output.request_id):
-                    call = self._calls.get(output.request_id)
-                    if call is not None:
-                        finished.append((call, output))
-                elif watched:
-                    call = watched.get(output.request_id)
-                    if call is not None:
-                        call.output_tokens += len(output.new_token_ids)
-                        progressed.append(call)
-        if self._logprobs and model_output.logprobs is not None:
-            self._show_logprobs([*progressed, *(call for call, _ in finished)], model_output)
-        for call, output in finished:
+        if self._readers and model_output.logprobs is not None:
+            self._show_logprobs(outputs, model_output)
+        for call, output in self._finished(outputs) if self.finished_req_ids else ():
             self._finish(call, output)
-        if self._stack.steps and (progressed or finished):
-            self._end(self._stack.on_step(progressed, time.monotonic()))
+        if self._stack.steps and outputs:
+            due = self._looks.due()
+            self._end(self._stack.on_step(due, time.monotonic()))
+            for call in due:
+                if call.call_id in self._calls:
+                    self._watch(call)
 
-    def _show_logprobs(self, calls: Sequence[Call], model_output: ModelRunnerOutput) -> None:
-        reading = self._logprobs
-        readers = calls if len(reading) == len(calls) else [c for c in calls if c in reading]
-        for some, logprobs in token_logprobs.by_round(readers, model_output):
-            self._stack.on_logprobs(some, logprobs)
+    def _finished(
+        self, outputs: dict[int, EngineCoreOutputs]
+    ) -> list[tuple[Call, EngineCoreOutput]]:
+        return [
+            (call, output)
+            for client in outputs.values()
+            for output in client.outputs
+            if output.finish_reason is not None and self._has_left(output.request_id)
+            if (call := self._calls.get(output.request_id)) is not None
+        ]
+
+    def _show_logprobs(
+        self, outputs: dict[int, EngineCoreOutputs], model_output: ModelRunnerOutput
+    ) -> None:
+        for calls, logprobs in self._token_logprobs.by_round(outputs, model_output):
+            self._stack.on_logprobs(calls, logprobs)
 
     def _finish(self, call: Call, output: EngineCoreOutput) -> None:
         """A call has come to its end: policies are told, and may say what its client is told."""

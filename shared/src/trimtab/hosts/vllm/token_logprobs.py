@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,31 +11,70 @@ from trimtab.core.policy import Call
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
 
 
-def by_round(
-    calls: Sequence[Call], output: ModelRunnerOutput
-) -> Iterator[tuple[Sequence[Call], NDArray[np.float32]]]:
-    """Each call's first token of a step, then the second tokens of those that have one, and so on.
+class TokenLogprobs:
+    """Which rows of the worker's table belong to which call; remembered, as a batch seldom changes.
 
     Args:
-        calls: those that got tokens.
-        output: what the worker returned, with logprobs.
-
-    Yields:
-        calls, none twice, and their logprobs as `ServingPolicy.on_logprobs` takes them.
+        readers: the calls of which policies want logprobs, by their ids.
     """
-    table = output.logprobs
-    if not calls or table is None:
-        return
-    index = output.req_id_to_index
-    rows = [index[call.call_id] for call in calls]
-    if table.cu_num_generated_tokens is None:
-        yield calls, table.logprobs.take(rows, axis=0)
-        return
-    lengths = [len(output.sampled_token_ids[row]) for row in rows]
-    starts = [table.cu_num_generated_tokens[row] for row in rows]
-    for turn in range(max(lengths)):
-        having = [n for n, length in enumerate(lengths) if turn < length]
-        yield [calls[n] for n in having], table.logprobs[[starts[n] + turn for n in having]]
+
+    def __init__(self, readers: Mapping[str, Call]) -> None:
+        self._readers = readers
+        self._batch: list[str] = []
+        self._calls: tuple[Call, ...] = ()
+        self._rows: NDArray[np.intp] | None = None
+
+    def forget(self) -> None:
+        """The readers have changed."""
+        self._batch, self._calls = [], ()
+
+    def by_round(
+        self, outputs: Mapping[int, EngineCoreOutputs], output: ModelRunnerOutput
+    ) -> Iterator[tuple[Sequence[Call], NDArray[np.float32]]]:
+        """Each call's first token of a step, then the second tokens of those that have one.
+
+        Args:
+            outputs: what each client is told; only who is told of tokens has got some.
+            output: what the worker returned.
+
+        Yields:
+            calls, none twice, and their logprobs as `ServingPolicy.on_logprobs` takes them.
+        """
+        table = output.logprobs
+        if table is None:
+            return
+        batch = output.req_ids
+        if sum(len(client.outputs) for client in outputs.values()) < len(batch):
+            told = {one.request_id for client in outputs.values() for one in client.outputs}
+            self._find_rows([one if one in told else "" for one in batch])
+        elif batch != self._batch:
+            self._find_rows(list(batch))
+        if not self._calls:
+            return
+        if table.cu_num_generated_tokens is None:
+            logprobs = table.logprobs
+            if self._rows is not None or len(logprobs) > len(self._calls):
+                logprobs = logprobs.take(self._numbers(), axis=0)
+            yield self._calls, logprobs
+            return
+        rows = self._numbers().tolist()
+        lengths = [len(output.sampled_token_ids[row]) for row in rows]
+        starts = [table.cu_num_generated_tokens[row] for row in rows]
+        for turn in range(max(lengths)):
+            having = [n for n, length in enumerate(lengths) if turn < length]
+            calls = tuple(self._calls[n] for n in having)
+            yield calls, table.logprobs[[starts[n] + turn for n in having]]
+
+    def _find_rows(self, batch: list[str]) -> None:
+        """Where the readers of a batch stand in it; a request that got no tokens has no name."""
+        reading = [row for row, request_id in enumerate(batch) if request_id in self._readers]
+        self._batch = batch
+        self._calls = tuple(self._readers[batch[row]] for row in reading)
+        self._rows = None if len(reading) == len(batch) else np.array(reading, dtype=np.intp)
+
+    def _numbers(self) -> NDArray[np.intp]:
+        return np.arange(len(self._calls)) if self._rows is None else self._rows

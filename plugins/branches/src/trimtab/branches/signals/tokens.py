@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Literal
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,23 +18,28 @@ TOP_LOGPROBS = 20
 _CONFIDENCE_SCALE = 10.0
 _FIRST_SLOTS = 64
 
-Values = NDArray[np.float64]
-Which = Literal["last", "lowest"]
+Values = NDArray[np.floating]
 
 
 def sampled(logprobs: NDArray[np.float32]) -> Values:
     """The sampled tokens' logprobs."""
-    values: Values = logprobs[:, 0].astype(np.float64)
+    values: Values = logprobs[:, 0]
     return values
-
-
-_MINUS_MEAN = np.full(TOP_LOGPROBS, -1.0 / TOP_LOGPROBS, dtype=np.float32)
 
 
 def confidence(logprobs: NDArray[np.float32]) -> Values:
     """Minus the mean of the largest logprobs: the more peaked a distribution, the larger."""
-    values: Values = (logprobs[:, 1 : 1 + TOP_LOGPROBS] @ _MINUS_MEAN).astype(np.float64)
+    values: Values = logprobs @ _minus_mean(logprobs.shape[1])
     return values
+
+
+@cache
+def _minus_mean(columns: int) -> NDArray[np.float32]:
+    """What makes that mean of whole rows: a product with a part of each would copy it first."""
+    count = min(TOP_LOGPROBS, columns - 1)
+    weights = np.zeros(columns, dtype=np.float32)
+    weights[1 : 1 + count] = -1.0 / count
+    return weights
 
 
 def certainty(logprobs: NDArray[np.float32]) -> Values:
@@ -63,14 +69,13 @@ def clipped(mean: float) -> float:
 
 
 class TokenSignal(BranchScorer):
-    """The mean of a value of each token, over a branch's last tokens or over its worst window.
+    """The mean of a value of each token, over a window of a branch's tokens.
 
     Args:
         value: of each row of logprobs.
         scaled: makes a score in [0, 1] of a mean.
         top_logprobs: how many of the largest logprobs ``value`` reads.
         window: tokens that a mean is over.
-        which: the last window, or the lowest so far.
     """
 
     def __init__(
@@ -80,13 +85,77 @@ class TokenSignal(BranchScorer):
         *,
         top_logprobs: int,
         window: int,
-        which: Which = "last",
     ) -> None:
         self.top_logprobs = top_logprobs
         self._value = value
         self._scaled = scaled
         self._window = window
-        self._lowest_counts = which == "lowest"
+
+    def score(self, slot: int, call: Call) -> float | None:
+        """The score of the window; a text shorter than one is a window of its own."""
+        mean = self._mean(slot)
+        if mean is None:
+            return None
+        score = self._scaled(mean)
+        return score if math.isfinite(score) else None
+
+    def _mean(self, slot: int) -> float | None:
+        raise NotImplementedError
+
+
+class LastWindow(TokenSignal):
+    """The mean over a branch's last tokens.
+
+    A step's values lie side by side, so that taking them in touches little memory. They are kept
+    for two windows' steps: a branch that stood still for longer begins anew.
+    """
+
+    def __init__(
+        self,
+        value: Callable[[NDArray[np.float32]], Values],
+        scaled: Callable[[float], float],
+        *,
+        top_logprobs: int,
+        window: int,
+    ) -> None:
+        super().__init__(value, scaled, top_logprobs=top_logprobs, window=window)
+        self._values = np.full((2 * window, _FIRST_SLOTS), np.nan, dtype=np.float32)
+        self._place = 0
+
+    def start(self, slot: int, call: Call) -> None:
+        """Clears a slot."""
+        missing = slot + 1 - self._values.shape[1]
+        if missing > 0:
+            more = max(missing, self._values.shape[1])
+            self._values = np.pad(self._values, ((0, 0), (0, more)), constant_values=np.nan)
+        self._values[:, slot] = np.nan
+
+    def observe(self, slots: NDArray[np.intp], logprobs: NDArray[np.float32]) -> None:
+        """Moves on by one token of each branch."""
+        row = self._values[self._place]
+        row.fill(np.nan)
+        row[slots] = self._value(logprobs)
+        self._place = (self._place + 1) % len(self._values)
+
+    def _mean(self, slot: int) -> float | None:
+        values = np.roll(self._values[:, slot], -self._place)
+        # Where a grammar leaves few tokens, logprobs say nothing of what the model thinks.
+        known = values[np.isfinite(values)][-self._window :]
+        return float(known.mean(dtype=np.float64)) if len(known) else None
+
+
+class LowestWindow(TokenSignal):
+    """The mean over the worst window so far."""
+
+    def __init__(
+        self,
+        value: Callable[[NDArray[np.float32]], Values],
+        scaled: Callable[[float], float],
+        *,
+        top_logprobs: int,
+        window: int,
+    ) -> None:
+        super().__init__(value, scaled, top_logprobs=top_logprobs, window=window)
         self._recent = np.zeros((_FIRST_SLOTS, window))
         self._total = np.zeros(_FIRST_SLOTS)
         self._seen = np.zeros(_FIRST_SLOTS, dtype=np.intp)
@@ -104,31 +173,24 @@ class TokenSignal(BranchScorer):
     def observe(self, slots: NDArray[np.intp], logprobs: NDArray[np.float32]) -> None:
         """Moves each branch's window on by one token."""
         values = self._value(logprobs)
-        known = np.isfinite(values)
-        if not known.all():
+        if not math.isfinite(values.sum()):
             # Where a grammar leaves few tokens, logprobs say nothing of what the model thinks.
+            known = np.isfinite(values)
             slots, values = slots[known], values[known]
         seen = self._seen[slots]
         places = seen % self._window
-        if self._lowest_counts:
-            total = self._total[slots] + values - self._recent[slots, places]
-            self._total[slots] = total
-            full = np.where(seen + 1 >= self._window, total / self._window, np.inf)
-            self._lowest[slots] = np.minimum(self._lowest[slots], full)
+        total = self._total[slots] + values - self._recent[slots, places]
+        self._total[slots] = total
+        full = np.where(seen + 1 >= self._window, total / self._window, np.inf)
+        self._lowest[slots] = np.minimum(self._lowest[slots], full)
         self._recent[slots, places] = values
         self._seen[slots] = seen + 1
 
-    def score(self, slot: int, call: Call) -> float | None:
-        """The score of the window; a text shorter than one is a window of its own."""
+    def _mean(self, slot: int) -> float | None:
         seen = int(self._seen[slot])
-        if not seen:
-            return None
-        if self._lowest_counts and seen >= self._window:
-            mean = float(self._lowest[slot])
-        else:
-            mean = float(self._recent[slot, :seen].mean())
-        score = self._scaled(mean)
-        return score if np.isfinite(score) else None
+        if seen >= self._window:
+            return float(self._lowest[slot])
+        return float(self._recent[slot, :seen].mean()) if seen else None
 
     def _grow(self, slot: int) -> None:
         more = max(slot + 1, 2 * len(self._seen)) - len(self._seen)

@@ -87,7 +87,6 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.outputs:LogprobsLists": ("logprobs", "cu_num_generated_tokens"),
     "vllm.v1.outputs:ModelRunnerOutput": (
         "logprobs",
-        "req_id_to_index",
         "req_ids",
         "sampled_token_ids",
     ),

@@ -74,6 +74,7 @@ class DryEngine:
     ) -> None:
         init_none_hash(sha256)
         self._logprobs_of = logprobs
+        self._no_ids = np.zeros((0, 0), dtype=np.int32)
         self._asking: set[str] = set()
         self._hasher = get_request_block_hasher(block_size, sha256)
         self._in_flight: list[SchedulerOutput] = []
@@ -174,8 +175,9 @@ class DryEngine:
         if self._asking.isdisjoint(ids):
             return None
         table = self._logprobs_of(ids)
-        nothing = np.zeros(table.shape, dtype=np.int32)
-        return LogprobsLists(nothing, table, nothing[:, 0])
+        if self._no_ids.shape != table.shape:
+            self._no_ids = np.zeros(table.shape, dtype=np.int32)
+        return LogprobsLists(self._no_ids, table, self._no_ids[:, 0])
 
     def _generated(self, request_id: str) -> int:
         request = self.scheduler.requests.get(request_id)

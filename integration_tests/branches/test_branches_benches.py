@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from trimtab.branches import step_bench, virtual_bench
-from trimtab.branches.figures import METRICS
+from trimtab.branches.figures import EXPECTED_ACCURACY, METRICS
 from trimtab.branches.sides import (
     BEST_OF_N,
     EARLY_STOP,
@@ -44,7 +44,7 @@ def test_the_virtual_bench_compares_both_of_ours_with_every_baseline_in_every_me
         )
         for ours in (PAPER, OURS)
         for rival in rivals
-        for metric in METRICS
+        for metric in (*METRICS, *((EXPECTED_ACCURACY,) if where.startswith("auroc") else ()))
     )
     assert Counter((c.case, c.baseline, c.metric) for c in cases) == expected
     for case in cases:
@@ -71,7 +71,8 @@ def test_the_step_bench_compares_the_plugin_with_the_bare_host(monkeypatch):
     for name, size in {
         "GROUPS": 2,
         "BRANCHES": 2,
-        "SCORE_EVERY": 3,
+        "SCORE_EVERY": 4,
+        "TURN": 2,
         "QUICK_REPEATS": 2,
     }.items():
         monkeypatch.setattr(step_bench, name, size)

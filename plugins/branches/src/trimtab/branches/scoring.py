@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _PROBABILITY = (tokens.sampled, tokens.probability_of)
 _CONFIDENCE = (tokens.confidence, tokens.share_of)
-_TOKEN_SIGNALS: Mapping[str, partial[tokens.TokenSignal]] = {
+_TOKEN_SIGNALS: Mapping[str, Callable[..., BranchScorer]] = {
     "probability": partial(tokens.LastWindow, *_PROBABILITY, top_logprobs=0),
     "lowest_probability": partial(tokens.LowestWindow, *_PROBABILITY, top_logprobs=0),
     "confidence": partial(tokens.LastWindow, *_CONFIDENCE, top_logprobs=tokens.TOP_LOGPROBS),

@@ -40,9 +40,9 @@ from trimtab.core.policy import FIELD_PREFIX
 from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, Server, running, small_cpu_environment
 from trimtab.hosts.vllm.small_model import small_model
 
-QUESTIONS, CROWDS = 100, 2
+QUESTIONS, CROWDS = 50, 4
 QUICK_QUESTIONS, QUICK_CROWDS = 4, 1
-WARM_UP, QUICK_WARM_UP = 4, 1
+WARM_UP, QUICK_WARM_UP = 12, 1
 LOAD = 2.0
 """Questions arrive so many times as fast as self-consistency can answer them."""
 
@@ -52,9 +52,12 @@ SCORE_EVERY = 16
 OURS = replace(sides.OURS, answer="weighted")
 """As self-consistency does, ours lets the answers vote."""
 
-BASELINES = (VANILLA, SELF_CONSISTENCY, BEST_OF_N, EARLY_STOP, PRUNING, PAPER)
-"""Beside these there is DeepConf's rule, whose threshold comes of a warm-up. Memory is never short
-here, so that a rule for that alone would be best-of-N."""
+BASELINES = (VANILLA, SELF_CONSISTENCY)
+OTHERS = (BEST_OF_N, EARLY_STOP, PRUNING, PAPER)
+"""These meet the first crowd alone, as DeepConf's rule does, whose threshold comes of a warm-up.
+
+Memory is never short here, so that a rule for that alone would be best-of-N.
+"""
 
 QUICK_BASELINES = (SELF_CONSISTENCY,)
 
@@ -76,9 +79,10 @@ class Contender:
 def cases(options: Options, progress: Progress) -> list[Case]:
     """Ours against every baseline on real engines."""
     quick = options.quick
-    rivals = QUICK_BASELINES if quick else BASELINES
+    rivals = [*(QUICK_BASELINES if quick else BASELINES), *(() if quick else OTHERS)]
     number, size = (QUICK_CROWDS, QUICK_QUESTIONS) if quick else (CROWDS, QUESTIONS)
     questions = sums(number * size, options.seed)
+    crowds = [questions[at : at + size] for at in range(0, len(questions), size)]
     with tempfile.TemporaryDirectory(prefix="trimtab-bench-") as logs:
         servers = _servers(Path(logs), (*rivals, OURS))
         started = list(servers.values())
@@ -89,15 +93,18 @@ def cases(options: Options, progress: Progress) -> list[Case]:
             if not quick:
                 url = servers[_key(BEST_OF_N)].url
                 progress("scoring whole branches for DeepConf's threshold")
-                rivals = (*rivals, asyncio.run(_deepconf(url, warm_up)))
+                rivals.append(asyncio.run(_deepconf(url, warm_up)))
                 contenders.insert(-1, Contender(rivals[-1], url))
-            crowds = [questions[at : at + size] for at in range(0, len(questions), size)]
             runs = _rounds(contenders, crowds, LOAD * pace_per_s, options.seed, progress)
     return [
         case
         for rival in rivals
         for case in cases_of(
-            f"real/sums/{OURS.name}", METRICS, rival.name, runs[rival.name], runs[OURS.name]
+            f"real/sums/{OURS.name}",
+            METRICS,
+            rival.name,
+            runs[rival.name],
+            runs[OURS.name][: len(runs[rival.name])],
         )
     ]
 
@@ -131,13 +138,16 @@ def _key(side: Side) -> str:
 
 
 def _pace(contenders: Sequence[Contender], warm_up: Sequence[Sum], progress: Progress) -> float:
-    """How many questions self-consistency answers a second; all sides get as warm."""
-    rates = {}
+    """How many questions self-consistency answers a second; all sides get warm."""
+    pace_per_s = 0.0
     for contender in contenders:
         progress(f"measuring how fast this machine is: {contender.side.name}")
-        served = asyncio.run(visit(contender, warm_up, [0.0] * len(warm_up)))
-        rates[contender.side.name] = served.requests_per_s
-    return rates[SELF_CONSISTENCY.name]
+        measured = contender.side is SELF_CONSISTENCY
+        asked = warm_up if measured else warm_up[:1]
+        served = asyncio.run(visit(contender, asked, [0.0] * len(asked)))
+        if measured:
+            pace_per_s = served.requests_per_s
+    return pace_per_s
 
 
 def _rounds(
@@ -149,7 +159,10 @@ def _rounds(
 ) -> dict[str, list[Served]]:
     """What came of each crowd under each side; every crowd begins with another side."""
     runs: dict[str, list[Served]] = {contender.side.name: [] for contender in contenders}
+    lasting = [one for one in contenders if one.side in (*BASELINES, OURS)]
     for number, crowd in enumerate(crowds):
+        if number:
+            contenders = lasting
         gaps = np.random.default_rng((seed, number)).exponential(1 / rate_per_s, len(crowd))
         arrivals_s = np.cumsum(gaps).tolist()
         turn = number % len(contenders)

@@ -75,7 +75,8 @@ def _case(name: str, bare: Sequence[Sequence[float]], ours: Sequence[Sequence[fl
 
 def _fastest_s(runs: Sequence[Sequence[float]]) -> float:
     """Of a step: whatever else the machine does only ever adds to a time."""
-    return sum(min(turns) for turns in zip(*runs, strict=True)) / SCORE_EVERY
+    fastest: list[float] = [min(turns) for turns in zip(*runs, strict=True)]
+    return sum(fastest) / SCORE_EVERY
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,12 +14,14 @@ from trimtab.placement.certificate import (
     least_data,
     linear_least,
 )
+from trimtab.placement.exchange import exchanged
 from trimtab.placement.grid import Candidate, Demand, Spread, pareto
 from trimtab.placement.leftovers import may_touch
 from trimtab.placement.lone_columns import lone_columns
 from trimtab.placement.packing import packings
 from trimtab.placement.priced_columns import priced_columns
 from trimtab.placement.prices import NEAR, market
+from trimtab.placement.row_choices import Pods
 from trimtab.placement.row_paths import even_cuts, row_paths, useful_ranges
 from trimtab.placement.strips import promising_covers, strip_covers
 
@@ -35,6 +38,9 @@ _FEW_ROUNDS = (40, 80)
 
 _MOST_PRICED = 6000
 """Rows times capacities up to which columns are priced."""
+
+_EXCHANGES = 1500
+"""Programmes that are solved for each width of blocks, to exchange the pods of columns."""
 
 _MOST_LONE = 600
 """Columns times pods up to which columns are placed one by one where rows forbid nothing."""
@@ -101,6 +107,7 @@ def search(demand: Demand, alphas: Sequence[float]) -> Front | None:
         return front
     priced: set[Spread] = set()
     tried: set[Spread] = set()
+    counted: set[int] = set()
     done: set[Spread] = set()
     for alpha in alphas:
         while spread := next(_open(front, alpha, done), None):
@@ -110,11 +117,13 @@ def search(demand: Demand, alphas: Sequence[float]) -> Front | None:
             elif spread not in tried:
                 tried.add(spread)
                 front = _widened(demand, front, spread)
+            elif spread.pipeline not in counted:
+                counted.add(spread.pipeline)
+                front = _tightened(demand, front, spread.pipeline)
             else:
-                # The programme takes longest, so it is left for what nothing else decides.
-                if all(spread.pipeline != other.pipeline for other in done):
-                    front = _tightened(demand, front, spread.pipeline)
+                # Exchanges take longest, so they are left for what nothing else decides.
                 done.add(spread)
+                front = _exchanged(demand, front, spread)
     return front
 
 
@@ -198,6 +207,26 @@ def _widened(demand: Demand, front: Front, spread: Spread) -> Front:
     if found is None:
         return front
     return Front(tuple(pareto([*front.candidates, found])), front.bound)
+
+
+def _exchanged(demand: Demand, front: Front, spread: Spread) -> Front:
+    """The front with a placement of a spread, reached from those that are wider in one way."""
+    for columns in _starts(front, spread):
+        found = exchanged(demand, spread, columns, programmes=_EXCHANGES, nodes=_NODES)
+        if found is not None:
+            return Front(tuple(pareto([*front.candidates, found])), front.bound)
+    return front
+
+
+def _starts(front: Front, spread: Spread) -> Iterator[list[Pods]]:
+    """The pods of columns in the next placements of as many pods in a column, and in a row."""
+    flat = [c for c in front.candidates if c.spread.data <= spread.data]
+    if flat:
+        yield [frozenset(column) for column in flat[0].grid.T.tolist()]
+    steep = [c for c in front.candidates if c.spread.pipeline <= spread.pipeline]
+    if steep:
+        counts = [Counter(column) for column in steep[-1].grid.T.tolist()]
+        yield [frozenset(pod for pod, _ in own.most_common(spread.data)) for own in counts]
 
 
 def _is_small(demand: Demand) -> bool:

@@ -1,0 +1,151 @@
+"""Pods of columns exchanged one by one, until enough rows fit between them.
+
+Where no family of placements has a spread that the bound allows, it may still be had by columns
+whose pods follow no pattern. How many rows fit is a linear programme (`row_fit`), and its prices
+say what rows would cost that are not possible yet. A pod that makes cheap ones possible is given to
+a block of columns, in the place of one that it had; what was taken away stays away for some steps,
+so that the search gets across valleys (tabu search). Few wide blocks go before many narrow ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from trimtab.placement.grid import Candidate, Demand, PodGrid, Spread
+from trimtab.placement.row_choices import Pods
+from trimtab.placement.row_fit import MOST_PODS, ROUNDING, Fit, Numbers, Rest, RowFit
+from trimtab.placement.row_paths import even_cuts
+
+_BLOCKS = (4, 8, 16)
+_MUCH_BETTER = 1.02
+"""Growth of the rows that fit at which an exchange is taken without looking at others."""
+
+_TRIED = 6
+"""Pods that are tried in a step, each in the place of all others of its block."""
+
+_AWAY = 6
+"""Steps for which a pod that a block has lost does not come back."""
+
+_MOST_WHOLE = 3
+"""Times that whole rows are looked for among blocks of a width."""
+
+
+def exchanged(
+    demand: Demand, spread: Spread, columns: Sequence[Pods], *, programmes: int, nodes: int
+) -> Candidate | None:
+    """A placement of at most the given spreads.
+
+    Args:
+        demand: the job's grid and the pods' free nodes.
+        spread: what is asked for.
+        columns: the pods of each column to begin with, at most as many as the data spread.
+        programmes: linear ones to solve at most, for blocks of each width.
+        nodes: of the search tree that makes rows whole.
+
+    Returns:
+        None where none was found, and where there are too many pods to look for it.
+    """
+    if len(demand.capacities) > MOST_PODS:
+        return None
+    for most in _BLOCKS:
+        cuts = even_cuts(demand.columns, most)
+        widths = [after - before for before, after in pairwise(cuts)]
+        blocks = [columns[start] for start in cuts[:-1]]
+        search = _Search(RowFit(demand, widths, spread.pipeline), spread.data, programmes)
+        grid = search.run(blocks, nodes)
+        if grid is not None:
+            return Candidate.built(demand, np.repeat(grid, widths, axis=1), "exchanged pods")
+        if len(widths) == demand.columns:
+            break
+        columns = [p for p, w in zip(search.best, widths, strict=True) for _ in range(w)]
+    return None
+
+
+class _Search:
+    """A walk from the pods of blocks to others.
+
+    Args:
+        rows: tells how many rows fit.
+        most: pods of a block.
+        programmes: linear ones to solve at most.
+    """
+
+    def __init__(self, rows: RowFit, most: int, programmes: int) -> None:
+        self._rows, self._most, self._programmes = rows, most, programmes
+        self._away: dict[tuple[int, int], int] = {}
+        self.best: list[Pods] = []
+
+    def run(self, blocks: list[Pods], nodes: int) -> PodGrid | None:
+        """The pod of each row and block; None where none was found."""
+        self.best, most = blocks, 0.0
+        demand = self._rows.demand
+        rest = self._rows.without(blocks, 0, 1 / np.maximum(demand.capacities, 1.0))
+        fit = None if rest is None else self._fit(rest, blocks[0])
+        step = tries = 0
+        while fit is not None:
+            if fit.rows > most:
+                self.best, most = blocks, fit.rows
+            if fit.rows >= demand.rows - ROUNDING:
+                grid = self._rows.whole(fit, nodes)
+                tries += 1
+                if grid is not None or tries == _MOST_WHOLE:
+                    return grid
+            moved = self._moved(blocks, fit, step)
+            if moved is None:
+                return None
+            blocks, fit = moved
+            step += 1
+        return None
+
+    def _fit(self, rest: Rest, pods: Pods) -> Fit | None:
+        if not self._programmes:
+            return None
+        self._programmes -= 1
+        fit = self._rows.joined(rest, pods)
+        return fit if len(fit.choices) else None
+
+    def _moved(self, blocks: list[Pods], fit: Fit, step: int) -> tuple[list[Pods], Fit] | None:
+        """The best of the exchanges that are tried; None where there is none left."""
+        best: tuple[list[Pods], Fit] | None = None
+        lost: tuple[int, int] | None = None
+        tried = 0
+        for rest, pod in self._promising(blocks, fit.prices):
+            block = rest.block
+            if self._away.get((block, pod), 0) > step:
+                continue
+            tried += 1
+            full = len(blocks[block]) == self._most
+            for other in sorted(blocks[block]) if full else [None]:
+                kept = blocks[block] - {other} if full else blocks[block]
+                now = self._fit(rest, kept | {pod})
+                if now is None:
+                    return None
+                if best is None or now.rows > best[1].rows:
+                    best = [*blocks[:block], kept | {pod}, *blocks[block + 1 :]], now
+                    lost = None if other is None else (block, other)
+                if now.rows > _MUCH_BETTER * fit.rows:
+                    break
+            if tried == _TRIED or (best is not None and best[1].rows > fit.rows + ROUNDING):
+                break
+        if lost is not None:
+            self._away[lost] = step + _AWAY
+        return best
+
+    def _promising(self, blocks: list[Pods], prices: Numbers) -> Iterator[tuple[Rest, int]]:
+        """Blocks and pods that make rows possible that cost less than one, the cheapest first."""
+        cost = np.full((len(blocks), len(prices)), np.inf)
+        rests: dict[int, Rest] = {}
+        for block, pods in enumerate(blocks):
+            rest = self._rows.without(blocks, block, prices)
+            if rest is not None:
+                rests[block] = rest
+                cost[block] = self._rows.cheapest(rest)
+                cost[block, sorted(pods)] = np.inf
+        for at in np.argsort(cost, axis=None, kind="stable").tolist():
+            block, pod = divmod(at, len(prices))
+            if cost[block, pod] >= 1 - ROUNDING:
+                return
+            yield rests[block], pod

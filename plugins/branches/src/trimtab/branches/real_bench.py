@@ -43,7 +43,7 @@ from trimtab.hosts.vllm.small_model import small_model
 QUESTIONS, CROWDS = 50, 4
 QUICK_QUESTIONS, QUICK_CROWDS = 4, 1
 WARM_UP, QUICK_WARM_UP = 12, 1
-LOAD = 2.0
+LOAD = 3.0
 """Questions arrive so many times as fast as self-consistency can answer them."""
 
 SEATS = 32

@@ -205,11 +205,19 @@ def test_a_fixed_allocation_is_only_ordered() -> None:
         ({"data_parallel": 24, "spares_per_pod": 2}, "fewer than 2 spares"),
         ({"data_parallel": 8, "gpus_per_node": 16}, "0 of 24"),
         ({"data_parallel": 13, "pipeline_parallel": 2}, "needs 26 nodes"),
+        ({"data_parallel": 30}, "24 would fit, or take a cluster with 6 more of them"),
     ],
 )
 def test_a_job_that_does_not_fit_is_told_what_would(values: dict[str, Any], message: str) -> None:
     with pytest.raises(Infeasible, match=message):
         plan_placement(tree(3, 2, 4), job(**values))
+
+
+def test_a_job_that_would_fit_if_others_ended_is_told_how_many_nodes_are_missing() -> None:
+    with pytest.raises(
+        Infeasible, match="22 of 24 are free; data_parallel 22 would fit, or free 1"
+    ):
+        plan_placement(tree(3, 2, 4, n0="busy", n1="busy"), job(data_parallel=23))
 
 
 def test_a_prime_number_of_nodes_is_no_trouble() -> None:

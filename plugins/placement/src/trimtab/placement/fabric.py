@@ -153,7 +153,7 @@ def _check_reachable(cluster: Cluster) -> None:
     if cluster.unreachable:
         raise BadInput(
             f"no links lead from {cluster.nodes[0].name!r} to {cluster.unreachable[0]!r}"
-            f" ({len(cluster.unreachable)} nodes are cut off)",
+            f" (cut off: {len(cluster.unreachable)} of {len(cluster.nodes)} nodes)",
             where=cluster.name,
             fix="add links so that every node reaches every other, or leave these nodes out",
         )

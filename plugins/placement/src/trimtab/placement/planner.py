@@ -210,19 +210,21 @@ def _pods(fabric: Fabric, job: TrainingJob, tier: int, usable: Sequence[State]) 
 
 def _refuse(fabric: Fabric, job: TrainingJob, grid: JobGrid, usable: Sequence[State]) -> NoReturn:
     """Raises why the job does not fit, and what would."""
-    room = sum(
-        place.state in usable and place.gpus >= job.ranks_per_node for place in fabric.places
-    )
+    able = [place for place in fabric.places if place.gpus >= job.ranks_per_node]
+    room = sum(place.state in usable for place in able)
     kept = f" with {job.spares_per_pod} spares in each pod" if job.spares_per_pod else ""
     rows = room // grid.columns
     per_row = job.ranks_per_node / (job.tensor_parallel * job.context_parallel)
     replicas = math.floor(rows * per_row) if job.stage_major else 0
+    more = f"free {grid.nodes - room} more"
+    if len(able) < grid.nodes:
+        more = f"take a cluster with {grid.nodes - len(able)} more of them"
     if room >= grid.nodes:
         relaxation = f"keep fewer than {job.spares_per_pod} spares in each pod"
     elif replicas >= 1:
-        relaxation = f"data_parallel {replicas} would fit, or free {grid.nodes - room} more nodes"
+        relaxation = f"data_parallel {replicas} would fit, or {more}"
     else:
-        relaxation = f"free {grid.nodes - room} more nodes"
+        relaxation = more
     raise Infeasible(
         f"the job needs {grid.nodes} nodes of {job.ranks_per_node} devices{kept},"
         f" and {room} of {len(fabric.places)} are free",

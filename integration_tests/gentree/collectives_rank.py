@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import pairwise
 
 import torch
 from torch import distributed as dist
@@ -36,6 +37,7 @@ def main() -> None:
         functional,
         sparse,
         groups_own_calls,
+        in_a_profile,
         behind_a_barrier,
         late_but_in_time,
         told_otherwise,
@@ -282,6 +284,44 @@ def groups_own_calls(rank: int, size: int) -> None:
         lambda: group.allreduce_coalesced([ones, ones.double()]),
     ):
         refusal(wrong)
+
+
+def in_a_profile(rank: int, size: int) -> None:
+    """A call is one event, which ends with it; the end of the profile waits for none."""
+    data, parts = values(rank, 8, size), [torch.empty(8, size) for _ in range(size)]
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+    ) as profile:
+        dist.all_reduce(data)
+        dist.all_reduce(data, async_op=True).wait()
+        dist.reduce_scatter_single(torch.empty(8), data.view(-1))
+        dist.all_gather(parts, data)
+        with dist.record_comm("gradients: all"):
+            dist.all_reduce(data)
+        dist.broadcast(data, 0)
+        dist.barrier()
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    events = [event for event in events if ":" in event.name and "::" not in event.name]
+    assert [(event.name, event.input_shapes) for event in events] == [
+        ("gentree:all_reduce", [[8, size]]),
+        ("gentree:all_reduce", [[8, size]]),
+        ("gentree:reduce_scatter", [[8 * size]]),
+        ("gentree:all_gather", [[8, size]]),
+        ("gradients: all", []),
+        ("gloo:broadcast", [[8, size]]),
+        ("gloo:barrier", []),
+    ], [(event.name, event.input_shapes) for event in events]
+    assert all(event.is_async for event in events)
+    for event, following in pairwise(events[:4]):
+        assert event.time_range.end <= following.time_range.start
+    ours = torch.full((9,), float(rank))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        if rank == 0:
+            time.sleep(0.2)
+        work = dist.all_reduce(ours, async_op=True)
+    work.wait()
+    assert ours.tolist() == [size * (size - 1) / 2] * 9
+    assert [e.name for e in profile.events() if "gentree" in e.name] == ["gentree:all_reduce"]
 
 
 def behind_a_barrier(rank: int, size: int) -> None:

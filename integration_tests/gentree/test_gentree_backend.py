@@ -32,6 +32,7 @@ def test_every_collective(job) -> None:
         "functional",
         "sparse",
         "groups_own_calls",
+        "in_a_profile",
         "behind_a_barrier",
         "late_but_in_time",
         "told_otherwise",

@@ -16,7 +16,19 @@ from trimtab.kernels.sparse import (
 SHAPE = SparseShape(window=8, stride=4, block=16, top=3, first=1, recent=1, sliding=24)
 
 
-def agree(dtype, heads, kv_heads, d, d_v, queries, keys, tolerance, workspace_bytes=1 << 20, **way):
+def agree(
+    dtype,
+    heads,
+    kv_heads,
+    d,
+    d_v,
+    queries,
+    keys,
+    tolerance,
+    workspace_bytes=1 << 20,
+    block=16,
+    **way,
+):
     generator = torch.Generator().manual_seed(0)
 
     def some(*shape):
@@ -29,9 +41,9 @@ def agree(dtype, heads, kv_heads, d, d_v, queries, keys, tolerance, workspace_by
     ours = [x.to(dtype).requires_grad_() for x in (q, k, v)]
     theirs = [x.to(dtype).float().requires_grad_() for x in (q, k, v)]
     out, lse = selected_attention(
-        *(*ours, indices, cu_q, cu_k), block=16, workspace_bytes=workspace_bytes, **way
+        *(*ours, indices, cu_q, cu_k), block=block, workspace_bytes=workspace_bytes, **way
     )
-    expected, expected_lse = naive.selected(*theirs, indices, 16, d**-0.5)
+    expected, expected_lse = naive.selected(*theirs, indices, block, d**-0.5)
     near = {"atol": tolerance, "rtol": tolerance}
     torch.testing.assert_close(out.float(), expected, **near)
     torch.testing.assert_close(lse, expected_lse, **near)
@@ -98,6 +110,7 @@ def branch_agrees(dtype, heads, kv_heads, d, d_v, queries, tolerance, branch):
 
 
 agree(torch.float32, 6, 2, 16, 24, 20, 50, 1e-4, workspace_bytes=20_000)
+agree(torch.float32, 2, 1, 16, 16, 9, 200, 1e-4, block=128)  # its backward takes blocks in halves
 agree(torch.float16, 3, 3, 12, 16, 33, 33, 2e-2)
 agree(torch.bfloat16, 5, 1, 16, 16, 33, 33, 6e-2)
 agree(torch.float32, 6, 2, 16, 24, 20, 50, 1e-4, workspace_bytes=20_000, as_published=True)

@@ -22,6 +22,7 @@ from trimtab.kernels.sparse import (
     selected_attention,
     tables,
 )
+from trimtab.kernels.sparse.chosen import Chosen
 
 pytestmark = pytest.mark.integration
 
@@ -244,15 +245,38 @@ def test_items_cover_a_row_that_everybody_chose():
     assert (items.row[47:] == -1).all()
 
 
+def chosen_of(qkv, cu_q, cu_k, indices, block=16, workspace_bytes=1 << 24):
+    queries = tables.place_queries(cu_q, cu_k, qkv[0].shape[0], block)
+    blocks = tables.cut(cu_k, qkv[1].shape[0], block)
+    ids = tables.number_through(indices, queries, blocks)
+    return Chosen(*qkv, ids, block, 0.3, queries, blocks, workspace_bytes)
+
+
 @pytest.mark.parametrize("way", [blockwise, published])
 def test_a_small_workspace_changes_nothing(way):
-    q, k, v, cu_q, cu_k = drawn(9, 4, 2, 8, 8, [(60, 60)], torch.float64)
-    queries, blocks = tables.place_queries(cu_q, cu_k, 60, 16), tables.cut(cu_k, 60, 16)
-    ids = tables.number_through(some_blocks(9, 2, 60, 4), queries, blocks)
+    *qkv, cu_q, cu_k = drawn(9, 4, 2, 8, 8, [(60, 60)], torch.float64)
+    indices = some_blocks(9, 2, 60, 4)
     whole, parts = (
-        way.forward(q, k, v, ids, 16, 0.3, queries, blocks, most) for most in (1 << 24, 64)
+        way.forward(chosen_of(qkv, cu_q, cu_k, indices, workspace_bytes=most))
+        for most in (1 << 24, 64)
     )
     torch.testing.assert_close(whole, parts)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 99), lengths)
+def test_blocks_in_halves_are_the_same_attention_with_the_same_gradients(seed, spans):
+    *qkv, cu_q, cu_k = drawn(seed, 4, 2, 8, 8, spans, torch.float64)
+    whole = chosen_of(qkv, cu_q, cu_k, some_blocks(seed, 2, qkv[0].shape[0], 3, most=3), block=32)
+    halves = whole.halved()
+    assert halves.block == 16
+    assert halves.blocks.length.max() <= 16
+    results = [blockwise.forward(x) for x in (whole, halves)]
+    torch.testing.assert_close(*results)
+    gradient = results[0][0].sin()
+    torch.testing.assert_close(
+        *(blockwise.backward(gradient, *results[0], x) for x in (whole, halves))
+    )
 
 
 def test_the_operators_keep_torchs_rules():

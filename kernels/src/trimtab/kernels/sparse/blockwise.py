@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels.sparse import tables, tiles
-from trimtab.kernels.sparse.tables import Blocks, Queries
+from trimtab.kernels.sparse.chosen import Chosen
+from trimtab.kernels.sparse.tables import BlockMajor
 from trimtab.kernels.sparse.tiles import wide
 
 _ROWS = 64
@@ -35,34 +36,29 @@ class _Segment:
     """Where each query's parts lie among all rows: ``[queries, kv_heads, top, group]``, -1."""
 
 
-def _segments(
-    ids: Tensor, group: int, queries: Queries, blocks: Blocks, row_bytes: int, most_bytes: int
-) -> Iterator[_Segment]:
-    kv_heads, count, top = ids.shape
-    step = max(1, most_bytes // (row_bytes * kv_heads * group * top))
-    for begin in range(0, count, step):
-        part = slice(begin, min(count, begin + step))
-        yield _segment(ids[:, part], part, group, queries.last[part], blocks.first.numel())
+def _segments(chosen: Chosen, row_bytes: int) -> Iterator[_Segment]:
+    for part, table in chosen.segments(row_bytes):
+        yield _segment(table, part, chosen, chosen.queries.last[part])
 
 
-def _segment(ids: Tensor, part: slice, group: int, last: Tensor, blocks: int) -> _Segment:
-    table = tables.block_major(ids, blocks)
+def _segment(table: BlockMajor, part: slice, chosen: Chosen, last: Tensor) -> _Segment:
+    group, blocks = chosen.group, chosen.blocks.first.numel()
     items = tables.schedule(table, group, _ROWS)
     known = items.row >= 0
     row, chunk = items.row[known].long(), items.chunk[known].long()
-    offset = torch.arange(_ROWS, device=ids.device)
+    offset = torch.arange(_ROWS, device=last.device)
     at = (table.rows[row] * group + chunk * _ROWS)[:, None] + offset
     there = at < (table.rows[row + 1] * group)[:, None]
     at = at.masked_fill(~there, 0)
     query = table.query[at // group].long()
     head = (row // blocks)[:, None] * group + at % group
-    where = torch.empty(table.query.numel() * group, dtype=torch.int64, device=ids.device)
+    where = torch.empty(table.query.numel() * group, dtype=torch.int64, device=last.device)
     where[at[there]] = there.flatten().nonzero()[:, 0]
     entry = table.place.long()
-    member = torch.arange(group, device=ids.device)
+    member = torch.arange(group, device=last.device)
     place = where[(entry.clamp(min=0) * group)[..., None] + member]
     place = place.masked_fill((entry < 0)[..., None], -1).transpose(0, 1)
-    heads = ids.shape[0] * group
+    heads = chosen.q.shape[1]
     return _Segment(part, row, query * heads + head, there, last[query], place)
 
 
@@ -78,8 +74,9 @@ class _Panels:
     v: Tensor
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor, blocks: Blocks, block: int) -> _Panels:
-        offset = torch.arange(block, device=k.device)
+    def of(cls, chosen: Chosen) -> _Panels:
+        blocks = chosen.blocks
+        offset = torch.arange(chosen.block, device=blocks.first.device)
         inside = offset < blocks.length[:, None]
         token = (blocks.first[:, None] + offset).masked_fill(~inside, 0)
 
@@ -87,7 +84,7 @@ class _Panels:
             gathered = wide(x)[token].masked_fill(~inside[..., None, None], 0.0)
             return gathered.permute(2, 0, 1, 3).flatten(0, 1)
 
-        return cls(token, inside, panels(k), panels(v))
+        return cls(token, inside, panels(chosen.k), panels(chosen.v))
 
     def back(self, panels: Tensor, like: Tensor) -> Tensor:
         """Sums by panel as sums by token, ``[tokens, kv_heads, d]`` as ``like``."""
@@ -109,32 +106,22 @@ def _chunks(segment: _Segment) -> Iterator[slice]:
         yield slice(begin, min(segment.item_row.numel(), begin + _ITEMS))
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ids: Tensor,
-    block: int,
-    scale: float,
-    queries: Queries,
-    blocks: Blocks,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:
-    """Output and natural logarithm; ids are numbered through."""
-    out = q.new_zeros(*q.shape[:2], v.shape[-1])
-    lse = torch.full(q.shape[:2], float("-inf"), dtype=wide(q[:0]).dtype, device=q.device)
-    group = q.shape[1] // k.shape[1]
-    panels = _Panels.of(k, v, blocks, block)
-    row_bytes = (v.shape[-1] + 8) * lse.element_size()
-    for segment in _segments(ids, group, queries, blocks, row_bytes, workspace_bytes):
-        rows = q[segment.part].flatten(0, 1)
-        parts = lse.new_empty(*segment.there.shape, v.shape[-1])
+def forward(chosen: Chosen) -> tuple[Tensor, Tensor]:
+    """Output and natural logarithm."""
+    out, lse = chosen.unwritten()
+    out.zero_(), lse.fill_(float("-inf"))
+    panels = _Panels.of(chosen)
+    width = chosen.v.shape[-1]
+    for segment in _segments(chosen, (width + 8) * lse.element_size()):
+        rows = chosen.q[segment.part].flatten(0, 1)
+        parts = lse.new_empty(*segment.there.shape, width)
         logarithms = lse.new_empty(segment.there.shape)
         for items in _chunks(segment):
             panel = segment.item_row[items]
             parts[items], logarithms[items] = tiles.attend(
                 wide(rows[segment.query_row[items]]),
-                *(panels.k[panel], panels.v[panel], _visible(segment, items, panels), scale),
+                *(panels.k[panel], panels.v[panel], _visible(segment, items, panels)),
+                chosen.scale,
             )
         _join(segment, parts.flatten(0, 1), logarithms.flatten(), out, lse)
     return out, lse
@@ -160,27 +147,15 @@ def _join(segment: _Segment, parts: Tensor, logarithms: Tensor, out: Tensor, lse
 
 
 def backward(
-    gradient: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    ids: Tensor,
-    block: int,
-    scale: float,
-    queries: Queries,
-    blocks: Blocks,
-    workspace_bytes: int,
+    gradient: Tensor, out: Tensor, lse: Tensor, chosen: Chosen
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values; the probabilities come from the saved logarithms."""
+    q = chosen.q
     dq = torch.zeros_like(q)
-    group = q.shape[1] // k.shape[1]
-    panels = _Panels.of(k, v, blocks, block)
+    panels = _Panels.of(chosen)
     dk, dv = torch.zeros_like(panels.k), torch.zeros_like(panels.v)
     delta = (wide(gradient) * wide(out)).sum(-1)
-    row_bytes = (q.shape[-1] + 8) * lse.element_size()
-    for segment in _segments(ids, group, queries, blocks, row_bytes, workspace_bytes):
+    for segment in _segments(chosen, (q.shape[-1] + 8) * lse.element_size()):
         part = segment.part
         rows, above = q[part].flatten(0, 1), gradient[part].flatten(0, 1)
         its_lse, its_delta = lse[part].flatten(), delta[part].flatten()
@@ -189,14 +164,14 @@ def backward(
             panel, row = segment.item_row[items], segment.query_row[items]
             parts[items], more_k, more_v = tiles.differentiate(
                 *(wide(rows[row]), panels.k[panel], panels.v[panel]),
-                *(_visible(segment, items, panels), scale),
+                *(_visible(segment, items, panels), chosen.scale),
                 *(wide(above[row]), its_lse[row], its_delta[row]),
             )
             dk.index_add_(0, panel, more_k)
             dv.index_add_(0, panel, more_v)
         if parts.numel():
             _add_up(segment, parts.flatten(0, 1), dq)
-    return dq, panels.back(dk, k), panels.back(dv, v)
+    return dq, panels.back(dk, chosen.k), panels.back(dv, chosen.v)
 
 
 def _add_up(segment: _Segment, parts: Tensor, dq: Tensor) -> None:

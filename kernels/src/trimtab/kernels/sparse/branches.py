@@ -16,7 +16,10 @@ from torch import Tensor
 from trimtab.kernels.sparse import launch_spans, spans, tables
 from trimtab.kernels.sparse.operators import (
     WORKSPACE_BYTES,
+    check_sizes,
     exactly,
+    like_gradients,
+    like_output,
     on_triton,
     select_blocks,
     selected_attention,
@@ -36,12 +39,7 @@ def _span(
     return result
 
 
-@_span.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, low: Tensor, high: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    of_sums = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=of_sums)
+_span.register_fake(like_output)
 
 
 @torch.library.custom_op("trimtab_sparse::span_backward", mutates_args=())
@@ -65,19 +63,7 @@ def _span_backward(
     return result
 
 
-@_span_backward.register_fake
-def _(
-    gradient: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    low: Tensor,
-    high: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+_span_backward.register_fake(like_gradients)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -103,19 +89,6 @@ def _attend(
         *(q, k, v, low, high, q.shape[-1] ** -0.5 if scale is None else scale)
     )
     return result
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
-        raise ValueError(f"q, k and v have {q.dim()}, {k.dim()} and {v.dim()} dimensions, not 3")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} heads do not divide into {k.shape[1]} KV heads")
-    if k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together"
-        )
-    if q.dtype != k.dtype or k.dtype != v.dtype:
-        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; give one dtype")
 
 
 def compressed_attention(
@@ -149,7 +122,7 @@ def compressed_attention(
     Raises:
         ValueError: the sizes do not fit together.
     """
-    _check(q, entries_k, entries_v)
+    check_sizes(q, entries_k, entries_v)
     queries = tables.place_queries(cu_queries, cu_keys, q.shape[0], shape.block)
     position = queries.last - cu_keys.long()[queries.sequence]
     seen = ((position + 1 - shape.window) // shape.stride + 1).clamp(min=0)
@@ -184,7 +157,7 @@ def sliding_attention(
     Raises:
         ValueError: the sizes do not fit together.
     """
-    _check(q, k, v)
+    check_sizes(q, k, v)
     if window < 1:
         raise ValueError(f"a window of {window} tokens shows nothing; give at least 1")
     queries = tables.place_queries(cu_queries, cu_keys, q.shape[0], 1)

@@ -7,33 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.kernels.sparse.launch import Tile, interpreted, padded
-
-KEYS, BACKWARD_KEYS = 64, 32
-"""Keys of a tile."""
-
-BACKWARD = Tile(rows=32, warps=4, stages=1)
+from trimtab.kernels.sparse.gpu_tiles import Need, Tile, tile
+from trimtab.kernels.sparse.launch import launched, of_keys, of_values
 
 
-def forward_tile(pad: int) -> Tile:
-    """The widest tile whose sums stay in registers, for a padded head size."""
-    return Tile(rows=64 if pad <= 128 else 32, warps=4, stages=2)
-
-
-def _sizes(q: Tensor, k: Tensor, v: Tensor, tile: Tile, keys: int) -> dict[str, Any]:
-    return {
-        "HEADS": q.shape[1],
-        "GROUP": q.shape[1] // k.shape[1],
-        "D": q.shape[2],
-        "D_V": v.shape[2],
-        "PAD": padded(q.shape[2]),
-        "PAD_V": padded(v.shape[2]),
-        "ROWS": tile.rows,
-        "KEYS": keys,
-        "WIDEN": interpreted() and q.dtype == torch.bfloat16,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+def _sizes(q: Tensor, k: Tensor, v: Tensor, how: Tile) -> dict[str, Any]:
+    sizes = {**of_keys(q, k), **of_values(v), **launched(how)}
+    return {**sizes, "ROWS": how.rows, "KEYS": how.columns}
 
 
 def forward(
@@ -45,9 +25,9 @@ def forward(
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     count = q.shape[0]
-    tile = forward_tile(max(padded(q.shape[2]), padded(v.shape[2])))
-    kernels.forward[(-(-count // tile.rows), q.shape[1])](
-        *(q, k, v, out, lse, low, high, count, scale), **_sizes(q, k, v, tile, KEYS)
+    how = tile("span", Need.of(q, v))
+    kernels.forward[(-(-count // how.rows), q.shape[1])](
+        *(q, k, v, out, lse, low, high, count, scale), **_sizes(q, k, v, how)
     )
     return out, lse
 
@@ -68,14 +48,15 @@ def backward(
 
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = (gradient.float() * out.float()).sum(-1)
-    sizes = _sizes(q, k, v, BACKWARD, BACKWARD_KEYS)
+    how = tile("span_backward", Need.of(q, v))
+    sizes = _sizes(q, k, v, how)
     count, tokens = q.shape[0], k.shape[0]
-    kernels.backward_queries[(-(-count // BACKWARD.rows), q.shape[1])](
+    kernels.backward_queries[(-(-count // how.rows), q.shape[1])](
         *(q, k, v, gradient, lse, delta, dq, low, high, count, scale), **sizes
     )
-    begins = torch.arange(0, tokens, BACKWARD_KEYS, device=q.device)
+    begins = torch.arange(0, tokens, how.columns, device=q.device)
     first = torch.searchsorted(high, begins, right=True)
-    end = torch.searchsorted(low, (begins + BACKWARD_KEYS).clamp(max=tokens))
+    end = torch.searchsorted(low, (begins + how.columns).clamp(max=tokens))
     kernels.backward_keys[(begins.numel(), k.shape[1])](
         *(q, k, v, gradient, lse, delta, dk, dv, low, high, first, end, count, tokens, scale),
         **sizes,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels.sparse import blockwise, launch, launch_published, naive, published, tables
+from trimtab.kernels.sparse.chosen import Chosen
 from trimtab.kernels.sparse.shape import SparseShape
 from trimtab.kernels.sparse.tiles import wide
 
@@ -32,20 +33,42 @@ def exactly(x: Tensor) -> torch.autocast:
 class _Ways(NamedTuple):
     """The forward pass on a GPU, and in plain torch."""
 
-    on_gpu: Callable[..., tuple[Tensor, Tensor]]
-    in_torch: Callable[..., tuple[Tensor, Tensor]]
+    on_gpu: Callable[[Chosen], tuple[Tensor, Tensor]]
+    in_torch: Callable[[Chosen], tuple[Tensor, Tensor]]
 
 
 _OWN = _Ways(launch.selected_forward, blockwise.forward)
 _PUBLISHED = _Ways(launch_published.forward, published.forward)
 
 
-def _laid_out(
-    q: Tensor, k: Tensor, indices: Tensor, cu_q: Tensor, cu_k: Tensor, block: int
-) -> tuple[tables.Queries, tables.Blocks, Tensor]:
+def _chosen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    block: int,
+    scale: float,
+    workspace_bytes: int,
+) -> Chosen:
     queries = tables.place_queries(cu_q, cu_k, q.shape[0], block)
     blocks = tables.cut(cu_k, k.shape[0], block)
-    return queries, blocks, tables.number_through(indices, queries, blocks)
+    ids = tables.number_through(indices, queries, blocks)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    return Chosen(q, k, v, ids, block, scale, queries, blocks, workspace_bytes)
+
+
+def like_output(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """What any attention returns, by shape and type alone."""
+    return q.new_empty(*q.shape[:2], v.shape[-1]), wide(q.new_empty(q.shape[:2]))
+
+
+def like_gradients(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the backward pass of any attention returns, by shape and type alone."""
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 @torch.library.custom_op("trimtab_sparse::selected", mutates_args=())
@@ -61,29 +84,13 @@ def _selected(
     workspace_bytes: int,
     as_published: bool,
 ) -> tuple[Tensor, Tensor]:
-    queries, blocks, ids = _laid_out(q, k, indices, cu_q, cu_k, block)
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     ways = _PUBLISHED if as_published else _OWN
     forward = ways.on_gpu if on_triton(q) else ways.in_torch
     with exactly(q):
-        return forward(q, k, v, ids, block, scale, queries, blocks, workspace_bytes)
+        return forward(_chosen(q, k, v, indices, cu_q, cu_k, block, scale, workspace_bytes))
 
 
-@_selected.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    block: int,
-    scale: float,
-    workspace_bytes: int,
-    as_published: bool,
-) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=wide)
+_selected.register_fake(like_output)
 
 
 @torch.library.custom_op("trimtab_sparse::selected_backward", mutates_args=())
@@ -101,31 +108,13 @@ def _selected_backward(
     scale: float,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    queries, blocks, ids = _laid_out(q, k, indices, cu_q, cu_k, block)
-    gradient, q, k, v = (x.contiguous() for x in (gradient, q, k, v))
+    chosen = _chosen(q, k, v, indices, cu_q, cu_k, block, scale, workspace_bytes)
     backward = launch.selected_backward if on_triton(q) else blockwise.backward
     with exactly(q):
-        return backward(
-            *(gradient, q, k, v, out, lse, ids, block, scale, queries, blocks, workspace_bytes)
-        )
+        return backward(gradient.contiguous(), out, lse, chosen)
 
 
-@_selected_backward.register_fake
-def _(
-    gradient: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    indices: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    block: int,
-    scale: float,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+_selected_backward.register_fake(like_gradients)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -193,10 +182,13 @@ def selected_attention(
     return result
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, cu_q: Tensor, cu_k: Tensor, block: int
-) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v), ("indices", indices)):
+def check_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuses queries, keys and values that do not fit together.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3:
             raise ValueError(f"{name} has {x.dim()} dimensions; it needs 3")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
@@ -207,6 +199,14 @@ def _check(
         )
     if q.dtype != k.dtype or k.dtype != v.dtype:
         raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; give one dtype")
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, cu_q: Tensor, cu_k: Tensor, block: int
+) -> None:
+    check_sizes(q, k, v)
+    if indices.dim() != 3:
+        raise ValueError(f"indices has {indices.dim()} dimensions; it needs 3")
     if indices.shape[:2] != (k.shape[1], q.shape[0]):
         raise ValueError(
             f"indices is {tuple(indices.shape)}; it must be [{k.shape[1]}, {q.shape[0]}, top]"

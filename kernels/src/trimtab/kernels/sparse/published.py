@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from trimtab.kernels.sparse import tables
-from trimtab.kernels.sparse.tables import BlockMajor, Blocks, Queries
+from trimtab.kernels.sparse.chosen import Chosen
+from trimtab.kernels.sparse.tables import BlockMajor, Blocks
 from trimtab.kernels.sparse.tiles import weighted, wide
 
 
@@ -37,27 +37,14 @@ def running_maxima(maxima: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
     return running, by_entry
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ids: Tensor,
-    block: int,
-    scale: float,
-    queries: Queries,
-    blocks: Blocks,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:
-    """Output and natural logarithm; ids are numbered through."""
-    out = q.new_empty(*q.shape[:2], v.shape[-1])
-    lse = wide(q[..., 0]).new_empty(q.shape[:2])
-    bytes_per_query = q.shape[1] * ids.shape[-1] * (v.shape[-1] + 2) * lse.element_size()
-    step = max(1, workspace_bytes // max(1, bytes_per_query))
-    for begin in range(0, q.shape[0], step):
-        part = slice(begin, min(q.shape[0], begin + step))
-        table = tables.block_major(ids[:, part], blocks.first.numel())
+def forward(chosen: Chosen) -> tuple[Tensor, Tensor]:
+    """Output and natural logarithm."""
+    q, k, v = chosen.q, wide(chosen.k), wide(chosen.v)
+    out, lse = chosen.unwritten()
+    for part, table in chosen.segments((v.shape[-1] + 2) * lse.element_size()):
         out[part], lse[part] = _segment(
-            *(wide(q[part]) * scale, wide(k), wide(v), table, blocks, queries.last[part], block)
+            *(wide(q[part]) * chosen.scale, k, v, table, chosen.blocks),
+            *(chosen.queries.last[part], chosen.block),
         )
     return out, lse
 

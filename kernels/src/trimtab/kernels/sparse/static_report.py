@@ -5,31 +5,47 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.kernels.sparse import launch, launch_spans
+from trimtab.kernels.sparse.configurations import Configuration
+from trimtab.kernels.sparse.launch import interpreted
 
-TARGETS: Mapping[str, tuple[str, int | str, int]] = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "gfx942": ("hip", "gfx942", 64),
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A GPU that kernels are compiled for, and what it has."""
+
+    backend: str
+    architecture: int | str
+    warp: int
+    """Threads of a warp."""
+    shared_bytes: int
+    """What one program may take."""
+    registers: int
+    """Of one multiprocessor, for a thread each; a thread has at most `most_registers`."""
+    most_registers: int
+
+    def registers_at(self, warps: int) -> int:
+        """What a thread can have in a program of so many warps."""
+        return min(self.most_registers, self.registers // (warps * self.warp))
+
+
+TARGETS: Mapping[str, Target] = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024, 65536, 255),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024, 65536, 255),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024, 65536, 255),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024, 4 * 64 * 512, 512),
 }
-"""Backend, architecture and threads of a warp by name."""
-
-HEAD_SIZES = ((64, 64), (128, 128), (192, 128))
-"""Dimensions of keys and values that are compiled for."""
+"""By name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """One kernel on one target."""
+    """What one kernel takes on one target."""
 
-    kernel: str
-    target: str
-    head_size: tuple[int, int]
     registers: int
     spilled_bytes: int
     """Of local memory for each thread."""
@@ -37,186 +53,10 @@ class Resources:
     tensor_instructions: int
     instructions: int
 
-
-@dataclass(frozen=True, slots=True)
-class Configuration:
-    """A kernel with its types, constants and launch."""
-
-    kernel: str
-    function: Any
-    head_size: tuple[int, int]
-    types: Mapping[str, str]
-    constants: Mapping[str, Any]
-    tile: launch.Tile
-
-
-def configurations(group: int = 4) -> Iterator[Configuration]:
-    """Every kernel as the launchers start it, for bfloat16 and each head size."""
-    yield from _of_blocks(group)
-    yield from _of_spans(group)
-    yield from _as_published(group)
-
-
-def _as_published(group: int) -> Iterator[Configuration]:
-    """The kernels of FSA's published passes."""
-    from trimtab.kernels.sparse import triton_published
-
-    wide, narrow, number, index = "*fp32", "*bf16", "*i64", "*i32"
-    lists = {"rows": number, "query": index, "item_row": index, "item_chunk": index}
-    lists |= {"block_first": number, "block_length": number, "last": number}
-    lists |= {"scale": "fp32", "blocks": "i32", "q": narrow, "k": narrow}
-    parts = {"part": wide, "running": wide, "part_sum": wide}
-    for d, d_v in HEAD_SIZES:
-        keys = {"HEADS": 32, "GROUP": group, "WIDEN": False, "BLOCK": 64}
-        keys |= {"ROWS": launch.FORWARD.rows, "D": d, "PAD": launch.padded(d)}
-        values = {"D_V": d_v, "PAD_V": launch.padded(d_v)}
-        yield Configuration(
-            "published_maxima",
-            triton_published.maxima,
-            (d, d_v),
-            {**lists, "part_max": wide},
-            keys,
-            launch.FORWARD,
-        )
-        yield Configuration(
-            "published_forward",
-            triton_published.forward,
-            (d, d_v),
-            {**lists, **parts, "v": narrow},
-            {**keys, **values},
-            launch.FORWARD,
-        )
-        yield Configuration(
-            "published_merge",
-            triton_published.merge,
-            (d, d_v),
-            {**parts, "place": index, "out": narrow, "lse": wide, "queries": "i32"},
-            {"TOP": 16, "HEADS": 32, "GROUP": group, "GROUP_PAD": group, **values},
-            launch.MERGE,
-        )
-
-
-def _of_spans(group: int) -> Iterator[Configuration]:
-    """The kernels of the compressed and the sliding branch."""
-    from trimtab.kernels.sparse import triton_spans
-
-    wide, narrow, number = "*fp32", "*bf16", "*i64"
-    qkv = {"q": narrow, "k": narrow, "v": narrow, "lse": wide}
-    spans = {"low": number, "high": number, "queries": "i32", "scale": "fp32"}
-    above = {**qkv, "gradient": narrow, "delta": wide, **spans}
-    keys = {"first_query": number, "end_query": number, "tokens": "i32"}
-    for d, d_v in HEAD_SIZES:
-        pads = {"PAD": launch.padded(d), "PAD_V": launch.padded(d_v)}
-        sizes = {"HEADS": 32, "GROUP": group, "WIDEN": False, "D": d, "D_V": d_v, **pads}
-        for name, function, types in (
-            ("span", triton_spans.forward, {**qkv, "out": narrow, **spans}),
-            ("span_dq", triton_spans.backward_queries, {**above, "dq": narrow}),
-            (
-                "span_dkv",
-                triton_spans.backward_keys,
-                {**above, **keys, "dk": narrow, "dv": narrow},
-            ),
-        ):
-            tile, columns = launch_spans.BACKWARD, launch_spans.BACKWARD_KEYS
-            if name == "span":
-                tile, columns = launch_spans.forward_tile(max(pads.values())), launch_spans.KEYS
-            constants = {**sizes, "ROWS": tile.rows, "KEYS": columns}
-            yield Configuration(name, function, (d, d_v), types, constants, tile)
-
-
-def _of_blocks(group: int) -> Iterator[Configuration]:
-    """The kernels of the selected branch and of the choice."""
-    from trimtab.kernels.sparse import triton_select, triton_selected
-
-    wide, narrow, number, index = "*fp32", "*bf16", "*i64", "*i32"
-    lists = {"rows": number, "query": index, "block_first": number, "block_length": number}
-    tables = {**lists, "last": number, "scale": "fp32", "blocks": "i32"}
-    qkv = {"q": narrow, "k": narrow, "v": narrow}
-    for d, d_v in HEAD_SIZES:
-        pads = {"PAD": launch.padded(d), "PAD_V": launch.padded(d_v)}
-        heads = {"HEADS": 32, "GROUP": group, "WIDEN": False}
-        blocks = {**heads, "D": d, "D_V": d_v, **pads, "BLOCK": 64}
-        merged = {"TOP": 16, "HEADS": 32, "GROUP": group, "GROUP_PAD": group}
-        stats = {"part_max": wide, "part_sum": wide}
-        items = {"item_row": index, "item_chunk": index}
-        select = {"D": d, "PAD": pads["PAD"], "QUERIES": launch.SELECT.rows}
-        tiles = {"tile_first": number, "tile_length": number, "entry_first": number}
-        scored = {"q": narrow, "entries": narrow, "lse": wide, **tiles, "visible": number}
-        behind = launch.backward_tile(max(pads.values()))
-        yield Configuration(
-            "forward",
-            triton_selected.forward,
-            (d, d_v),
-            {**qkv, "part": narrow, **stats, **items, **tables},
-            {**blocks, "ROWS": launch.FORWARD.rows},
-            launch.FORWARD,
-        )
-        yield Configuration(
-            "merge",
-            triton_selected.merge,
-            (d, d_v),
-            {
-                "part": narrow,
-                **stats,
-                "place": index,
-                "out": narrow,
-                "lse": wide,
-                "queries": "i32",
-            },
-            {**merged, "D_V": d_v, "PAD_V": pads["PAD_V"]},
-            launch.MERGE,
-        )
-        yield Configuration(
-            "backward",
-            triton_selected.backward,
-            (d, d_v),
-            {
-                **qkv,
-                "gradient": narrow,
-                "lse": wide,
-                "delta": wide,
-                "dq_part": wide,
-                "dk": wide,
-                "dv": wide,
-                **tables,
-            },
-            {**blocks, "ROWS": behind.rows},
-            behind,
-        )
-        yield Configuration(
-            "sum_parts",
-            triton_selected.sum_parts,
-            (d, d_v),
-            {"part": wide, "place": index, "out": narrow, "queries": "i32"},
-            {**merged, "D": d, "PAD": pads["PAD"]},
-            launch.MERGE,
-        )
-        yield Configuration(
-            "entry_logarithms",
-            triton_select.entry_logarithms,
-            (d, d_v),
-            {**scored, "scale": "fp32"},
-            {**heads, **select, "ENTRIES": launch.SELECT_ENTRIES},
-            launch.SELECT,
-        )
-        yield Configuration(
-            "best_blocks",
-            triton_select.best_blocks,
-            (d, d_v),
-            {**scored, "out": index, "own": number, "tokens": "i32", "scale": "fp32"},
-            {
-                **heads,
-                **select,
-                "PER_BLOCK": 4,
-                "REACH": 1,
-                "OUTER": 2,
-                "FIRST": 1,
-                "RECENT": 2,
-                "TOP": 16,
-                "KEPT": 16,
-            },
-            launch.SELECT,
-        )
+    @property
+    def density(self) -> float:
+        """Tensor-core instructions of all that stand in the kernel's text."""
+        return self.tensor_instructions / self.instructions
 
 
 def measure(configuration: Configuration, target: str) -> Resources:
@@ -229,11 +69,11 @@ def measure(configuration: Configuration, target: str) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if launch.interpreted():
+    if interpreted():
         raise RuntimeError("TRITON_INTERPRET is set; unset it to compile kernels")
     names = configuration.function.arg_names
-    constants = configuration.constants
-    signature = {n: "constexpr" if n in constants else configuration.types[n] for n in names}
+    constants, types = configuration.constants, configuration.types
+    signature = {n: types.get(n, "constexpr") for n in names}
     aligned = {
         (at,): [["tt.divisibility", 16]]
         for at, name in enumerate(names)
@@ -246,9 +86,11 @@ def measure(configuration: Configuration, target: str) -> Resources:
         attrs=aligned,
     )
     options = {"num_warps": configuration.tile.warps, "num_stages": configuration.tile.stages}
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-    counted = _amd(compiled) if target.startswith("gfx") else _nvidia(compiled)
-    return Resources(configuration.kernel, target, configuration.head_size, **counted)
+    to = TARGETS[target]
+    compiled = triton.compile(
+        source, target=GPUTarget(to.backend, to.architecture, to.warp), options=options
+    )
+    return Resources(**(_amd(compiled) if to.backend == "hip" else _nvidia(compiled)))
 
 
 def _nvidia(compiled: Any) -> dict[str, int]:
@@ -270,7 +112,7 @@ def _nvidia(compiled: Any) -> dict[str, int]:
         "registers": found["REG"],
         "spilled_bytes": found["STACK"] + found["LOCAL"],
         "shared_bytes": int(compiled.metadata.shared),
-        "tensor_instructions": sum(o.startswith(("HMMA", "HGMMA", "QGMMA")) for o in opcodes),
+        "tensor_instructions": sum("MMA" in o.split(".")[0] for o in opcodes),
         "instructions": sum(not o.startswith("NOP") for o in opcodes),
     }
 

@@ -45,6 +45,76 @@ def _dot(a, b, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def _put(
+    pointer, token, head, there, value, HEADS: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr
+):
+    """Writes what `_tile` reads."""
+    column = tl.arange(0, PAD)
+    address = (token * HEADS + head)[:, None] * D + column[None, :]
+    value = value.to(pointer.dtype.element_ty)
+    tl.store(pointer + address, value, mask=there[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def _to_natural(top, total):
+    """The natural logarithm of a sum of powers of two, ``total`` times ``2 ** top``."""
+    safe = tl.where(total > 0, total, 1.0)
+    return tl.where(total > 0, (top + tl.log2(safe)) / LOG2_E, float("-inf"))
+
+
+@triton.jit
+def _slopes(
+    query, keys, values, above, stat, lse, delta, there, visible, scale, WIDEN: tl.constexpr
+):
+    """Probabilities of a tile, and the gradients of its logits; ``stat`` is where its sums lie."""
+    shift = tl.load(lse + stat, mask=there, other=0.0) * LOG2_E
+    its_delta = tl.load(delta + stat, mask=there, other=0.0)
+    logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
+    p = tl.exp2(tl.where(visible, logits - shift[:, None], LEAST))
+    dp = _dot(above, tl.trans(values), WIDEN)
+    return p, tl.where(visible, p * (dp - its_delta[:, None]) * scale, 0.0)
+
+
+@triton.jit
+def _block(block_first, block_length, block, BLOCK: tl.constexpr):
+    """The tokens of a block, and which of them are there."""
+    column = tl.arange(0, BLOCK)
+    return tl.load(block_first + block) + column, column < tl.load(block_length + block)
+
+
+@triton.jit
+def _logits(
+    q,
+    k,
+    lists,
+    row,
+    chunk,
+    scale,
+    blocks,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One chunk of one block's queries: logits to base 2, which are visible, and where they lie.
+
+    ``lists`` is the rows, their queries, the blocks' beginnings and lengths, and last keys.
+    """
+    kv_head = row // blocks
+    at, there, token, head = _rows(row, chunk * ROWS, lists[0], lists[1], kv_head, GROUP, ROWS)
+    queries = _tile(q, token, head, there, HEADS, D, PAD)
+    key, inside = _block(lists[2], lists[3], row % blocks, BLOCK)
+    keys = _tile(k, key, kv_head, inside, HEADS // GROUP, D, PAD)
+    own = tl.load(lists[4] + token, mask=there, other=-1)
+    visible = inside[None, :] & (key[None, :] <= own[:, None])
+    logits = _dot(queries, tl.trans(keys), WIDEN) * (scale * LOG2_E)
+    return tl.where(visible, logits, LEAST), visible, at, there, key, inside, kv_head
+
+
+@triton.jit
 def forward(
     q,
     k,
@@ -74,32 +144,19 @@ def forward(
     """One chunk of one block's queries: normalised partial outputs, their maxima and sums."""
     row = tl.load(item_row + tl.program_id(0)).to(tl.int64)
     if row >= 0:
-        kv_head = row // blocks
-        block = row % blocks
-        offset = tl.load(item_chunk + tl.program_id(0)).to(tl.int64) * ROWS
-        at, there, token, head = _rows(row, offset, rows, query, kv_head, GROUP, ROWS)
-        queries = _tile(q, token, head, there, HEADS, D, PAD)
-        first = tl.load(block_first + block)
-        column = tl.arange(0, BLOCK)
-        inside = column < tl.load(block_length + block)
-        keys = _tile(k, first + column, kv_head, inside, HEADS // GROUP, D, PAD)
-        logits = _dot(queries, tl.trans(keys), WIDEN) * (scale * LOG2_E)
-        own = tl.load(last + token, mask=there, other=-1)
-        visible = inside[None, :] & ((first + column)[None, :] <= own[:, None])
-        logits = tl.where(visible, logits, LEAST)
+        chunk = tl.load(item_chunk + tl.program_id(0)).to(tl.int64)
+        lists = (rows, query, block_first, block_length, last)
+        logits, visible, at, there, key, inside, kv_head = _logits(
+            q, k, lists, row, chunk, scale, blocks, HEADS, GROUP, D, PAD, BLOCK, ROWS, WIDEN
+        )
         top = tl.max(logits, 1)
         p = tl.where(visible, tl.exp2(logits - top[:, None]), 0.0)
         total = tl.sum(p, 1)
-        values = _tile(v, first + column, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
+        values = _tile(v, key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
         out = _dot(p.to(values.dtype), values, WIDEN) / tl.maximum(total, 1e-30)[:, None]
         tl.store(part_max + at, top, mask=there)
         tl.store(part_sum + at, total, mask=there)
-        wide = tl.arange(0, PAD_V)
-        tl.store(
-            part + at[:, None] * D_V + wide[None, :],
-            out.to(part.dtype.element_ty),
-            mask=there[:, None] & (wide < D_V)[None, :],
-        )
+        _put(part, at, 0, there, out, 1, D_V, PAD_V)
 
 
 @triton.jit
@@ -117,8 +174,12 @@ def merge(
     GROUP_PAD: tl.constexpr,
     D_V: tl.constexpr,
     PAD_V: tl.constexpr,
+    NORMALISED: tl.constexpr,
 ):
-    """Joins the parts of one query's group, in the order of its blocks."""
+    """Joins the parts of one query's group, in the order of its blocks.
+
+    Each is shifted by its ``part_max``, and already divided by its sum if ``NORMALISED``.
+    """
     token = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
     member = tl.arange(0, GROUP_PAD)
@@ -139,21 +200,16 @@ def merge(
         ).to(tl.float32)
         new = tl.maximum(top, its_top)
         kept = tl.exp2(top - new)
-        weight = its_sum * tl.exp2(its_top - new)
-        acc = acc * kept[:, None] + its_out * weight[:, None]
-        total = total * kept + weight
+        if NORMALISED:
+            its_out *= its_sum[:, None]
+        scaled = tl.exp2(its_top - new)
+        acc = acc * kept[:, None] + its_out * scaled[:, None]
+        total = total * kept + its_sum * scaled
         top = new
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     head = kv_head * GROUP + member
-    tl.store(
-        out + (token * HEADS + head)[:, None] * D_V + column[None, :],
-        result.to(out.dtype.element_ty),
-        mask=both,
-    )
-    logarithm = tl.where(
-        total > 0, (top + tl.log2(tl.where(total > 0, total, 1.0))) / LOG2_E, float("-inf")
-    )
-    tl.store(lse + token * HEADS + head, logarithm, mask=there)
+    _put(out, token, head, there, result, HEADS, D_V, PAD_V)
+    tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
 
 
 @triton.jit
@@ -187,45 +243,28 @@ def backward(
     """All queries of one block: its dK and dV, in float32 over the group, and parts of dQ."""
     row = tl.program_id(0).to(tl.int64)
     kv_head = row // blocks
-    block = row % blocks
-    first = tl.load(block_first + block)
-    column = tl.arange(0, BLOCK)
-    inside = column < tl.load(block_length + block)
-    narrow = tl.arange(0, PAD)
-    wide = tl.arange(0, PAD_V)
-    key_at = ((first + column) * (HEADS // GROUP) + kv_head)[:, None]
-    k_at = key_at * D + narrow[None, :]
-    v_at = key_at * D_V + wide[None, :]
-    k_mask = inside[:, None] & (narrow < D)[None, :]
-    v_mask = inside[:, None] & (wide < D_V)[None, :]
-    keys = tl.load(k + k_at, mask=k_mask, other=0.0)
-    values = tl.load(v + v_at, mask=v_mask, other=0.0)
-    sum_k = tl.load(dk + k_at, mask=k_mask, other=0.0)
-    sum_v = tl.load(dv + v_at, mask=v_mask, other=0.0)
+    key, inside = _block(block_first, block_length, row % blocks, BLOCK)
+    keys = _tile(k, key, kv_head, inside, HEADS // GROUP, D, PAD)
+    values = _tile(v, key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
+    sum_k = _tile(dk, key, kv_head, inside, HEADS // GROUP, D, PAD)
+    sum_v = _tile(dv, key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
     length = (tl.load(rows + row + 1) - tl.load(rows + row)) * GROUP
     for offset in range(0, length, ROWS):
         at, there, token, head = _rows(row, offset, rows, query, kv_head, GROUP, ROWS)
         queries = _tile(q, token, head, there, HEADS, D, PAD)
         above = _tile(gradient, token, head, there, HEADS, D_V, PAD_V)
-        stat = token * HEADS + head
-        shift = tl.load(lse + stat, mask=there, other=0.0) * LOG2_E
-        its_delta = tl.load(delta + stat, mask=there, other=0.0)
         own = tl.load(last + token, mask=there, other=-1)
-        visible = inside[None, :] & ((first + column)[None, :] <= own[:, None]) & there[:, None]
-        logits = _dot(queries, tl.trans(keys), WIDEN) * (scale * LOG2_E)
-        p = tl.exp2(tl.where(visible, logits - shift[:, None], LEAST))
-        dp = _dot(above, tl.trans(values), WIDEN)
-        ds = tl.where(visible, p * (dp - its_delta[:, None]) * scale, 0.0)
+        visible = inside[None, :] & (key[None, :] <= own[:, None]) & there[:, None]
+        stat = token * HEADS + head
+        p, ds = _slopes(
+            queries, keys, values, above, stat, lse, delta, there, visible, scale, WIDEN
+        )
         sum_v += _dot(tl.trans(p).to(above.dtype), above, WIDEN)
         ds = ds.to(queries.dtype)
         sum_k += _dot(tl.trans(ds), queries, WIDEN)
-        tl.store(
-            dq_part + at[:, None] * D + narrow[None, :],
-            _dot(ds, keys, WIDEN),
-            mask=there[:, None] & (narrow < D)[None, :],
-        )
-    tl.store(dk + k_at, sum_k, mask=k_mask)
-    tl.store(dv + v_at, sum_v, mask=v_mask)
+        _put(dq_part, at, 0, there, _dot(ds, keys, WIDEN), 1, D, PAD)
+    _put(dk, key, kv_head, inside, sum_k, HEADS // GROUP, D, PAD)
+    _put(dv, key, kv_head, inside, sum_v, HEADS // GROUP, D_V, PAD_V)
 
 
 @triton.jit
@@ -253,9 +292,4 @@ def sum_parts(
         at = entry * GROUP + member
         known = both & (at >= 0)[:, None]
         acc += tl.load(part + at[:, None] * D + column[None, :], mask=known, other=0.0)
-    head = (kv_head * GROUP + member)[:, None]
-    tl.store(
-        out + (token * HEADS + head) * D + column[None, :],
-        acc.to(out.dtype.element_ty),
-        mask=both,
-    )
+    _put(out, token, kv_head * GROUP + member, member < GROUP, acc, HEADS, D, PAD)

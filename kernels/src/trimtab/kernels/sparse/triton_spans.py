@@ -11,7 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimtab.kernels.sparse.triton_selected import LEAST, LOG2_E, _dot, _tile
+from trimtab.kernels.sparse.triton_selected import (
+    LEAST,
+    LOG2_E,
+    _dot,
+    _put,
+    _slopes,
+    _tile,
+    _to_natural,
+)
 
 
 @triton.jit
@@ -70,16 +78,9 @@ def forward(
         acc = acc * kept[:, None] + _dot(p.to(values.dtype), values, WIDEN)
         total = total * kept + tl.sum(p, 1)
         top = new
-    seen = total > 0
-    safe = tl.where(seen, total, 1.0)
-    column = tl.arange(0, PAD_V)
-    tl.store(
-        out + (token * HEADS + head)[:, None] * D_V + column[None, :],
-        (acc / safe[:, None]).to(out.dtype.element_ty),
-        mask=there[:, None] & (column < D_V)[None, :],
-    )
-    logarithm = tl.where(seen, (top + tl.log2(safe)) / LOG2_E, float("-inf"))
-    tl.store(lse + token * HEADS + head, logarithm, mask=there)
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    _put(out, token, head, there, result, HEADS, D_V, PAD_V)
+    tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
 
 
 @triton.jit
@@ -111,8 +112,7 @@ def backward_queries(
     token, there, first, end = _queries(low, high, begin, queries, ROWS)
     query = _tile(q, token, head, there, HEADS, D, PAD)
     above = _tile(gradient, token, head, there, HEADS, D_V, PAD_V)
-    shift = tl.load(lse + token * HEADS + head, mask=there, other=0.0) * LOG2_E
-    its_delta = tl.load(delta + token * HEADS + head, mask=there, other=0.0)
+    stat = token * HEADS + head
     acc = tl.zeros((ROWS, PAD), tl.float32)
     stop = tl.max(end, 0)
     for at in range(tl.load(low + begin), stop, KEYS):
@@ -121,17 +121,9 @@ def backward_queries(
         keys = _tile(k, key, head // GROUP, known, HEADS // GROUP, D, PAD)
         values = _tile(v, key, head // GROUP, known, HEADS // GROUP, D_V, PAD_V)
         visible = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
-        logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
-        p = tl.exp2(tl.where(visible, logits - shift[:, None], LEAST))
-        dp = _dot(above, tl.trans(values), WIDEN)
-        ds = tl.where(visible, p * (dp - its_delta[:, None]) * scale, 0.0)
+        _, ds = _slopes(query, keys, values, above, stat, lse, delta, there, visible, scale, WIDEN)
         acc += _dot(ds.to(keys.dtype), keys, WIDEN)
-    column = tl.arange(0, PAD)
-    tl.store(
-        dq + (token * HEADS + head)[:, None] * D + column[None, :],
-        acc.to(dq.dtype.element_ty),
-        mask=there[:, None] & (column < D)[None, :],
-    )
+    _put(dq, token, head, there, acc, HEADS, D, PAD)
 
 
 @triton.jit
@@ -177,24 +169,12 @@ def backward_keys(
             token, there, first, end = _queries(low, high, at, queries, ROWS)
             query = _tile(q, token, head, there, HEADS, D, PAD)
             above = _tile(gradient, token, head, there, HEADS, D_V, PAD_V)
-            shift = tl.load(lse + token * HEADS + head, mask=there, other=0.0) * LOG2_E
-            its_delta = tl.load(delta + token * HEADS + head, mask=there, other=0.0)
             visible = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
-            logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
-            p = tl.exp2(tl.where(visible, logits - shift[:, None], LEAST))
-            dp = _dot(above, tl.trans(values), WIDEN)
-            ds = tl.where(visible, p * (dp - its_delta[:, None]) * scale, 0.0)
+            stat = token * HEADS + head
+            p, ds = _slopes(
+                query, keys, values, above, stat, lse, delta, there, visible, scale, WIDEN
+            )
             sum_v += _dot(tl.trans(p).to(above.dtype), above, WIDEN)
             sum_k += _dot(tl.trans(ds).to(query.dtype), query, WIDEN)
-    where = (key * (HEADS // GROUP) + kv_head)[:, None]
-    narrow, wide = tl.arange(0, PAD), tl.arange(0, PAD_V)
-    tl.store(
-        dk + where * D + narrow[None, :],
-        sum_k.to(dk.dtype.element_ty),
-        mask=known[:, None] & (narrow < D)[None, :],
-    )
-    tl.store(
-        dv + where * D_V + wide[None, :],
-        sum_v.to(dv.dtype.element_ty),
-        mask=known[:, None] & (wide < D_V)[None, :],
-    )
+    _put(dk, key, kv_head, known, sum_k, HEADS // GROUP, D, PAD)
+    _put(dv, key, kv_head, known, sum_v, HEADS // GROUP, D_V, PAD_V)

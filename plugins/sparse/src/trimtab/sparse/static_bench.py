@@ -1,41 +1,171 @@
-"""``trimtab bench sparse-static``: the GPU kernels, compiled for real targets without a GPU."""
+"""``trimtab bench sparse-static``: what can be told of the GPU kernels without a GPU.
+
+They are compiled for real targets and counted, and a model of times predicts them beside dense
+attention, vanilla NSA and FSA as published. Nothing here was measured on a GPU of ours.
+"""
 
 from __future__ import annotations
 
-from trimtab.core.benchmark import Case, Options, Progress
-from trimtab.kernels.sparse.static_report import TARGETS, configurations, measure
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from statistics import fmean
+from typing import Literal
 
-_MOST_REGISTERS = {"sm_80": 255, "sm_90": 255, "gfx942": 512}
+from trimtab.core.benchmark import Case, Options, Progress
+from trimtab.kernels.sparse.configurations import Configuration, shipped
+from trimtab.kernels.sparse.static_report import TARGETS, Resources, measure
+from trimtab.sparse.performance_model import (
+    GPUS,
+    SYSTEMS,
+    across_groups,
+    calibration,
+    held_out,
+    model,
+)
+from trimtab.sparse.published_figures import TIMES, Run
+
+Job = tuple[str, Configuration]
 
 
 def run(options: Options, progress: Progress) -> list[Case]:
-    """One case a kernel and target: its registers against what a thread can have.
+    """Resources of every kernel and target, their densities, and the model's times and errors.
 
-    ``quick`` compiles for one target and head size.
+    ``quick`` compiles for one target, type, head size and block.
     """
-    targets = ("sm_90",) if options.quick else tuple(TARGETS)
-    found = [c for c in configurations() if not options.quick or c.head_size == (128, 128)]
-    cases = []
-    for number, configuration in enumerate(found):
-        for target in targets:
-            progress(f"compiling {configuration.kernel} for {target}", number / len(found))
-            used, most = measure(configuration, target), _MOST_REGISTERS[target]
-            d, d_v = used.head_size
-            ratio = most / used.registers
-            cases.append(
-                Case(
-                    case=f"model/{target}/{used.kernel}/d-{d}-{d_v}",
-                    metric="registers",
-                    unit="1",
-                    better="lower",
-                    baseline="what a thread can have",
-                    baseline_value=most,
-                    value=used.registers,
-                    ratio=ratio,
-                    ratio_low=ratio,
-                    ratio_high=ratio,
-                    notes=f"{used.spilled_bytes} B spilled, {used.shared_bytes} B shared,"
-                    f" {used.tensor_instructions} tensor instructions of {used.instructions}",
-                )
+    jobs = [
+        (target, one)
+        for target, to in TARGETS.items()
+        for one in shipped(to.backend)
+        if not options.quick or (target == "sm_90" and "/bf16/d-128-128/block-64" in one.name)
+    ]
+    found = _measured(jobs, progress)
+    return [
+        *(_resources(*job, used) for job, used in found.items()),
+        *_densities(found),
+        *_errors(),
+        *_times(options.quick),
+    ]
+
+
+def _measured(jobs: list[Job], progress: Progress) -> Mapping[Job, Resources]:
+    found = {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        counted = pool.map(lambda job: measure(job[1], job[0]), jobs)
+        for number, (job, used) in enumerate(zip(jobs, counted, strict=True), 1):
+            progress(f"compiled {job[1].name} for {job[0]}", number / len(jobs))
+            found[job] = used
+    return found
+
+
+def _case(
+    case: str,
+    metric: str,
+    unit: str,
+    better: Literal["lower", "higher"],
+    baseline: str,
+    values: tuple[float, float],
+    notes: str | None = None,
+    error: float = 0.0,
+) -> Case:
+    """The baseline's value and ours; the ratio may be off by a relative error."""
+    of = Case.compare(case, metric, unit, better, baseline, [values], notes=notes)
+    low, high = of.ratio / (1 + error), of.ratio * (1 + error)
+    return of.model_copy(update={"ratio_low": low, "ratio_high": high})
+
+
+def _resources(target: str, of: Configuration, used: Resources) -> Case:
+    most = TARGETS[target].registers_at(of.tile.warps)
+    return _case(
+        f"model/{target}/{of.name}",
+        "registers",
+        "1",
+        "lower",
+        "what a thread can have",
+        (most, used.registers),
+        f"{used.spilled_bytes} B spilled, {used.shared_bytes} B shared,"
+        f" {used.tensor_instructions} tensor instructions of {used.instructions}",
+    )
+
+
+def _densities(found: Mapping[Job, Resources]) -> Iterator[Case]:
+    """The main kernel's against that of dense flash attention, which is a span over all keys."""
+    for (target, of), used in found.items():
+        if of.kernel == "forward" and used.tensor_instructions:
+            d, d_v = of.head_size
+            dense = next(
+                other
+                for (its_target, its), other in found.items()
+                if (its_target, its.kernel) == (target, "span")
+                and (its.head_size, its.dtype) == (of.head_size, of.dtype)
             )
-    return cases
+            if dense.tensor_instructions:
+                yield _case(
+                    f"model/{target}/density/{of.dtype}/d-{d}-{d_v}/block-{of.block}",
+                    "tensor_instructions_per_instruction",
+                    "1",
+                    "higher",
+                    "dense flash attention, the same target",
+                    (dense.density, used.density),
+                    "of the kernels' text: a loop counts once",
+                )
+
+
+def _errors() -> Iterator[Case]:
+    """Mean relative errors of the model, against what is asked of it."""
+    for gpu in GPUS:
+        for name, wrong, asked, of in (
+            ("calibration", calibration(gpu), 0.08, "what it was fitted to, blocks of 64 tokens"),
+            ("held-out", held_out(gpu), 0.15, "figure 4, blocks of 128 tokens, unseen by the fit"),
+            ("across-groups", across_groups(gpu), 0.15, "tables 6 and 7, group sizes unseen"),
+        ):
+            sizes = [abs(x) for x in wrong]
+            yield _case(
+                f"model/{gpu}/error/{name}",
+                "mean_relative_error",
+                "1",
+                "lower",
+                "what is asked of the model",
+                (asked, fmean(sizes)),
+                f"{len(sizes)} figures: {of}; the worst is {max(sizes):.0%} off",
+            )
+
+
+def _times(quick: bool) -> Iterator[Case]:
+    for gpu in GPUS:
+        error = fmean(abs(x) for x in held_out(gpu))
+        for thousands in (128,) if quick else (8, 32, 64, 128, 256):
+            for group in (1, 4) if quick else (1, 2, 4, 8):
+                for block in (64,) if quick else (64, 128):
+                    of = Run(gpu, thousands * 1024, group, block, 1024 // block)
+                    yield from _rivals(of, error)
+
+
+def _rivals(of: Run, error: float) -> Iterator[Case]:
+    predicted = model(of.gpu)
+    where = f"{of.gpu}/{of.tokens // 1024}K/group-{of.group}/block-{of.block}"
+    for both, way, predict in (
+        (0, "forward", predicted.forward_s),
+        (1, "forward-and-backward", predicted.both_s),
+    ):
+        ours = predict("ours", of)
+        for rival in SYSTEMS[:-1]:
+            known = TIMES.get((of, rival))
+            said = f"; published {known[both]} s" if known else ""
+            yield _case(
+                f"model/{where}/{way}",
+                "time",
+                "s",
+                "lower",
+                _NAMES[rival],
+                (predict(rival, of), ours),
+                f"all predicted{said}; the model is {error:.0%} off where it was not fitted",
+                error,
+            )
+
+
+_NAMES = {
+    "dense": "full attention by Triton",
+    "nsa": "vanilla NSA",
+    "fsa": "FSA as published",
+}

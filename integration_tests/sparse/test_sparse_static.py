@@ -1,0 +1,90 @@
+"""The GPU kernels compiled for real targets, without a GPU: none may spill, nor need too much.
+
+A part of what is shipped, nearest to its limits; `trimtab bench sparse-static` compiles all of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from trimtab.kernels.sparse import configurations, gpu_tiles, static_report
+from trimtab.kernels.sparse.configurations import configuration
+from trimtab.kernels.sparse.gpu_tiles import MERGE, Need, Tile
+
+pytestmark = pytest.mark.integration
+
+TIGHTEST = ("backward", "span", "span_dkv", "best_blocks")
+
+
+@pytest.fixture(autouse=True)
+def compiler(tmp_path, monkeypatch):
+    """Compiles anew, not as in earlier runs, and as at every run."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.parametrize("kernel", TIGHTEST)
+@pytest.mark.parametrize("target", static_report.TARGETS)
+def test_no_kernel_spills_where_heads_are_widest(target, kernel):
+    to = static_report.TARGETS[target]
+    of = configuration(kernel, to.backend, (192, 128))
+    used = static_report.measure(of, target)
+    assert used.spilled_bytes == 0
+    assert used.shared_bytes <= to.shared_bytes
+    assert used.registers <= to.registers_at(of.tile.warps)
+    assert used.tensor_instructions > 0
+
+
+def test_a_kernel_that_spills_is_seen():
+    of = configuration("backward", "hip", (128, 128))
+    spilling = replace(of, tile=replace(of.tile, warps=8))
+    assert static_report.measure(spilling, "gfx942").spilled_bytes > 0
+
+
+@pytest.mark.parametrize("backend", ["cuda", "hip"])
+def test_every_kernel_has_a_tile_for_every_size(backend):
+    found = {one.name for one in configurations.shipped(backend)}
+    for kernel in configurations.KERNELS:
+        for d, d_v in configurations.HEAD_SIZES:
+            for dtype in configurations.ITEM_BYTES:
+                assert any(n.startswith(f"{kernel}/{dtype}/d-{d}-{d_v}/") for n in found)
+
+
+def test_a_tile_is_for_heads_and_blocks_up_to_its_size():
+    need = Need("hip", 512, 2)
+    assert gpu_tiles.fit_block("backward", need, 128) < 128
+    assert gpu_tiles.fit_block("backward", need, 16) == 16
+    assert gpu_tiles.fit_block("forward", need, 128) == 128
+    narrow = gpu_tiles.tile("backward", Need("hip", 128, 2), 64)
+    assert narrow.rows >= gpu_tiles.tile("backward", need, 16).rows
+    with pytest.raises(ValueError, match="1024 wide"):
+        gpu_tiles.tile("forward", Need("cuda", 1024, 2), 64)
+
+
+def test_what_a_thread_can_have_falls_with_its_program():
+    gfx, sm = static_report.TARGETS["gfx942"], static_report.TARGETS["sm_90"]
+    assert (gfx.registers_at(4), gfx.registers_at(8)) == (512, 256)
+    assert (sm.registers_at(4), sm.registers_at(8), sm.registers_at(16)) == (255, 255, 128)
+
+
+def test_the_constants_of_a_kernel_are_those_of_its_launch():
+    of = configuration("merge", "cuda", (192, 128), group=3)
+    assert of.tile == MERGE
+    assert of.constants == {
+        "TOP": 16,
+        "HEADS": 32,
+        "GROUP": 3,
+        "GROUP_PAD": 4,
+        "D_V": 128,
+        "PAD_V": 128,
+        "NORMALISED": True,
+    }
+    assert of.types["part"] == "*bf16"
+    assert configuration("published_merge", "cuda", (64, 64)).types["part"] == "*fp32"
+    span = configuration("span", "cuda", (64, 64), "fp32")
+    assert span.types["q"] == "*fp32"
+    assert isinstance(span.tile, Tile)
+    assert span.constants["KEYS"] == span.tile.columns

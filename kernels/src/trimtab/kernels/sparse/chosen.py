@@ -1,0 +1,70 @@
+"""What every way to do selected attention is given, and the segments in which it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from trimtab.kernels.sparse import tables
+from trimtab.kernels.sparse.tables import BlockMajor, Blocks, Queries
+from trimtab.kernels.sparse.tiles import wide
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Packed queries, keys and values, and the blocks that each query has chosen."""
+
+    q: Tensor
+    """``[queries, heads, d]``."""
+    k: Tensor
+    v: Tensor
+    ids: Tensor
+    """Numbered through, ``[kv_heads, queries, top]``; -1 is none."""
+    block: int
+    scale: float
+    queries: Queries
+    blocks: Blocks
+    workspace_bytes: int
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def top(self) -> int:
+        """Slots of each query."""
+        return self.ids.shape[-1]
+
+    def unwritten(self) -> tuple[Tensor, Tensor]:
+        """Room for the output and the natural logarithm."""
+        out = self.q.new_empty(*self.q.shape[:2], self.v.shape[-1])
+        return out, wide(self.q[:0]).new_empty(self.q.shape[:2])
+
+    def segments(self, part_bytes: int) -> Iterator[tuple[slice, BlockMajor]]:
+        """Queries whose partial results fit the workspace, and their table.
+
+        Args:
+            part_bytes: what one query, head and slot takes.
+        """
+        count = self.q.shape[0]
+        step = max(1, self.workspace_bytes // max(1, self.q.shape[1] * self.top * part_bytes))
+        for begin in range(0, count, step):
+            part = slice(begin, min(count, begin + step))
+            yield part, tables.block_major(self.ids[:, part], self.blocks.first.numel())
+
+    def halved(self) -> Chosen:
+        """The same in blocks of half as many tokens, two for each that was chosen."""
+        half = self.block // 2
+        sides = torch.arange(2, device=self.ids.device)
+        ids = (self.ids[..., None] * 2 + sides).masked_fill((self.ids < 0)[..., None], -1)
+        blocks = Blocks(
+            (self.blocks.first[:, None] + sides * half).flatten(),
+            (self.blocks.length[:, None] - sides * half).clamp(0, half).flatten(),
+            self.blocks.sequence.repeat_interleave(2),
+            self.blocks.before * 2,
+        )
+        return replace(self, ids=ids.flatten(-2), block=half, blocks=blocks)

@@ -1,0 +1,166 @@
+"""Every GPU kernel as the launchers start it: with which types, constants and tile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from itertools import product
+from typing import Any
+
+from trimtab.kernels.sparse.gpu_tiles import MERGE, Need, Tile, fit_block, padded, tile
+
+HEAD_SIZES = ((64, 64), (128, 128), (192, 128), (256, 256))
+"""Dimensions of keys and values."""
+
+ITEM_BYTES: Mapping[str, int] = {"bf16": 2, "fp32": 4}
+"""By type; in registers and instructions float16 is as bfloat16."""
+
+BLOCKS = (64, 128)
+"""Tokens of a block, as in NSA and FSA; a query has 1024 of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """Where a kernel stands, whose tile it has, and what differs from `_TYPES`."""
+
+    module: str
+    function: str
+    tile: str | None
+    differs: Mapping[str, str]
+    blocks: bool = False
+    """Whether it reads keys a block at a time."""
+
+
+KERNELS: Mapping[str, Kernel] = {
+    "forward": Kernel("triton_selected", "forward", "forward", {}, blocks=True),
+    "merge": Kernel("triton_selected", "merge", None, {}),
+    "backward": Kernel(
+        "triton_selected", "backward", "backward", {"dk": "wide", "dv": "wide"}, blocks=True
+    ),
+    "sum_parts": Kernel("triton_selected", "sum_parts", None, {"part": "wide"}),
+    "entry_logarithms": Kernel("triton_select", "entry_logarithms", "select", {}),
+    "best_blocks": Kernel("triton_select", "best_blocks", "select", {"out": "*i32"}),
+    "span": Kernel("triton_spans", "forward", "span", {}),
+    "span_dq": Kernel("triton_spans", "backward_queries", "span_backward", {}),
+    "span_dkv": Kernel("triton_spans", "backward_keys", "span_backward", {}),
+    "published_maxima": Kernel("triton_published", "maxima", "published", {}, blocks=True),
+    "published_forward": Kernel(
+        "triton_published", "forward", "published", {"part": "wide"}, blocks=True
+    ),
+    "published_merge": Kernel("triton_selected", "merge", None, {"part": "wide"}),
+}
+"""All that the launchers start."""
+
+_NARROW = ("q", "k", "v", "entries", "gradient", "out", "part", "dq", "dk", "dv")
+_WIDE = ("part_max", "part_sum", "lse", "delta", "dq_part", "running")
+_LONG = ("rows", "block_first", "block_length", "last", "low", "high", "first_query", "end_query")
+_LONG_TOO = ("tile_first", "tile_length", "entry_first", "visible", "own")
+_INT = ("query", "item_row", "item_chunk", "place")
+_NUMBERS = ("blocks", "queries", "tokens")
+_TYPES: Mapping[str, str] = {
+    **dict.fromkeys(_NARROW, "narrow"),
+    **dict.fromkeys(_WIDE, "wide"),
+    **dict.fromkeys((*_LONG, *_LONG_TOO), "*i64"),
+    **dict.fromkeys(_INT, "*i32"),
+    **dict.fromkeys(_NUMBERS, "i32"),
+    "scale": "fp32",
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A kernel with its types, constants and launch."""
+
+    kernel: str
+    backend: str
+    head_size: tuple[int, int]
+    dtype: str
+    block: int
+    group: int
+    tile: Tile
+
+    @cached_property
+    def function(self) -> Any:
+        """The kernel itself."""
+        where = KERNELS[self.kernel]
+        module = import_module(f"trimtab.kernels.sparse.{where.module}")
+        return getattr(module, where.function)
+
+    @property
+    def name(self) -> str:
+        """What tells it from all others of its kernel and backend."""
+        d, d_v = self.head_size
+        return f"{self.kernel}/{self.dtype}/d-{d}-{d_v}/block-{self.block}/group-{self.group}"
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """By the names of the kernel's arguments, as the launchers compute them."""
+        d, d_v = self.head_size
+        known = {
+            "HEADS": 32,
+            "GROUP": self.group,
+            "GROUP_PAD": 1 << (self.group - 1).bit_length(),
+            "D": d,
+            "PAD": padded(d),
+            "D_V": d_v,
+            "PAD_V": padded(d_v),
+            "WIDEN": False,
+            "BLOCK": self.block,
+            "TOP": 1024 // self.block,
+            "KEPT": max(16, 1024 // self.block),
+            "ROWS": self.tile.rows,
+            "QUERIES": self.tile.rows,
+            "KEYS": self.tile.columns,
+            "ENTRIES": self.tile.columns,
+            "PER_BLOCK": self.block // 16,
+            "REACH": 1,
+            "OUTER": 2,
+            "FIRST": 1,
+            "RECENT": 2,
+            "NORMALISED": self.kernel == "merge",
+        }
+        return {name: known[name] for name in self.function.arg_names if name in known}
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Of all other arguments."""
+        stands = {"narrow": f"*{self.dtype}", "wide": "*fp32"}
+        types = {**_TYPES, **KERNELS[self.kernel].differs}
+        others = (n for n in self.function.arg_names if n not in self.constants)
+        return {name: stands.get(types[name], types[name]) for name in others}
+
+
+def configuration(
+    kernel: str,
+    backend: str,
+    head_size: tuple[int, int],
+    dtype: str = "bf16",
+    block: int = 64,
+    group: int = 4,
+) -> Configuration:
+    """A kernel as the launchers start it for these sizes, maybe in smaller blocks."""
+    of = KERNELS[kernel]
+    if of.tile is None:
+        return Configuration(kernel, backend, head_size, dtype, block, group, MERGE)
+    d, d_v = head_size
+    width = padded(d) + padded(d if of.tile == "select" else d_v)
+    need = Need(backend, width, ITEM_BYTES[dtype])
+    fitting = fit_block(of.tile, need, block) if of.blocks else block
+    how = tile(of.tile, need, fitting if of.blocks else 0)
+    return Configuration(kernel, backend, head_size, dtype, fitting, group, how)
+
+
+def shipped(backend: str) -> Iterator[Configuration]:
+    """Every configuration that differs from all others, for a backend."""
+    found = {}
+    for kernel, of in KERNELS.items():
+        blocks = BLOCKS if of.blocks or kernel == "best_blocks" else (64,)
+        for head_size, dtype, block in product(HEAD_SIZES, ITEM_BYTES, blocks):
+            one = configuration(kernel, backend, head_size, dtype, block)
+            found[one.name] = one
+        for group in (1, 16) if of.tile is None else ():
+            one = configuration(kernel, backend, HEAD_SIZES[-1], group=group)
+            found[one.name] = one
+    yield from found.values()

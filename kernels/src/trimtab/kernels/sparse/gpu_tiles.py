@@ -1,0 +1,127 @@
+"""How each GPU kernel is launched: the tiles that neither spill nor need more than a GPU has.
+
+`static_report` compiles them all, and a test fails where one spills. They were chosen so, without a
+GPU: nobody has timed them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a kernel is launched: rows and columns of its tile, warps, and stages of its pipeline."""
+
+    rows: int
+    warps: int
+    stages: int
+    columns: int = 0
+    """Keys or entries of a tile, where these are no blocks."""
+
+
+MERGE = Tile(rows=1, warps=4, stages=3)
+
+
+def padded(size: int) -> int:
+    """The power of two, at least 16, that a tile needs for a dimension."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What decides about a kernel's tile."""
+
+    backend: str
+    """``cuda`` or ``hip``."""
+    width: int
+    """Padded dimensions of keys and values, added up."""
+    item_bytes: int
+    """Of queries, keys and values."""
+
+    @classmethod
+    def of(cls, q: torch.Tensor, v: torch.Tensor) -> Need:
+        """What these tensors need on the GPUs that torch was built for."""
+        backend = "hip" if torch.version.hip else "cuda"
+        width = padded(q.shape[-1]) + padded(v.shape[-1])
+        return cls(backend, width, q.element_size())
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A tile for all that is at most so wide, in blocks of at most so many tokens."""
+
+    width: int
+    tile: Tile
+    block: int = 0
+    """0 for kernels that know no blocks."""
+
+
+_MAIN = (Rule(384, Tile(64, 4, 2), 128), Rule(512, Tile(64, 8, 2), 128))
+_MAIN_WIDE = (Rule(512, Tile(32, 4, 2), 64),)
+_SELECT_WIDE = (Rule(256, Tile(32, 4, 2, 64)), Rule(512, Tile(32, 8, 2, 32)))
+_SPAN_WIDE = (Rule(256, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 8, 1, 32)))
+_SPAN_BACKWARD_WIDE = (Rule(256, Tile(32, 4, 1, 32)), Rule(512, Tile(32, 8, 1, 32)))
+_RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
+    ("forward", "cuda", 2): _MAIN,
+    ("forward", "cuda", 4): _MAIN_WIDE,
+    ("forward", "hip", 2): (Rule(512, Tile(64, 4, 2), 128),),
+    ("forward", "hip", 4): _MAIN_WIDE,
+    ("published", "cuda", 2): _MAIN,
+    ("published", "cuda", 4): _MAIN_WIDE,
+    ("published", "hip", 2): (Rule(512, Tile(64, 4, 2), 128),),
+    ("published", "hip", 4): _MAIN_WIDE,
+    ("backward", "cuda", 2): (Rule(256, Tile(32, 8, 2), 64), Rule(512, Tile(16, 8, 1), 64)),
+    ("backward", "cuda", 4): (Rule(256, Tile(16, 8, 1), 64), Rule(512, Tile(16, 8, 1), 32)),
+    ("backward", "hip", 2): (
+        Rule(256, Tile(32, 4, 1), 64),
+        Rule(384, Tile(16, 4, 1), 64),
+        Rule(512, Tile(16, 4, 1), 32),
+    ),
+    ("backward", "hip", 4): (
+        Rule(128, Tile(16, 4, 1), 64),
+        Rule(256, Tile(16, 4, 1), 32),
+        Rule(512, Tile(16, 4, 1), 16),
+    ),
+    ("select", "cuda", 2): (Rule(256, Tile(32, 4, 2, 64)), Rule(512, Tile(32, 8, 2, 64))),
+    ("select", "cuda", 4): _SELECT_WIDE,
+    ("select", "hip", 2): (Rule(512, Tile(32, 4, 2, 64)),),
+    ("select", "hip", 4): _SELECT_WIDE,
+    ("span", "cuda", 2): (
+        Rule(256, Tile(64, 4, 2, 64)),
+        Rule(384, Tile(32, 4, 2, 64)),
+        Rule(512, Tile(64, 8, 2, 32)),
+    ),
+    ("span", "cuda", 4): _SPAN_WIDE,
+    ("span", "hip", 2): (Rule(256, Tile(64, 4, 2, 64)), Rule(512, Tile(64, 4, 2, 32))),
+    ("span", "hip", 4): _SPAN_WIDE,
+    ("span_backward", "cuda", 2): (Rule(128, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 4, 1, 32))),
+    ("span_backward", "cuda", 4): _SPAN_BACKWARD_WIDE,
+    ("span_backward", "hip", 2): (Rule(512, Tile(32, 4, 1, 32)),),
+    ("span_backward", "hip", 4): _SPAN_BACKWARD_WIDE,
+}
+"""By kernel, backend and bytes of an item, the narrower and the larger blocks first."""
+
+
+def _rules(kernel: str, need: Need) -> list[Rule]:
+    found = [r for r in _RULES[kernel, need.backend, need.item_bytes] if need.width <= r.width]
+    if not found:
+        raise ValueError(f"heads are {need.width} wide, keys and values; {kernel} takes 512")
+    return found
+
+
+def fit_block(kernel: str, need: Need, block: int) -> int:
+    """The largest block not above ``block`` that a kernel has a tile for."""
+    return min(block, max(rule.block for rule in _rules(kernel, need)))
+
+
+def tile(kernel: str, need: Need, block: int = 0) -> Tile:
+    """The tile of a kernel; ``block`` is at most what `fit_block` says.
+
+    Raises:
+        ValueError: heads are wider than any tile.
+    """
+    return next(rule.tile for rule in _rules(kernel, need) if block <= rule.block)

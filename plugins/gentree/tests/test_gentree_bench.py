@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from trimtab.core.benchmark import Options
+from trimtab.core.collectives import check_plan
 from trimtab.core.errors import TrimtabError
-from trimtab.gentree import bench, real_bench
-from trimtab.hosts.testbed import call_cost_job
+from trimtab.gentree import bench, real_bench, regret_bench
+from trimtab.hosts.testbed import allreduce_job, call_cost_job
 from trimtab.hosts.testbed.allreduce_job import Timing
 from trimtab.hosts.testbed.training_job import Step
 
@@ -74,6 +75,65 @@ def test_alternating_racks_are_planned_and_each_place_has_a_rank_for_each_slot()
         if "interleaved" in place.name:
             assert plans.schedule(2**22) is not None
         assert plans.schedule(2**10) is not None, place.name
+
+
+def test_large_plans_on_paper_reach_their_share_of_what_links_let_through() -> None:
+    cases = list(bench.bound_cases(Options(quick=True), silent))
+    assert len(cases) == len(bench.QUICK) * len(bench.ALPHAS)
+    assert all(case.baseline_value == 0.85 and case.value <= 1 for case in cases)
+    assert all(case.ratio > 1.1 for case in cases if "50us" in case.case)
+
+
+def test_twelve_networks_have_proven_rivals_of_which_none_comes_twice() -> None:
+    places = regret_bench.networks()
+    assert len({place.name for place in places}) == 12
+    for place in places:
+        assert sorted(host for host, _ in place.slots) == [n.name for n in place.network.nodes]
+        found = regret_bench.rivals(place, 2**18)
+        for schedule in found.values():
+            check_plan(schedule)
+        assert len({schedule.model_dump_json() for schedule in found.values()}) == len(found)
+        assert {"ring", "co-located PS", "halving-doubling"} <= set(found)
+
+
+def test_the_chosen_plan_is_told_as_a_multiple_of_the_best(monkeypatch) -> None:
+    place = regret_bench.networks({2**18: 2})[5]
+    asked: list[allreduce_job.Task] = []
+
+    def run(place, module, task) -> list[str]:
+        asked.append(task)
+        names = {"gloo": 8.0, "gentree": 3.0, **dict.fromkeys(task.races[0].schedules, 2.0)}
+        turns = [
+            Timing(payload_bytes=2**18, algorithm=name, seconds=seconds)
+            for name, seconds in names.items()
+        ]
+        return [turn.model_dump_json() for turn in turns] * 2
+
+    monkeypatch.setattr(regret_bench, "run", run)
+    (case,) = regret_bench.measured(place)
+    assert (case.case, case.metric) == (f"real/regret/{place.name}/262144-bytes", "times_best")
+    assert (case.baseline, case.baseline_value, case.value, case.ratio) == ("gloo", 4, 1.5, 8 / 3)
+    chosen = place.plans().schedule(2**18)
+    assert chosen is not None
+    assert chosen not in asked[0].races[0].schedules.values()
+    by_chance = {"gloo": [1.0, 1.0], "gentree": [1.25, 1.25], "ring": [2.0, 2.0]}
+    passed_on = regret_bench.compared(place, 2**18, None, by_chance)
+    assert passed_on.value == 1
+    assert "chosen was gloo, the best of 2 was the chosen one" in str(passed_on.notes)
+    mean = regret_bench.on_average([case, passed_on])
+    assert (mean.value, mean.baseline_value) == (1.25, 2.4)
+    assert "the worst is 1.50 on racks-4-4/interleaved" in str(mean.notes)
+
+
+def test_what_links_let_through_at_best_stands_beside_real_times(monkeypatch) -> None:
+    place = real_bench.interleaved({2**24: 1})
+    names = ("gloo", "gentree", real_bench.RING)
+    turns = [Timing(payload_bytes=2**24, algorithm=name, seconds=4.0) for name in names]
+    monkeypatch.setattr(real_bench, "run", lambda *words: [t.model_dump_json() for t in turns])
+    case, _ = real_bench.allreduce_cases(place)
+    # Each of eight ranks sends seven eighths of the payload twice at least.
+    assert case.lower_bound == pytest.approx(1.75 * 2**24 / real_bench.HOST_BYTES_PER_S)
+    assert "59% of the links' bound reached" in str(case.notes)
 
 
 def step(kind: str, backend: str, seconds: float, loss: float) -> str:

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from trimtab.core.benchmark import Benchmark, Case, Options, Progress
 from trimtab.core.cluster import Cluster, Link, Node
 from trimtab.core.collectives import NetworkTree
-from trimtab.core.cost import Constants
+from trimtab.core.cost import Constants, cut_bound_s_per_byte
 from trimtab.gentree.gentree import PAPER, Search
 from trimtab.gentree.planner import Choice, choose
 from trimtab.gentree.prediction_bench import prediction_cases
 from trimtab.gentree.real_bench import real_cases
+from trimtab.gentree.regret_bench import regret_cases
 
 Shape = tuple[int, ...]
 
@@ -28,6 +29,10 @@ SHAPES: dict[str, Shape] = {
 QUICK = ("24", "4x4", "8x8")
 
 FLOATS = (1e6, 1e7, 1e8)
+LARGE_BYTES = (2**24, 2**26, 2**28, 2**32)
+BOUND_SHARE = 0.85
+"""What share of the cut bound plans shall reach for such payloads."""
+
 ALPHAS = {"4ms": 4e-3, "50us": 50e-6}
 WIDTHS = ("rate", "ports", "sources")
 
@@ -134,6 +139,30 @@ def dear_cases(options: Options, progress: Progress) -> Iterator[Case]:
         yield from _against_libraries(f"simulator/16x48/dear-incast-and-memory/{name}", choice)
 
 
+def bound_cases(options: Options, progress: Progress) -> Iterator[Case]:
+    """What share of the bound of the links alone, without rounds and memory, large plans reach."""
+    names = QUICK if options.quick else tuple(SHAPES)
+    sizes = LARGE_BYTES[:1] if options.quick else LARGE_BYTES
+    for name in names:
+        progress(f"shares of the cut bound: {name}")
+        tree = NetworkTree.of_cluster(two_tiers(SHAPES[name]))
+        bound_s_per_byte = cut_bound_s_per_byte(tree)
+        for regime, alpha_s in ALPHAS.items():
+            given = constants(alpha_s, "rate")
+            for size in sizes:
+                choice = choose(tree, size, given)
+                yield Case.compare(
+                    f"simulator/{name}/alpha-{regime}/cut-bound/{size}-bytes",
+                    "share_of_cut_bound",
+                    "1",
+                    "higher",
+                    f"goal of {BOUND_SHARE:g}",
+                    [(BOUND_SHARE, size * bound_s_per_byte / choice.seconds)],
+                    notes=f"{choice.bound_s / choice.seconds:.3f} of the bound with rounds and"
+                    " memory",
+                )
+
+
 def planning_cases(options: Options, progress: Progress) -> Iterator[Case]:
     """CPU time to plan, against what an operator would wait."""
     sizes = {512: ((32,) * 16, 0.3), 4096: ((64,) * 64, 5.0)}
@@ -158,9 +187,11 @@ def run(options: Options, progress: Progress) -> list[Case]:
     return [
         *simulator_cases(options, progress),
         *dear_cases(options, progress),
+        *bound_cases(options, progress),
         *planning_cases(options, progress),
         *prediction_cases(options, progress),
         *real_cases(options, progress),
+        *regret_cases(options, progress),
     ]
 
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 
 from trimtab.core.benchmark import Case, Options, Progress
 from trimtab.core.cluster import Cluster, InsideLink, Node
 from trimtab.core.collectives import Layout, NetworkTree, Schedule
 from trimtab.core.collectives.combine import ring
-from trimtab.core.cost import Constants
+from trimtab.core.cost import Constants, cut_bound_s_per_byte
 from trimtab.core.documents import Document
 from trimtab.core.errors import TrimtabError
 from trimtab.gentree.backend import (
@@ -101,6 +102,11 @@ class Place:
         tree = NetworkTree.of_cluster(self.network, self.slots)
         return GroupPlans(tree, leaf_order(tree, self.slots), self.constants, always=False)
 
+    def links_bound_s(self, payload_bytes: float) -> float:
+        """The least time in which the links' bandwidths let any AllReduce end."""
+        tree = NetworkTree.of_cluster(self.network, self.slots)
+        return payload_bytes * cut_bound_s_per_byte(tree)
+
 
 def interleaved(repeats: Mapping[int, int] = REPEATS) -> Place:
     """Two racks of four behind links of a host's rate, with ranks alternating between them."""
@@ -168,7 +174,7 @@ def allreduce_cases(place: Place) -> list[Case]:
     around = Schedule.of(RANKS, [ring([Layout.whole(rank) for rank in range(RANKS)])[0]])
     task = allreduce_job.Task(
         ranks=RANKS,
-        address=_address(place),
+        address=address(place),
         backends=(OURS,),
         races=tuple(
             Race(payload_bytes=size, schedules={RING: around}, repeats=repeats)
@@ -191,6 +197,9 @@ def _allreduce_cases(
 ) -> list[Case]:
     what = f"{plan.chunks} chunks" if plan is not None else "the base backend was chosen"
     where = "one machine" if place.is_here else "network namespaces with shaped links"
+    bound_s = None if place.is_here else place.links_bound_s(size)
+    if bound_s is not None:
+        what += f"; {bound_s / median(seconds[OURS]):.0%} of the links' bound reached"
     return [
         Case.compare(
             f"real/{place.name}/{size}-bytes",
@@ -199,6 +208,7 @@ def _allreduce_cases(
             "lower",
             baseline,
             list(zip(seconds[baseline], seconds[OURS], strict=True)),
+            lower_bound=bound_s,
             notes=f"{what}; fastest {min(seconds[baseline]):.4g} s and {min(seconds[OURS]):.4g} s;"
             f" {where}",
         )
@@ -217,7 +227,7 @@ def call_cost_cases(payload_bytes: int = CALL_BYTES) -> list[Case]:
         backend=OURS,
         ways=_WAYS,
         ranks=CALL_RANKS,
-        address=_address(place),
+        address=address(place),
         payload_bytes=payload_bytes,
     )
     spent_s: dict[str, list[float]] = defaultdict(list)
@@ -245,7 +255,7 @@ def training_cases(place: Place, steps: int = 4) -> list[Case]:
     """
     kinds: tuple[Kind, ...] = ("ddp", "zero1") if find_spec("deepspeed") else ("ddp",)
     task = training_job.Task(
-        ranks=RANKS, address=_address(place), kinds=kinds, backends=(OURS,), steps=steps
+        ranks=RANKS, address=address(place), kinds=kinds, backends=(OURS,), steps=steps
     )
     found: dict[Kind, dict[str, list[Step]]] = defaultdict(lambda: defaultdict(list))
     for step in training_job.steps(run(place, training_job.__name__, task)):
@@ -345,8 +355,8 @@ def _end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def _address(place: Place) -> str:
-    """Where the first rank waits for the others."""
+def address(place: Place) -> str:
+    """``HOST:PORT`` at which the first rank waits for the others."""
     if not place.is_here:
         return f"{place.slots[0][0]}:{PORT}"
     with socket.socket() as bound:

@@ -39,7 +39,7 @@ _FEW_ROUNDS = (40, 80)
 _MOST_PRICED = 6000
 """Rows times capacities up to which columns are priced."""
 
-_EXCHANGES = 1500
+_EXCHANGES = 3000
 """Programmes that are solved for each width of blocks, to exchange the pods of columns."""
 
 _MOST_LONE = 600

@@ -102,6 +102,15 @@ class NetworkTree:
         return tuple(self.names[point] for point in self.leaves)
 
 
+def _why_no_tree(graph: nx.Graph) -> str:
+    """Which points are on a loop, or between which two there is no way."""
+    loop = next(iter(nx.cycle_basis(graph)), None)
+    if loop is not None:
+        return f"{', '.join(sorted(loop))} are on a loop"
+    one, other, *_ = (min(part) for part in nx.connected_components(graph))
+    return f"no way leads from {one} to {other}"
+
+
 class _Builder:
     def __init__(self, cluster: Cluster, slots: Sequence[tuple[str, int]] | None) -> None:
         self._cluster, self._graph = cluster, cluster.graph
@@ -117,7 +126,7 @@ class _Builder:
         cluster = self._cluster
         if len(cluster.nodes) > 1 and not nx.is_tree(self._graph):
             raise BadInput(
-                f"the links of {cluster.name} form no tree",
+                f"the links of {cluster.name} form no tree: {_why_no_tree(self._graph)}",
                 fix="give links that lead from each node to each other in one way; switches that "
                 "share the load of one tier count as one",
             )

@@ -14,6 +14,7 @@ from trimtab.placement.certificate import fewest_pods, frontier, least_data
 from trimtab.placement.grid import Candidate, Demand, Spread, fits, pareto, spread_of
 from trimtab.placement.lone_columns import lone_columns
 from trimtab.placement.packing import PACKINGS, RANK_ORDERS, laid, packings, random_fit
+from trimtab.placement.paired_columns import may_pair
 from trimtab.placement.row_paths import even_cuts, row_paths
 from trimtab.placement.search import quick_search, search
 from trimtab.placement.strips import promising_covers, strip_covers
@@ -250,6 +251,20 @@ def test_columns_that_need_not_share_pods_are_found_or_proven_impossible(
         assert fits(demand, lone.found.grid)
         assert lone.found.spread.data <= most
     assert (lone.found is not None) is possible
+
+
+@given(demands(8).filter(lambda d: len(d.capacities) <= 3))
+def test_columns_pair_exactly_where_some_placement_pairs_them(demand: Demand) -> None:
+    truth = any(spread.data <= 2 for spread in brute_force(demand))
+    assert may_pair(demand, nodes=100) is truth
+
+
+def test_pods_that_pair_too_badly_for_columns_of_two() -> None:
+    """Twenty-two pods of 921 nodes for eight columns of 99, in at best seven pairs and chains."""
+    demand = fragmented(0, 2)[1]
+    assert (demand.rows, demand.columns, len(demand.capacities)) == (99, 8, 22)
+    assert not may_pair(demand, nodes=300)
+    assert may_pair(Demand(99, 7, demand.capacities), nodes=300)
 
 
 def test_a_pipeline_of_a_pod_for_each_stage_lets_columns_use_two_pods() -> None:

@@ -19,6 +19,7 @@ from trimtab.placement.grid import Candidate, Demand, Spread, pareto
 from trimtab.placement.leftovers import may_touch
 from trimtab.placement.lone_columns import lone_columns
 from trimtab.placement.packing import packings
+from trimtab.placement.paired_columns import may_pair
 from trimtab.placement.priced_columns import priced_columns
 from trimtab.placement.prices import NEAR, market
 from trimtab.placement.row_choices import Pods
@@ -173,7 +174,9 @@ def _tightened(demand: Demand, front: Front, pipeline: int) -> Front:
 
 
 def _priced(demand: Demand, bound: Frontier, spread: Spread) -> Frontier:
-    """The bound with what prices say of a spread, of columns and of rows."""
+    """The bound with what pairs of pods and prices say of a spread, of columns and of rows."""
+    if spread.data == 2 and _is_small(demand) and not may_pair(demand, nodes=_NODES):
+        return bound.raised(len(bound.least_data), spread.data + 1)
     pipeline = _least_pipeline(demand, spread)
     if pipeline > spread.pipeline:
         bound = bound.raised(min(pipeline - 1, len(bound.least_data)), spread.data + 1)

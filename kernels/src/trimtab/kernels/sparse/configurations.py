@@ -148,7 +148,7 @@ def configuration(
     width = padded(d) + padded(d if of.tile == "select" else d_v)
     need = Need(backend, width, ITEM_BYTES[dtype])
     fitting = fit_block(of.tile, need, block) if of.blocks else block
-    how = tile(of.tile, need, fitting if of.blocks else 0)
+    how = tile(of.tile, need, fitting if of.blocks or of.tile == "select" else 0)
     return Configuration(kernel, backend, head_size, dtype, fitting, group, how)
 
 

@@ -62,7 +62,8 @@ class Rule:
 
 _MAIN = (Rule(384, Tile(64, 4, 2), 128), Rule(512, Tile(64, 8, 2), 128))
 _MAIN_WIDE = (Rule(512, Tile(32, 4, 2), 64),)
-_SELECT_WIDE = (Rule(256, Tile(32, 4, 2, 64)), Rule(512, Tile(32, 8, 2, 32)))
+_ANY = 1 << 30
+_SELECT_WIDE = (Rule(256, Tile(32, 4, 2, 64), _ANY), Rule(512, Tile(32, 8, 2, 32), _ANY))
 _SPAN_WIDE = (Rule(256, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 8, 1, 32)))
 _SPAN_BACKWARD_WIDE = (Rule(256, Tile(32, 4, 1, 32)), Rule(512, Tile(32, 8, 1, 32)))
 _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
@@ -86,9 +87,13 @@ _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
         Rule(256, Tile(16, 4, 1), 32),
         Rule(512, Tile(16, 4, 1), 16),
     ),
-    ("select", "cuda", 2): (Rule(256, Tile(32, 4, 2, 64)), Rule(512, Tile(32, 8, 2, 64))),
+    ("select", "cuda", 2): (
+        Rule(256, Tile(32, 4, 2, 64), _ANY),
+        Rule(512, Tile(32, 8, 2, 64), 64),
+        Rule(512, Tile(32, 4, 2, 64), _ANY),
+    ),
     ("select", "cuda", 4): _SELECT_WIDE,
-    ("select", "hip", 2): (Rule(512, Tile(32, 4, 2, 64)),),
+    ("select", "hip", 2): (Rule(512, Tile(32, 4, 2, 64), _ANY),),
     ("select", "hip", 4): _SELECT_WIDE,
     ("span", "cuda", 2): (
         Rule(256, Tile(64, 4, 2, 64)),

@@ -135,7 +135,7 @@ def select(
     kv_heads = entries.shape[1]
     out = torch.empty(kv_heads, q.shape[0], shape.top, dtype=torch.int32, device=q.device)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    how = tile("select", Need.of(q, entries))
+    how = tile("select", Need.of(q, entries), shape.block)
     tiles = tables.cut(cu_queries, q.shape[0], how.rows)
     begin = cu_entries.long()[tiles.sequence]
     common = {**of_keys(q, entries), **launched(how), "QUERIES": how.rows}

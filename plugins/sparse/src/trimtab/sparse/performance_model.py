@@ -4,7 +4,8 @@ Times add up over the passes of a system. Where a pass is bound by something kno
 fitted: compressed attention runs at the rate of the same GPU's dense attention, and vanilla NSA's
 selected branch reads its keys and values from the L2 cache. What is left has one coefficient a
 pass, none below zero, fitted to blocks of 64 tokens (`published_figures`); blocks of 128 are
-unseen by the fit, and `held_out` tells how far off they are. Nothing here ran on a GPU of ours.
+unseen by the fit, and `held_out` tells how far off they are; but two earlier forms of the model
+were judged by them, so that this is no blind test. Nothing here ran on a GPU of ours.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ from trimtab.hosts.vllm.server import SMALL_CPU_ENGINE, Server, running, small_c
 from trimtab.hosts.vllm.small_model import small_model
 
 QUESTIONS, CROWDS = 50, 4
-QUICK_QUESTIONS, QUICK_CROWDS = 4, 1
+QUICK_QUESTIONS, QUICK_CROWDS = 2, 1
 WARM_UP, QUICK_WARM_UP = 12, 1
 LOAD = 3.0
 """Questions arrive so many times as fast as self-consistency can answer them."""
@@ -89,7 +89,7 @@ def cases(options: Options, progress: Progress) -> list[Case]:
         with running(started, lambda: progress("starting vLLM servers")):
             contenders = [Contender(s, servers[_key(s)].url) for s in (*rivals, OURS)]
             warm_up = sums(QUICK_WARM_UP if quick else WARM_UP, options.seed + 1_000_003)
-            pace_per_s = _pace(contenders, warm_up, progress)
+            pace_per_s = _pace(contenders[:1] if quick else contenders, warm_up, progress)
             if not quick:
                 url = servers[_key(BEST_OF_N)].url
                 progress("scoring whole branches for DeepConf's threshold")

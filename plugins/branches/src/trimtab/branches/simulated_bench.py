@@ -36,8 +36,8 @@ STABLE_PER_S = 0.03
 TRACES = (50, 100, 250)
 """Beside the trace of all sides these show how the ratio grows."""
 QUICK_TRACES = (30,)
-OVERLOAD_QUESTIONS, QUICK_OVERLOAD_QUESTIONS = 200, 60
-STABLE_QUESTIONS, QUICK_STABLE_QUESTIONS = 200, 60
+OVERLOAD_QUESTIONS, QUICK_OVERLOAD_QUESTIONS = 200, 40
+STABLE_QUESTIONS, QUICK_STABLE_QUESTIONS = 200, 30
 SEEDS, QUICK_SEEDS = 3, 1
 OURS_WITH_REWARD_MODEL = Side("trimtab-reward-model", BRANCHES, {"pruning": "paper"})
 """What the plugin does by default where the signal is a reward model, as it is here."""

@@ -18,7 +18,7 @@ GROUPS, BRANCHES = 32, 8
 SETS = 3
 """Where an engine lies in memory makes up some of its time, so that there are several of each."""
 
-REPEATS, QUICK_REPEATS = 4, 2
+REPEATS, QUICK_REPEATS = 4, 1
 SCORE_EVERY = 400
 """Tokens between two scorings, the default; in as many timed steps each is scored once."""
 TURN = 20

@@ -39,7 +39,7 @@ AUROCS = (0.55, 0.65, 0.75, 0.85, 0.95)
 QUESTIONS, SEEDS = 200, 5
 SWEEP_QUESTIONS = 400
 """Over rewards of each quality it is a point or two that counts."""
-QUICK_QUESTIONS, QUICK_SEEDS = 20, 2
+QUICK_QUESTIONS, QUICK_SEEDS = 10, 1
 QUICK_RATES = ("stable", "overload")
 QUICK_AUROCS = (0.75,)
 _ANSWER_TOKENS = 100

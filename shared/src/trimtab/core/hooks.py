@@ -64,7 +64,16 @@ def trimtab_branch_scorers() -> Mapping[str, ScorerFactory]:
 
 @hookspec(firstresult=True)
 def trimtab_launch(config: BaseModel, launch: LaunchRequest) -> LaunchChange | None:
-    """Changes a training launch, from the plugin's options; only plugins about training have it."""
+    """Changes a training launch, from the plugin's options; for plugins about training."""
+
+
+@hookspec
+def trimtab_training_model(config: BaseModel, model: object, sequence_group: object) -> None:
+    """Changes a torch module in place, from the plugin's options, before DeepSpeed trains it.
+
+    ``sequence_group`` is the group of torch.distributed that shares each sequence (DeepSpeed's
+    Ulysses), None where no ranks do. What is wrong with the model is a `BadInput`.
+    """
 
 
 @hookspec
@@ -105,7 +114,12 @@ class Plugin:
     @property
     def trains(self) -> bool:
         """Whether the plugin is about training, and so may stand in a DeepSpeed configuration."""
-        return bool(self.manager.hook.trimtab_launch.get_hookimpls())
+        return bool(self.manager.hook.trimtab_launch.get_hookimpls()) or self.changes_models
+
+    @property
+    def changes_models(self) -> bool:
+        """Whether the plugin changes the model that a DeepSpeed job trains."""
+        return bool(self.manager.hook.trimtab_training_model.get_hookimpls())
 
     @property
     def hooks(self) -> list[str]:
@@ -131,6 +145,12 @@ class Plugin:
             config=self.configure(options), launch=request
         )
         return change
+
+    def change_model(self, options: object, model: object, sequence_group: object) -> None:
+        """Changes a model that is to be trained, for the plugin's block of options."""
+        self.manager.hook.trimtab_training_model(
+            config=self.configure(options), model=model, sequence_group=sequence_group
+        )
 
     def look_inside(self) -> None:
         """Lets the plugin look at the training job that this process is a rank of."""

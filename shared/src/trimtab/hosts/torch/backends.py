@@ -6,8 +6,8 @@ A plugin declares one by an entry point of `GROUP`: its name is the backend's na
 (entry point group ``torch.backends``; ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` prevents that), which is
 why this module imports nothing that may be missing, and no plugin before its backend is used.
 Where there are such backends, DeepSpeed's import is followed by
-`trimtab.hosts.deepspeed.backend_choice`; in a job with a plan, `trimtab.hosts.torch.first_step` is
-armed.
+`trimtab.hosts.deepspeed.backend_choice`, and always by `trimtab.hosts.deepspeed.model_change`; in a
+job with a plan, `trimtab.hosts.torch.first_step` is armed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ DEVICES = ["cpu", "cuda"]
 _DEEPSPEED = "deepspeed.comm.comm"
 """The module by which DeepSpeed initialises torch.distributed."""
 
+_ENGINE = "deepspeed.runtime.engine"
+"""The module of the engines that take models to train."""
+
 
 def register() -> None:
     """Registers the backends of all installed plugins; a failure is logged and never raised."""
@@ -42,7 +45,8 @@ def register() -> None:
         except Exception as error:
             _warn(f"the backend {entry_point.name!r} is not registered", error)
     if found:
-        after_import(_DEEPSPEED, _follow_deepspeed)
+        after_import(_DEEPSPEED, _choose_backend)
+    after_import(_ENGINE, _change_models)
     try:
         first_step.arm()
     except Exception as error:
@@ -70,13 +74,22 @@ def _creator(entry_point: EntryPoint) -> Callable[[Any, Any], Any]:
     return create
 
 
-def _follow_deepspeed() -> None:
+def _choose_backend() -> None:
     try:
         from trimtab.hosts.deepspeed import backend_choice
 
         backend_choice.install()
     except Exception as error:
         _warn("DeepSpeed will not choose a backend by its configuration", error)
+
+
+def _change_models() -> None:
+    try:
+        from trimtab.hosts.deepspeed import model_change
+
+        model_change.install()
+    except Exception as error:
+        _warn("DeepSpeed's models will not be changed by its configuration", error)
 
 
 def _warn(what: str, error: Exception) -> None:

@@ -1,8 +1,7 @@
-"""What a DeepSpeed configuration switches on, what is wrong in one, and sequences on two ranks."""
+"""What a DeepSpeed configuration switches on, what is wrong in one, and two ranks that train so."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,47 +9,72 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from trimtab.core.errors import BadInput
+from trimtab.core.hooks import plugin
 from trimtab.hosts.deepspeed.config import TrainingBlock, training_plugins
-from trimtab.sparse.in_deepspeed import configured, prepare
 from trimtab.sparse.native import NativeAttention
 
 pytestmark = pytest.mark.integration
 
 NATIVE = {"window": 8, "stride": 4, "block": 16, "top": 3, "recent": 1, "sliding": 24}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "vocab_size": 50,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def llama():
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 50, "num_hidden_layers": 1}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
 
 
-def test_the_block_switches_it_on_with_its_sizes():
+def test_the_block_switches_it_on_with_its_sizes_once():
     model = llama()
-    assert prepare(model, {"trimtab": {"sparse": {"native": NATIVE}}})
+    plugin("sparse").change_model({"native": NATIVE}, model, None)
     layer = model.model.layers[0].self_attn
     assert isinstance(layer, NativeAttention)
     assert (layer.shape.window, layer.shape.top, layer.shape.sliding) == (8, 3, 24)
+    plugin("sparse").change_model({}, model, None)
+    assert model.model.layers[0].self_attn is layer
 
 
-@pytest.mark.parametrize("config", [{}, {"trimtab": {}}, {"trimtab": {"gentree": {}}}])
-def test_without_the_block_the_model_is_left_alone(config):
+def test_a_model_may_be_part_of_another_module():
     model = llama()
-    assert not prepare(model, config)
-    assert not isinstance(model.model.layers[0].self_attn, NativeAttention)
+    plugin("sparse").change_model({"native": NATIVE}, torch.nn.ModuleDict({"policy": model}), None)
+    assert isinstance(model.model.layers[0].self_attn, NativeAttention)
+    assert not model.config.use_cache
+    assert model(torch.arange(40)[None]).logits.isfinite().all()
 
 
-def test_the_configuration_of_the_arguments_is_found(tmp_path, monkeypatch):
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"trimtab": {"sparse": {"native": NATIVE}}}))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--deepspeed_config", str(path)])
-    found = configured()
-    assert found is not None
-    assert found.native.block == 16
-    assert configured(path) == found
+class Bare(torch.nn.Module):
+    """Has the projections of an attention layer, and no transformers model around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = llama().model.layers[0].self_attn
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: torch.nn.Linear(2, 2), "Linear has no attention layer with q_proj, k_proj"),
+        (Bare, "Bare holds no model of transformers"),
+        (lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)), "Attention has k_norm, q_norm beside"),
+    ],
+)
+def test_models_of_another_kind_are_named_beside_the_supported_ones(make, what):
+    model = make()
+    before = [id(module) for module in model.modules()]
+    with pytest.raises(BadInput, match=what) as caught:
+        plugin("sparse").change_model({"native": NATIVE}, model, None)
+    assert "with the attention of Llama, Mistral or Qwen2" in str(caught.value)
+    assert [id(module) for module in model.modules()] == before
 
 
 @pytest.mark.parametrize(
@@ -62,24 +86,38 @@ def test_the_configuration_of_the_arguments_is_found(tmp_path, monkeypatch):
     ],
 )
 def test_wrong_options_are_named_with_their_place(native, what):
-    config = {"trimtab": {"sparse": {"native": native}}}
     with pytest.raises(BadInput, match=what) as caught:
-        configured(config)
-    assert "DeepSpeed configuration, trimtab.sparse" in str(caught.value)
-    with pytest.raises(BadInput, match=what):
-        training_plugins(TrainingBlock(config["trimtab"], "ds.json"))
+        training_plugins(TrainingBlock({"sparse": {"native": native}}, "ds.json"))
+    assert "ds.json, trimtab.sparse" in str(caught.value)
 
 
 def test_a_launch_takes_the_block():
-    ((plugin, _),) = training_plugins(TrainingBlock({"sparse": {}}, "ds.json"))
-    assert plugin.name == "sparse"
-    assert plugin.trains
+    ((found, _),) = training_plugins(TrainingBlock({"sparse": {}}, "ds.json"))
+    assert found.name == "sparse"
+    assert found.trains
 
 
-def test_ranks_that_share_sequences_are_as_one_alone():
+def test_two_ranks_are_as_one_alone(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = Path(__file__).with_name("ulysses_rank.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, *torchrun, str(script)], env=environment, check=True, timeout=240
+    script = Path(__file__).with_name("native_rank.py")
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(script), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=240,
     )
+    runs = {}
+    for line in done.stdout.splitlines():
+        name, colon, figures = line.rpartition(": ")
+        if colon and name.startswith("losses, "):
+            layers, *losses = figures.split()
+            runs[name.removeprefix("losses, ")] = int(layers), [float(one) for one in losses]
+    _, alone = runs.pop("alone")
+    assert alone[-1] < 0.98 * alone[0]
+    shared = {"ZeRO 2, shared", "ZeRO 3, shared"}
+    assert set(runs) == {"ZeRO 0", "ZeRO 2", "ZeRO 3", "zero.Init"} | shared
+    for layers, losses in runs.values():
+        assert layers == 2
+        assert losses == pytest.approx(alone, rel=2e-6)

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.core.errors import BadInput
+from trimtab.hosts.deepspeed.partitioned import whole
 from trimtab.kernels.sparse import SparseShape
 from trimtab.sparse.config import NativeConfig
 from trimtab.sparse.nsa import NSAAttention, Rotation
 
 NAME = "trimtab_native_sparse"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_SUPPORTED = "give a transformers model with the attention of Llama, Mistral or Qwen2"
 
 
 def shape_of(config: NativeConfig) -> SparseShape:
@@ -56,8 +58,9 @@ class NativeAttention(NSAAttention):
         self.to(q.weight)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = q, k, v, o
         if self.other_kv is not None:
-            for name, projection in self.other_kv.items():
-                projection.load_state_dict((k if "_k_" in name else v).state_dict())
+            with whole([*k.parameters(), *v.parameters()]):
+                for name, projection in self.other_kv.items():
+                    projection.load_state_dict((k if "_k_" in name else v).state_dict())
         self.layer_idx = layer.layer_idx
 
     def forward(  # type: ignore[override]
@@ -138,7 +141,8 @@ def use_native_attention(
     layers are four projections and rotary positions: Llama's, Mistral's and Qwen2's kind.
 
     Args:
-        model: of transformers, with its usual weights.
+        model: of transformers, with its usual weights; it may be part of another module, and its
+            weights spread over ranks by ``deepspeed.zero.Init``.
         config: sizes and choices.
         sequence_group: of torch.distributed: ranks that each give their part of every sequence, in
             the order of ranks and with its ``position_ids`` (DeepSpeed-Ulysses).
@@ -159,17 +163,21 @@ def use_native_attention(
     if not layers:
         raise BadInput(
             f"{type(model).__name__} has no attention layer with {', '.join(_PROJECTIONS)}",
-            fix="give a model of Llama's kind, or build one with trimtab.sparse.nsa.NSAAttention",
+            fix=f"{_SUPPORTED}, or build one with trimtab.sparse.nsa.NSAAttention",
         )
     for _, name, layer in layers:
         _check(name, layer)
+    models = [module for module in model.modules() if hasattr(module, "set_attn_implementation")]
+    if not models:
+        raise BadInput(f"{type(model).__name__} holds no model of transformers", fix=_SUPPORTED)
     known = {id(parameter) for parameter in model.parameters()}
     for parent, name, layer in layers:
         ours = NativeAttention(layer, config)
         if sequence_group is not None:
             ours.share_sequences(sequence_group)
         setattr(parent, name, ours)
-    _leave_masks_alone(model)
+    for one in models:
+        _leave_masks_alone(one)
     return [parameter for parameter in model.parameters() if id(parameter) not in known]
 
 
@@ -189,7 +197,7 @@ def _check(name: str, layer: nn.Module) -> None:
             raise BadInput(
                 f"{kind} {fault}, which native sparse attention has not",
                 where=name,
-                fix="give a model of Llama's kind without it",
+                fix=f"{_SUPPORTED}, without it",
             )
 
 

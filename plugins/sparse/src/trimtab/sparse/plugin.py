@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trimtab.core.hooks import PluginInfo, hookimpl
 from trimtab.sparse.config import SparseConfig
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from trimtab.core.benchmark import Benchmark, Case, Options, Progress
-    from trimtab.core.launch import LaunchChange, LaunchRequest
 
 
 @hookimpl
@@ -20,16 +19,19 @@ def trimtab_info() -> PluginInfo:
     return PluginInfo(
         summary="fills in long prompts, and trains, by attending to the blocks that matter",
         enable='--additional-config \'{"trimtab": {"sparse": {}}}\', or the same block in the'
-        " DeepSpeed configuration and trimtab.sparse.in_deepspeed.prepare(model)",
+        " DeepSpeed configuration",
         config=SparseConfig,
     )
 
 
 @hookimpl
-def trimtab_launch(config: SparseConfig, launch: LaunchRequest) -> LaunchChange | None:
-    """Changes nothing of a launch: its options are checked, and the job reads them itself."""
-    del config, launch
-    return None
+def trimtab_training_model(config: SparseConfig, model: Any, sequence_group: Any) -> None:
+    """Gives the model native sparse attention, unless the script did so itself."""
+    from trimtab.sparse.native import use_native_attention
+    from trimtab.sparse.nsa import NSAAttention
+
+    if not any(isinstance(layer, NSAAttention) for layer in model.modules()):
+        use_native_attention(model, config.native, sequence_group)
 
 
 @hookimpl

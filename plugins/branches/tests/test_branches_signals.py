@@ -44,7 +44,7 @@ series = st.lists(st.lists(st.floats(-20, 0, width=32), max_size=12), min_size=1
 
 @given(series)
 def test_the_last_window_of_every_branch(values: list[list[float]]) -> None:
-    signal = tokens.LastWindow(tokens.sampled, tokens.probability_of, top_logprobs=0, window=WINDOW)
+    signal = tokens.LastWindow(tokens.PROBABILITY, WINDOW)
     feed(signal, values)
     for slot, own in enumerate(values):
         score = signal.score(slot, call(slot))
@@ -57,9 +57,7 @@ def test_the_last_window_of_every_branch(values: list[list[float]]) -> None:
 
 @given(series)
 def test_the_worst_window_of_every_branch(values: list[list[float]]) -> None:
-    signal = tokens.LowestWindow(
-        tokens.sampled, tokens.probability_of, top_logprobs=0, window=WINDOW
-    )
+    signal = tokens.LowestWindow(tokens.PROBABILITY, WINDOW)
     feed(signal, values)
     for slot, own in enumerate(values):
         whole = [np.mean(own[n : n + WINDOW]) for n in range(len(own) - WINDOW + 1)]
@@ -71,9 +69,7 @@ def test_the_worst_window_of_every_branch(values: list[list[float]]) -> None:
 
 
 def test_a_slot_that_is_used_again_starts_anew() -> None:
-    signal = tokens.LowestWindow(
-        tokens.sampled, tokens.probability_of, top_logprobs=0, window=WINDOW
-    )
+    signal = tokens.LowestWindow(tokens.PROBABILITY, WINDOW)
     feed(signal, [[-9.0] * 8])
     signal.start(0, call())
     assert signal.score(0, call()) is None
@@ -98,9 +94,9 @@ def test_more_columns_than_asked_for_change_nothing() -> None:
 @pytest.mark.parametrize(
     "signal",
     [
-        tokens.LowestWindow(tokens.confidence, tokens.share_of, top_logprobs=20, window=WINDOW),
-        tokens.LastWindow(tokens.confidence, tokens.share_of, top_logprobs=20, window=WINDOW),
-        tokens.LastWindow(tokens.certainty, tokens.clipped, top_logprobs=20, window=WINDOW),
+        tokens.LowestWindow(tokens.CONFIDENCE, WINDOW),
+        tokens.LastWindow(tokens.CONFIDENCE, WINDOW),
+        tokens.LastWindow(tokens.ENTROPY, WINDOW),
     ],
     ids=["lowest_confidence", "confidence", "entropy"],
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from statistics import median
@@ -115,6 +117,20 @@ class Benchmark:
     name: str
     summary: str
     run: Callable[[Options, Progress], list[Case]]
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """For timings: without the garbage collector, whose turn is nobody's fault.
+
+    Engines freeze their heap when they have started.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def report(benchmark: Benchmark, options: Options, progress: Progress) -> Report:

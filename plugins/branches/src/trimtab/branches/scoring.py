@@ -19,18 +19,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_PROBABILITY = (tokens.sampled, tokens.probability_of)
-_CONFIDENCE = (tokens.confidence, tokens.share_of)
 _TOKEN_SIGNALS: Mapping[str, Callable[..., BranchScorer]] = {
-    "probability": partial(tokens.LastWindow, *_PROBABILITY, top_logprobs=0),
-    "lowest_probability": partial(tokens.LowestWindow, *_PROBABILITY, top_logprobs=0),
-    "confidence": partial(tokens.LastWindow, *_CONFIDENCE, top_logprobs=tokens.TOP_LOGPROBS),
-    "lowest_confidence": partial(
-        tokens.LowestWindow, *_CONFIDENCE, top_logprobs=tokens.TOP_LOGPROBS
-    ),
-    "entropy": partial(
-        tokens.LastWindow, tokens.certainty, tokens.clipped, top_logprobs=tokens.TOP_LOGPROBS
-    ),
+    "probability": partial(tokens.LastWindow, tokens.PROBABILITY),
+    "lowest_probability": partial(tokens.LowestWindow, tokens.PROBABILITY),
+    "confidence": partial(tokens.LastWindow, tokens.CONFIDENCE),
+    "lowest_confidence": partial(tokens.LowestWindow, tokens.CONFIDENCE),
+    "entropy": partial(tokens.LastWindow, tokens.ENTROPY),
 }
 
 

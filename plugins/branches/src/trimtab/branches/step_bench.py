@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trimtab.core.benchmark import Case, Options, Progress
+from trimtab.core.benchmark import Case, Options, Progress, without_collector
 from trimtab.hosts.vllm.dry_engine import DryEngine
 from trimtab.hosts.vllm.scheduler import Scheduler
 
@@ -42,7 +40,7 @@ def cases(options: Options, progress: Progress) -> list[Case]:
         progress(f"stepping with {GROUPS * BRANCHES} running branches", number / sets)
         turned = [*kinds[number:], *kinds[:number]]
         engines = {name: _loaded(plugins, said, table) for name, plugins, said in turned}
-        with _without_collector():
+        with without_collector():
             for _ in range(repeats):
                 for name, turns in _turns(engines).items():
                     times[name].append(turns)
@@ -77,17 +75,6 @@ def _fastest_s(runs: Sequence[Sequence[float]]) -> float:
     """Of a step: whatever else the machine does only ever adds to a time."""
     fastest: list[float] = [min(turns) for turns in zip(*runs, strict=True)]
     return sum(fastest) / SCORE_EVERY
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """The engine freezes its heap when it has started."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _loaded(

@@ -6,15 +6,12 @@ admitted and end, and their stages take other times than expected), without the 
 
 from __future__ import annotations
 
-import gc
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.core.benchmark import Case, Options, Progress
+from trimtab.core.benchmark import Case, Options, Progress, without_collector
 from trimtab.core.policy import Call, FieldValue, Outcome
 from trimtab.core.policy_stack import PolicyStack
 from trimtab.urgency.config import Order, UrgencyConfig
@@ -98,7 +95,7 @@ class _Drive:
 
     def steps_s(self, count: int) -> list[float]:
         """CPU seconds in which each step finds who is next."""
-        with _no_collection():
+        with without_collector():
             self._fill()
             return [self._step_s() for _ in range(_SETTLED + count)][_SETTLED:]
 
@@ -148,14 +145,3 @@ class _Drive:
         request.call.output_tokens = 10
         del self._requests[request.call]
         self._stack.on_finish(request.call, Outcome.COMPLETED, self._now_s)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without the garbage collector, whose turn is nobody's fault."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

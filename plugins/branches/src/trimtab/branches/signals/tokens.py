@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -68,27 +69,37 @@ def clipped(mean: float) -> float:
     return min(max(mean, 0.0), 1.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What is made of a token's logprobs.
+
+    Attributes:
+        value: of each row of logprobs.
+        scaled: makes a score in [0, 1] of a mean.
+        top_logprobs: how many of the largest logprobs ``value`` reads.
+    """
+
+    value: Callable[[NDArray[np.float32]], Values]
+    scaled: Callable[[float], float]
+    top_logprobs: int
+
+
+PROBABILITY = Reading(sampled, probability_of, 0)
+CONFIDENCE = Reading(confidence, share_of, TOP_LOGPROBS)
+ENTROPY = Reading(certainty, clipped, TOP_LOGPROBS)
+
+
 class TokenSignal(BranchScorer):
     """The mean of a value of each token, over a window of a branch's tokens.
 
     Args:
-        value: of each row of logprobs.
-        scaled: makes a score in [0, 1] of a mean.
-        top_logprobs: how many of the largest logprobs ``value`` reads.
+        reading: the value.
         window: tokens that a mean is over.
     """
 
-    def __init__(
-        self,
-        value: Callable[[NDArray[np.float32]], Values],
-        scaled: Callable[[float], float],
-        *,
-        top_logprobs: int,
-        window: int,
-    ) -> None:
-        self.top_logprobs = top_logprobs
-        self._value = value
-        self._scaled = scaled
+    def __init__(self, reading: Reading, window: int) -> None:
+        self.top_logprobs = reading.top_logprobs
+        self._value, self._scaled = reading.value, reading.scaled
         self._window = window
 
     def score(self, slot: int, call: Call) -> float | None:
@@ -110,15 +121,8 @@ class LastWindow(TokenSignal):
     for two windows' steps: a branch that stood still for longer begins anew.
     """
 
-    def __init__(
-        self,
-        value: Callable[[NDArray[np.float32]], Values],
-        scaled: Callable[[float], float],
-        *,
-        top_logprobs: int,
-        window: int,
-    ) -> None:
-        super().__init__(value, scaled, top_logprobs=top_logprobs, window=window)
+    def __init__(self, reading: Reading, window: int) -> None:
+        super().__init__(reading, window)
         self._values = np.full((2 * window, _FIRST_SLOTS), np.nan, dtype=np.float32)
         self._place = 0
 
@@ -147,15 +151,8 @@ class LastWindow(TokenSignal):
 class LowestWindow(TokenSignal):
     """The mean over the worst window so far."""
 
-    def __init__(
-        self,
-        value: Callable[[NDArray[np.float32]], Values],
-        scaled: Callable[[float], float],
-        *,
-        top_logprobs: int,
-        window: int,
-    ) -> None:
-        super().__init__(value, scaled, top_logprobs=top_logprobs, window=window)
+    def __init__(self, reading: Reading, window: int) -> None:
+        super().__init__(reading, window)
         self._recent = np.zeros((_FIRST_SLOTS, window))
         self._total = np.zeros(_FIRST_SLOTS)
         self._seen = np.zeros(_FIRST_SLOTS, dtype=np.intp)

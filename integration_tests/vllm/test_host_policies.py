@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import random
+import weakref
 
 import pytest
 from hypothesis import given, settings
@@ -190,6 +192,25 @@ def test_a_call_ended_by_a_policy_frees_its_blocks_and_tells_the_client(engine_w
     assert engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
     assert policy.finished == [("long", Outcome.ENDED_BY_POLICY)]
     assert not engine.scheduler.has_unfinished_requests()
+
+
+def test_a_call_that_is_over_keeps_its_count_and_not_vllms_request(engine_with):
+    class Keeper(Recorder):
+        def on_arrival(self, call, now_s):
+            self.arrived.append(call)
+
+        def on_step(self, progressed, now_s):
+            return ()
+
+    policy = Keeper()
+    engine = engine_with(policy)
+    gone = weakref.ref(engine.add("one", [5] * 10, 7))
+    admissions(engine)
+    engine.drain()
+    del engine
+    gc.collect()
+    assert gone() is None
+    assert policy.arrived[0].output_tokens == 7
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,3 +44,18 @@ def test_a_call_is_due_in_the_step_in_which_it_has_come_so_far(
         for call in due:
             del wanted[call]
             next_goal(call)
+
+
+def test_a_call_that_has_left_is_kept_nowhere() -> None:
+    class Named(Call):
+        """A call that can be watched as it goes."""
+
+    looks = Looks()
+    call = Named("a", 0.0, 1, 100)
+    gone = weakref.ref(call)
+    looks.expect(call, 10_000_000)
+    looks.forget(call)
+    looks.forget(call)
+    del call
+    gc.collect()
+    assert gone() is None

@@ -82,6 +82,28 @@ def test_all_must_admit_and_any_may_end():
     assert stack.on_step([one], 0.0) == [one]
 
 
+def test_the_policy_that_looks_first_is_heeded_and_a_wrong_answer_leaves_its_policy_out(caplog):
+    class Watcher(ServingPolicy):
+        def __init__(self, tokens):
+            super().__init__()
+            self.tokens = tokens
+
+        def on_step(self, progressed, now_s):
+            return []
+
+        def watches(self, call):
+            return self.tokens
+
+    stack = PolicyStack([(str(n), Watcher(n)) for n in (9, None, 4)])
+    assert stack.watches(call()) == 4
+    assert PolicyStack([("never", Watcher(None))]).watches(call()) is None
+    for wrong in ("7", True, 2.5):
+        stack = PolicyStack([("good", Watcher(5)), ("bad", Watcher(wrong))])
+        assert stack.watches(call()) == 5
+        assert stack.names == ["good"]
+        assert f"its watches {wrong!r} is no number of tokens" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("kind", "value", "ok"),
     [

@@ -391,6 +391,15 @@ def test_a_better_finished_branch_asks_more_of_the_others(
     assert lower <= higher
 
 
+def test_of_one_branch_the_first_score_at_each_length_counts() -> None:
+    group = BranchGroup(Rules(2, 2, 10, 2), LikeWithLike(History(), None))
+    group.add(0)
+    told = [(100, 0.1), (120, 0.2), (130, 0.3), (125, 0.4), (140, math.nan), (255, 0.5), (256, 0.6)]
+    firsts = [group.score(0, score, tokens) for tokens, score in told]
+    assert firsts == [True, False, True, False, False, False, True]
+    assert group.branches[0].trail == {length_class(100): 0.1, length_class(130): 0.3}
+
+
 def test_a_branch_is_compared_with_those_that_were_as_far() -> None:
     history = remembered(0.9)
     for n in range(256):

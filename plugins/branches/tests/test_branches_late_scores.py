@@ -336,6 +336,17 @@ def test_a_late_score_of_the_first_raises_the_bar_and_one_of_the_second_does_not
         assert scored(group, 2, [0.8, 0.95]) == pruned
 
 
+def test_in_safe_mode_a_late_score_holds_the_others_to_it_at_once() -> None:
+    group = BranchGroup(Rules(3, 3, 10, 3), bars(paper=False))
+    for index, score in enumerate((0.5, 0.55, 0.45)):
+        group.add(index)
+        group.score(index, score, 10)
+    group.finish(0, Fate.FINISHED)
+    assert group.decide() == []
+    group.score_late(0, 0.99)
+    assert {branch.index for branch in group.decide()} == {1, 2}
+
+
 def ended(*notes: Note | None) -> list[Ended]:
     return [
         Ended({"finish_reason": "stop", "stop_reason": note.to_text() if note else None})

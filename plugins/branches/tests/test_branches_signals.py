@@ -55,6 +55,28 @@ def test_the_last_window_of_every_branch(values: list[list[float]]) -> None:
             assert score == pytest.approx(np.exp(np.mean(kept)), rel=1e-4, abs=1e-9)
 
 
+def test_a_branch_that_gets_fewer_tokens_a_step_than_others_keeps_its_window() -> None:
+    signal = tokens.LastWindow(tokens.PROBABILITY, WINDOW)
+    slow, fast = call(0), call(1)
+    for slot in (0, 1):
+        signal.start(slot, fast)
+    own = [-n / 7 for n in range(40 * WINDOW)]
+    for step, value in enumerate(own):
+        signal.observe(np.array([0, 1]), table([[value, *([-1.0] * 20)]] * 2))
+        for _ in range(4):
+            signal.observe(np.array([1]), table([[-0.5, *([-1.0] * 20)]]))
+        slow.output_tokens = step + 1
+        score = signal.score(0, slow)
+        if step > 8 * WINDOW:
+            assert score == pytest.approx(np.exp(np.mean(own[: step + 1][-WINDOW:])), rel=1e-4)
+
+
+def test_top_logprobs_beyond_those_that_are_read_change_nothing() -> None:
+    row = [-0.1, -0.1, *([-2.0] * 19)]
+    with np.errstate(all="raise"):
+        assert tokens.confidence(table([[*row, -np.inf]])) == tokens.confidence(table([row]))
+
+
 @given(series)
 def test_the_worst_window_of_every_branch(values: list[list[float]]) -> None:
     signal = tokens.LowestWindow(tokens.PROBABILITY, WINDOW)

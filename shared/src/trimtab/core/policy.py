@@ -53,7 +53,7 @@ class Call:
         priority: the request's own integer priority; smaller is served first.
         request_id: the client's request; the calls that it was fanned out to (``n`` > 1) share it.
         branch: which of these calls this one is, from 0.
-        output_tokens: tokens generated so far.
+        output_tokens: tokens generated so far; of a session, in its present turn.
         admitted_s: when the call first got a place in the running batch; None while it waits.
         note: what a policy tells the client's side with the call's last output; the host passes it
             on as the ``stop_reason`` where it is set by the end of `ServingPolicy.on_finish`.

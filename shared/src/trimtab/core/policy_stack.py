@@ -132,10 +132,14 @@ class PolicyStack:
 
     def watches(self, call: Call) -> int | None:
         """The fewest tokens that some policy waits for a call to have generated; None for none."""
-        wanted: list[int | None] = [
-            self._ask(entry, "watches", call, otherwise=None) for entry in tuple(self._stepping)
-        ]
-        return min((tokens for tokens in wanted if tokens is not None), default=None)
+        wanted: list[int] = []
+        for entry in tuple(self._stepping):
+            tokens: Any = self._ask(entry, "watches", call, otherwise=None)
+            if isinstance(tokens, int) and not isinstance(tokens, bool):
+                wanted.append(tokens)
+            elif tokens is not None:
+                self._leave_out(entry, f"its watches {tokens!r} is no number of tokens")
+        return min(wanted, default=None)
 
     def wants_logprobs(self, call: Call) -> int | None:
         """The most logprobs of a call's tokens that some policy needs; None for none at all."""

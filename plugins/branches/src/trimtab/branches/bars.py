@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _REMEMBERED = 256
 _ENOUGH = 16
 
-WORTH_WAITING = 0.16
+WORTH_WAITING = 0.18
 """By how much a live branch must be expected to raise the best final score, to go on.
 
 In standard deviations of final scores, for a present score that tells nothing of them; the more it

@@ -68,7 +68,7 @@ class Branch:
     score: float | None = None
     score_at: int = 0
     trail: dict[int, float] = field(default_factory=dict)
-    """While it lived, its last score at each length; see `length_class`."""
+    """While it lived, its first score at each length; see `length_class`."""
     fate: Fate | None = None
     phase: int = 1
 
@@ -147,20 +147,27 @@ class BranchGroup:
         branch.tokens = tokens
         return tokens // self.rules.score_every > branch.scored
 
-    def score(self, index: int, value: float | None, at_tokens: int) -> None:
+    def score(self, index: int, value: float | None, at_tokens: int) -> bool:
         """A branch's score when it had so many tokens; None: nothing is known of it.
 
         An answer that is older than the last one, or for a branch that has ended, changes nothing.
+
+        Returns:
+            Whether it is the branch's first score at about this length, see `length_class`.
         """
         branch = self.branches.get(index)
         if branch is None or branch.fate is not None or at_tokens < branch.score_at:
-            return
+            return False
         branch.scored = max(branch.scored, at_tokens // self.rules.score_every)
-        if value is not None and math.isfinite(value):
-            if branch.score is not None:
-                branch.trail[length_class(branch.score_at)] = branch.score
-            branch.score, branch.score_at = value, at_tokens
-            self._to_judge.add(index)
+        if value is None or not math.isfinite(value):
+            return False
+        before = None
+        if branch.score is not None:
+            before = length_class(branch.score_at)
+            branch.trail.setdefault(before, branch.score)
+        branch.score, branch.score_at = value, at_tokens
+        self._to_judge.add(index)
+        return length_class(at_tokens) != before
 
     def score_late(self, index: int, value: float) -> None:
         """The score of all of a branch's text, which may have ended meanwhile.
@@ -172,7 +179,8 @@ class BranchGroup:
             self.score(index, value, branch.tokens)
         elif math.isfinite(value):
             branch.score, branch.score_at = value, branch.tokens
-            self._find_best()
+            if branch.fate is Fate.FINISHED:
+                self._weigh_best()
 
     def finish(self, index: int, fate: Fate) -> None:
         """A branch has come to an end that the group did not ask for."""
@@ -185,9 +193,7 @@ class BranchGroup:
         if fate is not Fate.FINISHED:
             return
         self._done += 1
-        self._find_best()
-        if self._bars.at_once:
-            self._to_judge.update(b.index for b in self.living() if b.score is not None)
+        self._weigh_best()
 
     def decide(self, enough: int | None = None, *, certain: bool = False) -> list[Branch]:
         """The branches to end now; they count as ended from here on.
@@ -257,6 +263,9 @@ class BranchGroup:
     def _can_spare_one(self) -> bool:
         return self._live + self._done > self._bars.survivors(self.best)
 
-    def _find_best(self) -> None:
+    def _weigh_best(self) -> None:
+        """A finished branch has a score: the best may be another, and the others be held to it."""
         finished = (b.score for b in self.branches.values() if b.fate is Fate.FINISHED)
         self.best = max((score for score in finished if score is not None), default=None)
+        if self._bars.at_once:
+            self._to_judge.update(b.index for b in self.living() if b.score is not None)

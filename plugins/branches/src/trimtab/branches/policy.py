@@ -355,10 +355,12 @@ class BranchesPolicy(ServingPolicy):
         if slot is None or asked is None:
             return
         score = self._score.score(slot, call)
-        asked.group.score(call.branch, score, at_tokens)
-        if score is not None:
+        first = asked.group.score(call.branch, score, at_tokens)
+        if score is None or not math.isfinite(score):
+            return
+        if first:  # one branch's scores are alike, and those to compare with are to be of many
             self._history(asked).at(at_tokens).add(score)
-            self._touched[asked] = None
+        self._touched[asked] = None
 
     def _take_last_score(self, call: Call) -> None:
         """What was awaited of a branch that has finished."""

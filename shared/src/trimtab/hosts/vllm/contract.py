@@ -83,7 +83,13 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.output:NewRequestData": ("req_id", "sampling_params"),
-    "vllm.v1.engine:EngineCoreOutput": ("stop_reason",),
+    "vllm.v1.engine:EngineCoreOutput": (
+        "finish_reason",
+        "new_token_ids",
+        "request_id",
+        "stop_reason",
+    ),
+    "vllm.v1.engine:EngineCoreOutputs": ("outputs",),
     "vllm.v1.outputs:LogprobsLists": ("logprobs", "cu_num_generated_tokens"),
     "vllm.v1.outputs:ModelRunnerOutput": (
         "logprobs",

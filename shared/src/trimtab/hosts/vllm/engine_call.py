@@ -20,7 +20,7 @@ class EngineCall(Call):
         arrival_s: see `Call`, as the rest.
     """
 
-    __slots__ = ("_request",)
+    __slots__ = ("_request", "_tokens")
 
     def __init__(
         self,
@@ -30,7 +30,8 @@ class EngineCall(Call):
         request_id: str,
         branch: int,
     ) -> None:
-        self._request = request
+        self._request: Request | None = request
+        self._tokens = 0
         super().__init__(
             call_id=request.request_id,
             arrival_s=arrival_s,
@@ -45,9 +46,12 @@ class EngineCall(Call):
     @property
     def output_tokens(self) -> int:
         """Tokens generated so far."""
-        count: int = self._request.num_output_tokens
-        return count
+        return self._tokens if self._request is None else self._request.num_output_tokens
 
     @output_tokens.setter
     def output_tokens(self, count: int) -> None:
         """The engine's own count stays."""
+
+    def leave(self) -> None:
+        """The call is over: its count stays, and nobody who keeps it keeps vLLM's request."""
+        self._tokens, self._request = self.output_tokens, None

@@ -17,34 +17,33 @@ class Looks:
     def __init__(self, most_tokens: int = 1) -> None:
         self._most_tokens = most_tokens
         self._step = 0
-        self._wanted: dict[Call, int] = {}
-        self._calendar: defaultdict[int, list[Call]] = defaultdict(list)
+        self._wanted: dict[Call, tuple[int, int]] = {}
+        """Of each call the tokens that are waited for, and the step in which it is looked at."""
+        self._calendar: defaultdict[int, dict[Call, None]] = defaultdict(dict)
 
     def expect(self, call: Call, tokens: int) -> None:
         """Waits for a call to have generated so many tokens; one that is waited for is not yet."""
-        self._wanted[call] = tokens
-        self._enter(call, tokens)
+        steps = -(-(tokens - call.output_tokens) // self._most_tokens)
+        step = self._step + max(1, steps)
+        self._wanted[call] = tokens, step
+        self._calendar[step][call] = None
 
     def forget(self, call: Call) -> None:
         """Waits for a call no more."""
-        self._wanted.pop(call, None)
+        if call in self._wanted:
+            _, step = self._wanted.pop(call)
+            del self._calendar[step][call]
+            if not self._calendar[step]:
+                del self._calendar[step]
 
     def due(self) -> list[Call]:
         """A step has been taken: the calls that have come so far, each waited for no more."""
         self._step += 1
         found = []
         for call in self._calendar.pop(self._step, ()):
-            tokens = self._wanted.get(call)
-            if tokens is None:
-                continue
-            if call.output_tokens < tokens:
-                self._enter(call, tokens)
-                continue
-            del self._wanted[call]
-            found.append(call)
+            tokens, _ = self._wanted.pop(call)
+            if call.output_tokens >= tokens:
+                found.append(call)
+            else:
+                self.expect(call, tokens)
         return found
-
-    def _enter(self, call: Call, tokens: int) -> None:
-        """Looks again at the first step in which the call can have come so far."""
-        steps = -(-(tokens - call.output_tokens) // self._most_tokens)
-        self._calendar[self._step + max(1, steps)].append(call)

@@ -68,7 +68,7 @@ class Scheduler(AsyncScheduler):
         super().__init__(*args, **kwargs)
         versions.require("vllm")
         self._stack = PolicyStack(options.policies(self.vllm_config.additional_config))
-        self._calls: dict[str, Call] = {}
+        self._calls: dict[str, EngineCall] = {}
         self._looks = Looks(1 + self.num_spec_tokens)
         self._readers: dict[str, Call] = {}
         self._top_logprobs: dict[str, int] = {}
@@ -88,6 +88,8 @@ class Scheduler(AsyncScheduler):
         if self._stack and request.request_id not in self.requests:
             self._register(request)
         super().add_request(request)
+        if request.request_id in self._calls:
+            self._watch(self._calls[request.request_id])
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         if not self._calls:
@@ -136,7 +138,6 @@ class Scheduler(AsyncScheduler):
         self._calls[request.request_id] = call
         self._view.requests[call] = request
         self._stack.on_arrival(call, now_s)
-        self._watch(call)
         if self._stack.reads_logprobs:
             wanted = self._stack.wants_logprobs(call)
             if wanted is not None:
@@ -147,6 +148,7 @@ class Scheduler(AsyncScheduler):
     def _watch(self, call: Call) -> None:
         """Has policies told of a call when it has come as far as one of them asks."""
         if self._stack.steps:
+            self._looks.forget(call)
             tokens = self._stack.watches(call)
             if tokens is not None:
                 self._looks.expect(call, tokens)
@@ -160,6 +162,7 @@ class Scheduler(AsyncScheduler):
                 del self._top_logprobs[request_id]
                 self._token_logprobs.forget()
             del self._view.requests[call]
+            call.leave()
 
     def _key_of(self, request: Request) -> StackKey:
         call = self._calls.get(request.request_id)

@@ -48,9 +48,10 @@ class TokenLogprobs:
         if table is None:
             return
         batch = output.req_ids
-        if sum(len(client.outputs) for client in outputs.values()) < len(batch):
-            told = {one.request_id for client in outputs.values() for one in client.outputs}
-            self._find_rows([one if one in told else "" for one in batch])
+        told = sum(len(client.outputs) for client in outputs.values())
+        if told != len(batch) or not all(output.sampled_token_ids):
+            got = {o.request_id for c in outputs.values() for o in c.outputs if o.new_token_ids}
+            self._find_rows([one if one in got else "" for one in batch])
         elif batch != self._batch:
             self._find_rows(list(batch))
         if not self._calls:

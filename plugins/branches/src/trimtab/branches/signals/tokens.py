@@ -18,6 +18,8 @@ TOP_LOGPROBS = 20
 
 _CONFIDENCE_SCALE = 10.0
 _FIRST_SLOTS = 64
+_MOST = 16
+"""Windows that are kept at most."""
 
 Values = NDArray[np.floating]
 
@@ -30,6 +32,8 @@ def sampled(logprobs: NDArray[np.float32]) -> Values:
 
 def confidence(logprobs: NDArray[np.float32]) -> Values:
     """Minus the mean of the largest logprobs: the more peaked a distribution, the larger."""
+    if logprobs.shape[1] > 1 + TOP_LOGPROBS:
+        logprobs = logprobs[:, : 1 + TOP_LOGPROBS]
     values: Values = logprobs @ _minus_mean(logprobs.shape[1])
     return values
 
@@ -37,9 +41,8 @@ def confidence(logprobs: NDArray[np.float32]) -> Values:
 @cache
 def _minus_mean(columns: int) -> NDArray[np.float32]:
     """What makes that mean of whole rows: a product with a part of each would copy it first."""
-    count = min(TOP_LOGPROBS, columns - 1)
-    weights = np.zeros(columns, dtype=np.float32)
-    weights[1 : 1 + count] = -1.0 / count
+    weights = np.full(columns, -1.0 / (columns - 1), dtype=np.float32)
+    weights[0] = 0.0
     return weights
 
 
@@ -117,8 +120,9 @@ class TokenSignal(BranchScorer):
 class LastWindow(TokenSignal):
     """The mean over a branch's last tokens.
 
-    A step's values lie side by side, so that taking them in touches little memory. They are kept
-    for two windows' steps: a branch that stood still for longer begins anew.
+    The values of one `observe` lie side by side, so that taking them in touches little memory. They
+    are kept for two windows, and for up to sixteen where branches take turns (several tokens a step
+    for some, preemption); a branch that stood still for longer begins anew.
     """
 
     def __init__(self, reading: Reading, window: int) -> None:
@@ -141,11 +145,26 @@ class LastWindow(TokenSignal):
         row[slots] = self._value(logprobs)
         self._place = (self._place + 1) % len(self._values)
 
+    def score(self, slot: int, call: Call) -> float | None:
+        """The score of the window; a text shorter than one is a window of its own."""
+        seen = int(np.isfinite(self._values[:, slot]).sum())
+        if (
+            seen < min(self._window, call.output_tokens)
+            and len(self._values) < _MOST * self._window
+        ):
+            self._keep_more()
+        return super().score(slot, call)
+
     def _mean(self, slot: int) -> float | None:
         values = np.roll(self._values[:, slot], -self._place)
         # Where a grammar leaves few tokens, logprobs say nothing of what the model thinks.
         known = values[np.isfinite(values)][-self._window :]
         return float(known.mean(dtype=np.float64)) if len(known) else None
+
+    def _keep_more(self) -> None:
+        kept = np.roll(self._values, -self._place, axis=0)
+        self._place = len(kept)
+        self._values = np.concatenate([kept, np.full_like(kept, np.nan)])
 
 
 class LowestWindow(TokenSignal):

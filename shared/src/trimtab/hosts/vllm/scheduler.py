@@ -70,9 +70,7 @@ class Scheduler(AsyncScheduler):
         self._stack = PolicyStack(options.policies(self.vllm_config.additional_config))
         self._calls: dict[str, EngineCall] = {}
         self._looks = Looks(1 + self.num_spec_tokens)
-        self._readers: dict[str, Call] = {}
-        self._top_logprobs: dict[str, int] = {}
-        self._token_logprobs = TokenLogprobs(self._readers)
+        self._token_logprobs = TokenLogprobs()
         self._ended: list[tuple[Request, Call]] = []
         self._view = EngineView(
             self.vllm_config.model_config, by_priority=self.policy is SchedulingPolicy.PRIORITY
@@ -141,9 +139,7 @@ class Scheduler(AsyncScheduler):
         if self._stack.reads_logprobs:
             wanted = self._stack.wants_logprobs(call)
             if wanted is not None:
-                self._readers[request.request_id] = call
-                self._top_logprobs[request.request_id] = wanted
-                self._token_logprobs.forget()
+                self._token_logprobs.add(call, wanted)
 
     def _watch(self, call: Call) -> None:
         """Has policies told of a call when it has come as far as one of them asks."""
@@ -158,9 +154,7 @@ class Scheduler(AsyncScheduler):
         if call is not None:
             self._stack.on_finish(call, outcome, time.monotonic())
             self._looks.forget(call)
-            if self._readers.pop(request_id, None) is not None:
-                del self._top_logprobs[request_id]
-                self._token_logprobs.forget()
+            self._token_logprobs.remove(request_id)
             del self._view.requests[call]
             call.leave()
 
@@ -219,7 +213,7 @@ class Scheduler(AsyncScheduler):
             self._end([call])
 
     def _note_admissions(self, scheduled: SchedulerOutput, now_s: float) -> None:
-        if self._readers:
+        if self._token_logprobs:
             self._ask_for_logprobs(scheduled)
         admitted = [new.req_id for new in scheduled.scheduled_new_reqs]
         admitted.extend(scheduled.scheduled_cached_reqs.resumed_req_ids)
@@ -235,7 +229,7 @@ class Scheduler(AsyncScheduler):
     def _ask_for_logprobs(self, scheduled: SchedulerOutput) -> None:
         """Has the worker return logprobs that policies need; the request itself stays as it was."""
         for new in scheduled.scheduled_new_reqs:
-            wanted, sampling = self._top_logprobs.get(new.req_id), new.sampling_params
+            wanted, sampling = self._token_logprobs.wanted(new.req_id), new.sampling_params
             if wanted is None or sampling is None or sampling.logprobs == -1:
                 continue
             if sampling.logprobs is None or sampling.logprobs < wanted:
@@ -245,7 +239,7 @@ class Scheduler(AsyncScheduler):
     def _note_outputs(
         self, outputs: dict[int, EngineCoreOutputs], model_output: ModelRunnerOutput
     ) -> None:
-        if self._readers and model_output.logprobs is not None:
+        if self._token_logprobs and model_output.logprobs is not None:
             self._show_logprobs(outputs, model_output)
         for call, output in self._finished(outputs) if self.finished_req_ids else ():
             self._finish(call, output)

@@ -16,21 +16,32 @@ if TYPE_CHECKING:
 
 
 class TokenLogprobs:
-    """Which rows of the worker's table belong to which call; remembered, as a batch seldom changes.
+    """Which rows of the worker's table belong to which call; a batch seldom changes."""
 
-    Args:
-        readers: the calls of which policies want logprobs, by their ids.
-    """
-
-    def __init__(self, readers: Mapping[str, Call]) -> None:
-        self._readers = readers
+    def __init__(self) -> None:
+        self._readers: dict[str, Call] = {}
+        self._wanted: dict[str, int] = {}
         self._batch: list[str] = []
         self._calls: tuple[Call, ...] = ()
         self._rows: NDArray[np.intp] | None = None
 
-    def forget(self) -> None:
-        """The readers have changed."""
+    def __bool__(self) -> bool:
+        return bool(self._readers)
+
+    def add(self, call: Call, top: int) -> None:
+        """Policies want so many top logprobs of a call's tokens."""
+        self._readers[call.call_id], self._wanted[call.call_id] = call, top
         self._batch, self._calls = [], ()
+
+    def remove(self, request_id: str) -> None:
+        """A call has left; nothing may have been wanted of it."""
+        if self._readers.pop(request_id, None) is not None:
+            del self._wanted[request_id]
+            self._batch, self._calls = [], ()
+
+    def wanted(self, request_id: str) -> int | None:
+        """How many top logprobs policies want of a request's tokens; None for nothing at all."""
+        return self._wanted.get(request_id)
 
     def by_round(
         self, outputs: Mapping[int, EngineCoreOutputs], output: ModelRunnerOutput

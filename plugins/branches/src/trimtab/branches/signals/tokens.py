@@ -107,13 +107,13 @@ class TokenSignal(BranchScorer):
 
     def score(self, slot: int, call: Call) -> float | None:
         """The score of the window; a text shorter than one is a window of its own."""
-        mean = self._mean(slot)
+        mean = self._mean(slot, call)
         if mean is None:
             return None
         score = self._scaled(mean)
         return score if math.isfinite(score) else None
 
-    def _mean(self, slot: int) -> float | None:
+    def _mean(self, slot: int, call: Call) -> float | None:
         raise NotImplementedError
 
 
@@ -145,21 +145,14 @@ class LastWindow(TokenSignal):
         row[slots] = self._value(logprobs)
         self._place = (self._place + 1) % len(self._values)
 
-    def score(self, slot: int, call: Call) -> float | None:
-        """The score of the window; a text shorter than one is a window of its own."""
-        seen = int(np.isfinite(self._values[:, slot]).sum())
-        if (
-            seen < min(self._window, call.output_tokens)
-            and len(self._values) < _MOST * self._window
-        ):
-            self._keep_more()
-        return super().score(slot, call)
-
-    def _mean(self, slot: int) -> float | None:
+    def _mean(self, slot: int, call: Call) -> float | None:
         values = np.roll(self._values[:, slot], -self._place)
         # Where a grammar leaves few tokens, logprobs say nothing of what the model thinks.
-        known = values[np.isfinite(values)][-self._window :]
-        return float(known.mean(dtype=np.float64)) if len(known) else None
+        known = values[np.isfinite(values)]
+        wanted = min(self._window, call.output_tokens)
+        if len(known) < wanted and len(values) < _MOST * self._window:
+            self._keep_more()
+        return float(known[-self._window :].mean(dtype=np.float64)) if len(known) else None
 
     def _keep_more(self) -> None:
         kept = np.roll(self._values, -self._place, axis=0)
@@ -202,7 +195,7 @@ class LowestWindow(TokenSignal):
         self._recent[slots, places] = values
         self._seen[slots] = seen + 1
 
-    def _mean(self, slot: int) -> float | None:
+    def _mean(self, slot: int, call: Call) -> float | None:
         seen = int(self._seen[slot])
         if seen >= self._window:
             return float(self._lowest[slot])

@@ -24,8 +24,9 @@ def diagnosis(**environment: str) -> tuple[int, list[dict[str, str]]]:
     return done.returncode, json.loads(done.stdout)["findings"]
 
 
-def test_the_pinned_installation_is_sound_and_its_host_fits_once_the_plugin_is_named():
-    status, findings = diagnosis(VLLM_PLUGINS="trimtab")
+def test_the_pinned_installation_is_sound_and_its_host_fits_once_the_plugin_is_named(tmp_path):
+    # What other builds left in this machine's cache is none of the installation's.
+    status, findings = diagnosis(VLLM_PLUGINS="trimtab", TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert [finding for finding in findings if finding["level"] == "error"] == []
     assert status == 0
     (host,) = [finding for finding in findings if finding["check"] == "vllm host"]

@@ -54,6 +54,28 @@ def test_an_allocation_is_ordered_from_its_hostfile(tmp_path: Path) -> None:
     assert {slot["node"] for slot in plan["ranks"]} == set(names)
 
 
+def test_quick_effort_leaves_open_what_full_effort_finds(tmp_path: Path) -> None:
+    pods = {"a": 2, "b": 14, "c": 5, "d": 8}
+    nodes = [(f"{pod}{i}", f"leaf-{pod}") for pod, free in pods.items() for i in range(free)]
+    cables = [*nodes, *((f"leaf-{pod}", "core") for pod in pods)]
+    cluster = {
+        "nodes": [{"name": node, "device": "cpu"} for node, _ in nodes],
+        "switches": [*(f"leaf-{pod}" for pod in pods), "core"],
+        "links": [{"a": a, "b": b, "bandwidth_bytes_per_s": "1 GB/s"} for a, b in cables],
+    }
+    job = {"pipeline_parallel": 4, "data_parallel": 7, "gpus_per_node": 1, "alpha": 0.5}
+    (tmp_path / "cluster.yaml").write_text(json.dumps(cluster))
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    found = {}
+    for effort in ("quick", "full"):
+        plan = tmp_path / f"{effort}.json"
+        files = ["--cluster", str(tmp_path / "cluster.yaml"), "--job", str(tmp_path / "job.yaml")]
+        run(*files, "--effort", effort, "--out", str(plan))
+        objective = Plan.read(plan).objective
+        found[effort] = objective.value, objective.status
+    assert found == {"quick": (2.5, "feasible"), "full": (2.0, "optimal")}
+
+
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,8 +12,10 @@ from trimtab.core.errors import BadInput
 from trimtab.core.hooks import plugin
 from trimtab.core.launch import LaunchRequest
 from trimtab.core.plan import Plan
+from trimtab.placement import launching
 from trimtab.placement.config import PlacementConfig
 from trimtab.placement.launching import launch_change
+from trimtab.placement.planner import plan_placement
 
 CLUSTER = """
 name: two-leaves
@@ -72,6 +75,19 @@ def test_the_hosts_of_an_allocation_are_ordered_by_the_network() -> None:
     again = launch_change(HERE, request("dcba"))
     assert again == change
     assert change.launcher_arguments == ()
+
+
+def test_a_launch_looks_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    efforts = []
+
+    def noted(*given: Any, effort: str, **named: Any) -> Plan:
+        efforts.append(effort)
+        return plan_placement(*given, effort=effort, **named)
+
+    monkeypatch.setattr(launching, "plan_placement", noted)
+    for config in (HERE, HERE.model_copy(update={"effort": "quick"})):
+        assert launch_change(config, request("dcba")) is not None
+    assert efforts == ["full", "quick"]
 
 
 @pytest.mark.parametrize("source", ["slurm", "options"])

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
+from trimtab.placement.config import Effort
+
 if TYPE_CHECKING:
     from trimtab.core.plan import Plan
 
@@ -25,6 +27,9 @@ def placement(
     ),
     hosts: Path | None = typer.Option(None, help="A hostfile, or one host a line."),
     tier: str | None = typer.Option(None, help="Domains whose crossing costs; else the widest."),
+    effort: Effort = typer.Option(
+        "full", help="quick: strips and packings in under a second; full: until nothing helps."
+    ),
     busy: list[str] = typer.Option([], help="A node that runs another job; repeatable."),
     drained: list[str] = typer.Option([], help="A node that must not be used; repeatable."),
     movable: list[str] = typer.Option([], help="A node whose job may be moved; repeatable."),
@@ -46,6 +51,7 @@ def placement(
         hosts=None if hosts is None else _hosts(hosts),
         states=states_of(busy, drained, movable),
         tier=tier,
+        effort=effort,
     )
     if out is not None:
         plan.write(out)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
+
+Effort = Literal["quick", "full"]
+"""How long is looked for placements: ``quick`` tries strips and packings and a linear bound, a
+fraction of a second for a thousand nodes; ``full`` goes on until the bound is met or nothing
+helps, which on fragmented pods takes some seconds."""
 
 
 class PlacementConfig(BaseModel):
@@ -22,6 +29,9 @@ class PlacementConfig(BaseModel):
     hosts: str | None = Field(
         None,
         description="hostfile of the allocation, where neither DeepSpeed's nor Slurm's names it",
+    )
+    effort: Effort = Field(
+        "full", description="how long a plan made at launch is looked for, as of trimtab plan"
     )
     strict: bool = Field(
         False, description="refuse to go on where the live job differs from the plan"

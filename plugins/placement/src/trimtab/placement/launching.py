@@ -94,6 +94,7 @@ def _planned_here(
         TrainingJob.read(config.job),
         mode="reorder",
         hosts=_allocation(config, request),
+        effort=config.effort,
     )
     # Nothing of the moment, so that each launch and each node keeps the same file.
     made = datetime.fromtimestamp(int(Path(cluster).stat().st_mtime), UTC)

@@ -15,6 +15,7 @@ from trimtab.core.documents import digest
 from trimtab.core.errors import BadInput, Infeasible
 from trimtab.core.plan import Figure, Objective, Plan, Slot
 from trimtab.placement.affinity import alpha_of
+from trimtab.placement.config import Effort
 from trimtab.placement.fabric import Fabric, Place, State, domains
 from trimtab.placement.grid import Candidate, Demand, PodGrid
 from trimtab.placement.job import JobGrid, TrainingJob
@@ -68,6 +69,7 @@ def plan_placement(
     hosts: Sequence[str] | None = None,
     states: Mapping[str, State] | None = None,
     tier: str | None = None,
+    effort: Effort = "full",
 ) -> Plan:
     """Lays a job's ranks onto a cluster.
 
@@ -79,6 +81,7 @@ def plan_placement(
         hosts: an allocation that a scheduler has fixed.
         states: of nodes that are not free.
         tier: the domains whose crossing costs; the widest by default.
+        effort: how long is looked for better placements and proofs.
 
     Raises:
         BadInput: the cluster, the job or an option is wrong, or two of them do not fit together.
@@ -94,7 +97,8 @@ def plan_placement(
         job = job.sized(len(fabric.places))
     weight = _checked(alpha_of(job) if alpha is None else alpha)
     warnings: list[str] = []
-    solved = _solve(fabric, job, weight, fabric.tier(tier), mode, warnings)
+    request = _Request(fabric, job, weight, fabric.tier(tier), effort)
+    solved = _solve(request, mode, warnings)
     chosen = solved.front.best(weight)
     hosts_at = lay_out(solved.pods.places, fabric.tier(tier), solved.grid, chosen.grid, weight)
     if mode == "reorder":
@@ -126,14 +130,15 @@ class _Request:
     job: TrainingJob
     alpha: float
     tier: int
+    effort: Effort
 
     def attempt(self, usable: Sequence[State]) -> _Solved | None:
         """The front on nodes of some states; None where they do not hold the job."""
         pods, grid = _pods(self.fabric, self.job, self.tier, usable), self.job.grid
-        front = search(pods.demand(grid), (self.alpha,))
+        front = search(pods.demand(grid), (self.alpha,), self.effort)
         if front is None and grid.block > 1 and grid.stage_major:
             grid = replace(grid, block=1)
-            front = search(pods.demand(grid), (self.alpha,))
+            front = search(pods.demand(grid), (self.alpha,), self.effort)
         return None if front is None else _Solved(pods, grid, front)
 
     def value(self, front: Front) -> float:
@@ -141,13 +146,11 @@ class _Request:
         return front.best(self.alpha).spread.weighted(self.alpha)
 
 
-def _solve(
-    fabric: Fabric, job: TrainingJob, alpha: float, tier: int, mode: Mode, warnings: list[str]
-) -> _Solved:
+def _solve(request: _Request, mode: Mode, warnings: list[str]) -> _Solved:
     """The front on free nodes, or with movable ones where these make the placement better."""
+    fabric, job = request.fabric, request.job
     if job.data_parallel is None:
         raise BadInput("the job has no data_parallel", fix="give it, or order a fixed allocation")
-    request = _Request(fabric, job, alpha, tier)
     usable: tuple[State, ...] = ("free", "movable", "busy") if mode == "reorder" else ("free",)
     solved = request.attempt(usable)
     if mode == "allocate" and any(place.state == "movable" for place in fabric.places):

@@ -14,6 +14,7 @@ from trimtab.placement.certificate import (
     least_data,
     linear_least,
 )
+from trimtab.placement.config import Effort
 from trimtab.placement.exchange import exchanged
 from trimtab.placement.grid import Candidate, Demand, Spread, pareto
 from trimtab.placement.leftovers import may_touch
@@ -93,18 +94,19 @@ def quick_search(demand: Demand) -> Front | None:
     return Front(tuple(candidates), frontier(demand)) if candidates else None
 
 
-def search(demand: Demand, alphas: Sequence[float]) -> Front | None:
+def search(demand: Demand, alphas: Sequence[float], effort: Effort = "full") -> Front | None:
     """The front of a demand, refined until the best of each weight is proven or nothing helps.
 
     Args:
         demand: the job's grid and the pods' free nodes.
         alphas: the weights that matter.
+        effort: ``quick`` refines nothing.
 
     Returns:
         None where the pods do not hold the job.
     """
     front = _first_front(demand, alphas)
-    if front is None or front.proves(alphas):
+    if front is None or effort == "quick" or front.proves(alphas):
         return front
     priced: set[Spread] = set()
     tried: set[Spread] = set()

@@ -62,6 +62,12 @@ def test_milp_equals_brute_force(
 
 
 @pytest.mark.parametrize("solver", ["highs", "cbc"])
+def test_solvers_print_nothing(solver: SolverName, capfd: pytest.CaptureFixture[str]) -> None:
+    solve_milp(knapsack([3, 4], [2, 3], 4), solver=solver)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("solver", ["highs", "cbc"])
 def test_infeasible_milp_names_constraint_and_relaxation(solver: SolverName) -> None:
     problem = pulp.LpProblem("fleet", pulp.LpMinimize)
     gpus = pulp.LpVariable("gpus", lowBound=0, cat=pulp.LpInteger)

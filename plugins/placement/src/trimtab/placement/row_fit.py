@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import highspy
 import numpy as np
 import numpy.typing as npt
 
+from trimtab.core.solve.quiet_highs import QuietHighs
 from trimtab.placement.grid import Demand, PodGrid
 from trimtab.placement.programme import Programme
 from trimtab.placement.row_choices import Pods
@@ -90,21 +90,6 @@ class Fit:
     choices: Whole
 
 
-class _Quiet(highspy.Highs):
-    """HiGHS for programmes of few constraints, to which more variables are added when solved."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.setOptionValue("output_flag", False)
-        self.setOptionValue("presolve", "off")
-        self.setOptionValue("simplex_strategy", 4)
-        self.setOptionValue("threads", 1)
-
-    def enableCallbacks(self) -> None:  # noqa: N802
-        # Called by the constructor; none are used, and else HiGHS would print its name and version.
-        self.setOptionValue("output_flag", False)
-
-
 class RowFit:
     """Fits rows into pods.
 
@@ -118,7 +103,11 @@ class RowFit:
         self.demand, self.most = demand, most
         self.widths: Numbers = np.array(widths, dtype=np.float64)
         self._capacities = np.array(demand.capacities, dtype=np.float64)
-        self._solver = _Quiet()
+        # For programmes of few constraints, to which more variables are added when solved.
+        self._solver = QuietHighs()
+        self._solver.setOptionValue("presolve", "off")
+        self._solver.setOptionValue("simplex_strategy", 4)
+        self._solver.setOptionValue("threads", 1)
 
     def without(self, blocks: Sequence[Pods], block: int, prices: Numbers) -> Rest | None:
         """The choices for all other blocks; None where there are too many."""

@@ -60,12 +60,22 @@ def solve_milp(
 
 def _solver(name: SolverName, limits: Limits) -> pulp.LpSolver:
     if name == "highs":
-        return pulp.HiGHS(
-            msg=False, timeLimit=limits.time_s, gapRel=limits.gap, threads=limits.threads
-        )
+        return _Highs(msg=False, timeLimit=limits.time_s, gapRel=limits.gap, threads=limits.threads)
     return pulp.PULP_CBC_CMD(
         msg=False, timeLimit=limits.time_s, gapRel=limits.gap, threads=limits.threads
     )
+
+
+class _Highs(pulp.HiGHS):  # type: ignore[misc]
+    """PuLP's, which prints HiGHS's name and version whatever it is told."""
+
+    def createAndConfigureSolver(self, lp: pulp.LpProblem) -> None:  # noqa: N802
+        from trimtab.core.solve.quiet_highs import QuietHighs
+
+        lp.solverModel = QuietHighs()
+        lp.solverModel.setOptionValue("mip_rel_gap", self.gapRel)
+        lp.solverModel.setOptionValue("threads", self.threads)
+        lp.solverModel.setOptionValue("time_limit", float(self.timeLimit))
 
 
 def _rounded(variable: pulp.LpVariable) -> float:

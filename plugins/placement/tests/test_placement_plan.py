@@ -141,6 +141,12 @@ def test_more_bandwidth_never_makes_it_worse(seed: int) -> None:
     assert more.objective.value <= before.objective.value
 
 
+def test_an_allocation_with_a_drained_node_names_it() -> None:
+    hosts = [f"n{i}" for i in range(16)]
+    with pytest.raises(Infeasible, match=r"15 of 16 are free \('n5' drained\); .*, or free 1 more"):
+        plan_placement(tree(2, 2, 4, n5="drained"), job(), mode="reorder", hosts=hosts)
+
+
 def test_busy_and_drained_nodes_are_left_alone() -> None:
     cluster = tree(2, 2, 4, n0="busy", n9="drained")
     plan = plan_placement(

@@ -14,6 +14,10 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-1.0e30)
 
+WHOLE = tl.constexpr(0)
+MAXIMA = tl.constexpr(1)
+SHIFTED = tl.constexpr(2)
+
 
 @triton.jit
 def _rows(row, offset, rows, query, kv_head, GROUP: tl.constexpr, ROWS: tl.constexpr):
@@ -140,8 +144,13 @@ def forward(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     WIDEN: tl.constexpr,
+    PASS: tl.constexpr,
 ):
-    """One chunk of one block's queries: normalised partial outputs, their maxima and sums."""
+    """One chunk of one block's queries: partial outputs, their maxima and sums.
+
+    Parts are normalised, and shifted by their own maxima. FSA's published passes are `MAXIMA`, which
+    writes nothing else, and `SHIFTED`, by the ``part_max`` it is given and not normalised.
+    """
     row = tl.load(item_row + tl.program_id(0)).to(tl.int64)
     if row >= 0:
         chunk = tl.load(item_chunk + tl.program_id(0)).to(tl.int64)
@@ -149,14 +158,20 @@ def forward(
         logits, visible, at, there, key, inside, kv_head = _logits(
             q, k, lists, row, chunk, scale, blocks, HEADS, GROUP, D, PAD, BLOCK, ROWS, WIDEN
         )
-        top = tl.max(logits, 1)
-        p = tl.where(visible, tl.exp2(logits - top[:, None]), 0.0)
-        total = tl.sum(p, 1)
-        values = _tile(v, key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
-        out = _dot(p.to(values.dtype), values, WIDEN) / tl.maximum(total, 1e-30)[:, None]
-        tl.store(part_max + at, top, mask=there)
-        tl.store(part_sum + at, total, mask=there)
-        _put(part, at, 0, there, out, 1, D_V, PAD_V)
+        if PASS == SHIFTED:
+            top = tl.load(part_max + at, mask=there, other=0.0)
+        else:
+            top = tl.max(logits, 1)
+            tl.store(part_max + at, top, mask=there)
+        if PASS != MAXIMA:
+            p = tl.where(visible, tl.exp2(logits - top[:, None]), 0.0)
+            total = tl.sum(p, 1)
+            values = _tile(v, key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
+            out = _dot(p.to(values.dtype), values, WIDEN)
+            if PASS == WHOLE:
+                out = out / tl.maximum(total, 1e-30)[:, None]
+            tl.store(part_sum + at, total, mask=there)
+            _put(part, at, 0, there, out, 1, D_V, PAD_V)
 
 
 @triton.jit

@@ -228,9 +228,13 @@ def _refuse(fabric: Fabric, job: TrainingJob, grid: JobGrid, usable: Sequence[St
         relaxation = f"data_parallel {replicas} would fit, or {more}"
     else:
         relaxation = more
+    drained = [repr(place.name) for place in able if place.state == "drained"]
+    # Of a whole cluster these are many, and not what a reader looks for.
+    fixed = "busy" in usable and drained
+    without = f" ({', '.join(drained)} drained)" if fixed else ""
     raise Infeasible(
         f"the job needs {grid.nodes} nodes of {job.ranks_per_node} devices{kept},"
-        f" and {room} of {len(fabric.places)} are free",
+        f" and {room} of {len(fabric.places)} are free{without}",
         relaxation=relaxation,
     )
 

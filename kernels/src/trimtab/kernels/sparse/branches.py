@@ -209,10 +209,7 @@ def native_sparse_attention(
     Raises:
         ValueError: the sizes do not fit together.
     """
-    if gates.shape not in ((q.shape[0], q.shape[1], 3), (q.shape[0], 1, 3)):
-        raise ValueError(
-            f"gates is {tuple(gates.shape)}; it must be [{q.shape[0]}, {q.shape[1]} or 1, 3]"
-        )
+    check_gates(gates, q)
     ends = (cu_queries, cu_keys)
     coarse, _ = compressed_attention(q, entries_k, entries_v, *ends, cu_entries, shape, scale=scale)
     blocks = select_blocks(q, entries_k, *ends, cu_entries, shape, scale=scale)
@@ -227,7 +224,20 @@ def native_sparse_attention(
         window=shape.sliding,
         scale=scale,
     )
-    coarse_gate, fine_gate, near_gate = gates.to(q.dtype).unsqueeze(2).unbind(-1)
+    return mixed(coarse, fine, near, gates)
+
+
+def check_gates(gates: Tensor, q: Tensor) -> None:
+    """Refuses gates that do not fit the queries."""
+    if gates.shape not in ((q.shape[0], q.shape[1], 3), (q.shape[0], 1, 3)):
+        raise ValueError(
+            f"gates is {tuple(gates.shape)}; it must be [{q.shape[0]}, {q.shape[1]} or 1, 3]"
+        )
+
+
+def mixed(coarse: Tensor, fine: Tensor, near: Tensor, gates: Tensor) -> Tensor:
+    """The outputs of the branches ``[queries, heads, d_v]``, each times its gate."""
+    coarse_gate, fine_gate, near_gate = gates.to(coarse.dtype).unsqueeze(2).unbind(-1)
     return coarse * coarse_gate + fine * fine_gate + near * near_gate
 
 

@@ -168,10 +168,18 @@ def test_where_the_pages_lie_changes_no_bit(seed, order):
     assert torch.equal(*outs)
 
 
-@pytest.mark.parametrize("begins", [[149, 39], [10, 39], [0, 0]])
-def test_each_branch_is_that_of_packed_sequences(begins):
+@pytest.mark.parametrize(
+    ("lengths", "begins"),
+    [
+        ([150, 40], [149, 39]),
+        ([150, 10, 3], [149, 9, 2]),
+        ([3, 7], [2, 6]),
+        ([150, 40], [10, 39]),
+        ([150, 40], [0, 0]),
+    ],
+)
+def test_each_branch_is_that_of_packed_sequences(lengths, begins):
     """Where few queries are new their blocks are read alone, elsewhere all; and both in a batch."""
-    lengths = [150, 40]
     cache, q, k, v, _ = filled(1, 8, lengths)
     paging, new = asked(cache, begins), tails(q, begins)
     blocks = paged_select_blocks(new, cache.entries_k, paging, SMALL)
@@ -193,11 +201,13 @@ def test_each_branch_is_that_of_packed_sequences(begins):
         at = rows.stop
 
 
-def test_ids_that_are_none_do_not_count():
-    lengths, begins = [150], [148]
+@pytest.mark.parametrize("length", [150, 300])
+def test_ids_that_are_none_do_not_count(length):
+    """Where all tokens are read, and where the blocks of each query are."""
+    lengths, begins = [length], [length - 2]
     cache, q, k, v, _ = filled(2, 8, lengths)
     paging, new = asked(cache, begins), tails(q, begins)
-    odd = torch.tensor([[[-7, 3, 3, 40, 1]] * 2, [[2, -1, 2, 9, 2**30]] * 2], dtype=torch.int32)
+    odd = torch.tensor([[[-7, 3, 3, 40, 1]] * 2, [[2, -1, 2, 8, 2**30]] * 2], dtype=torch.int32)
     out = paged_selected_attention(new, cache.k, cache.v, odd, paging, block=16)
     expected = naive.selected(new, k[0], v[0], odd, 16, D**-0.5)
     torch.testing.assert_close(out, expected)
@@ -237,6 +247,31 @@ def test_a_decode_step_compresses_the_one_window_that_it_completes():
         assert new.windows(torch.zeros(1, KV_HEADS, D), cache.coarse_k.float()).shape[0] == len(
             new.first
         )
+
+
+def test_a_decode_step_reads_the_chosen_blocks_and_the_window_alone():
+    """All other pages are none: reading one of them fails."""
+    lengths, begins = [160, 150], [159, 149]
+    cache, q, k, v, _ = filled(6, 8, lengths)
+    paging, new = asked(cache, begins), tails(q, begins)
+    blocks = torch.tensor([0, 4], dtype=torch.int32).expand(KV_HEADS, 2, 2)
+    needed = torch.tensor([0, 1, 8, 9])
+    only = torch.full_like(cache.pages, 10**6)
+    only[:, needed] = cache.pages[:, needed]
+    chosen = Paging(only, paging.cu_queries, paging.cu_keys)
+    out = paged_selected_attention(new, cache.k, cache.v, blocks, chosen, block=16)
+    late = torch.arange(only.shape[1]) >= (150 - 24) // 8
+    near = Paging(cache.pages.masked_fill(~late, 10**6), paging.cu_queries, paging.cu_keys)
+    window = paged_sliding_attention(new, cache.k, cache.v, near, window=24)
+    for n in range(2):
+        own = q[n][begins[n] :], k[n], v[n]
+        expected = naive.selected(*own, blocks[:, n : n + 1], 16, D**-0.5)
+        torch.testing.assert_close((out[0][n : n + 1], out[1][n : n + 1]), expected)
+        expected = naive.sliding(*own, 24, D**-0.5)
+        torch.testing.assert_close((window[0][n : n + 1], window[1][n : n + 1]), expected)
+    other = Paging(only.roll(1, -1), paging.cu_queries, paging.cu_keys)
+    with pytest.raises(IndexError):
+        paged_selected_attention(new, cache.k, cache.v, blocks, other, block=16)
 
 
 def test_a_page_that_another_sequence_fills_in_the_same_step_is_read_filled():

@@ -87,8 +87,14 @@ def top_blocks(scores: Tensor, keys: int, shape: SparseShape) -> Tensor:
 
     Among equal scores the lower block wins.
     """
-    queries, blocks = scores.shape[1:]
-    own = positions(queries, keys, scores.device)[:, None] // shape.block
+    at = positions(scores.shape[1], keys, scores.device)
+    return top_blocks_at(scores, at, shape)
+
+
+def top_blocks_at(scores: Tensor, at: Tensor, shape: SparseShape) -> Tensor:
+    """`top_blocks` of queries at positions ``at [queries]``, each of a sequence of its own."""
+    blocks = scores.shape[-1]
+    own = at[:, None] // shape.block
     ids = torch.arange(blocks, device=scores.device)
     forced = (ids < shape.first) | (ids > own - shape.recent)
     ranked = scores.float().masked_fill(forced, FORCED).masked_fill(ids > own, -1.0)

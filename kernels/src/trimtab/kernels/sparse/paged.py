@@ -1,19 +1,124 @@
 """The branches of native sparse attention over keys, values and entries that lie in pages.
 
-Each is the operator of the same name over packed sequences, and reads no more than it needs: of
-sequences with few new tokens the chosen blocks alone. For inference: nothing here has gradients.
+Each is the operator of the same name over packed sequences. A query that is its sequence's only new
+one, as in decoding, has what it sees read for itself, and all such queries are done at once; of
+other sequences, what their queries see is read once and packed. For inference: nothing here has
+gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from trimtab.kernels.sparse import branches, operators, tables, tiles
+from trimtab.kernels.sparse import branches, naive, operators, tables, tiles
 from trimtab.kernels.sparse.operators import WORKSPACE_BYTES
 from trimtab.kernels.sparse.paging import Paging, ends, gathered
 from trimtab.kernels.sparse.shape import SparseShape
 from trimtab.kernels.sparse.tiles import wide
+
+
+class _Part(NamedTuple):
+    """Some sequences of a batch and the rows of their queries."""
+
+    paging: Paging
+    rows: Tensor | slice
+
+
+_Way = Callable[[_Part], tuple[Tensor, ...]]
+"""Results of a part, each ``[queries, …]``."""
+
+
+def _either(paging: Paging, alone: Tensor, by_query: _Way, packed: _Way) -> tuple[Tensor, ...]:
+    """The results of all queries, some sequences' in one way and some in the other.
+
+    Args:
+        paging: the sequences.
+        alone: whether a sequence's queries each read for themselves, ``[sequences]``.
+        by_query: for these.
+        packed: for the others.
+    """
+    if not bool(alone.any()):
+        return packed(_Part(paging, slice(None)))
+    if bool(alone.all()):
+        return by_query(_Part(paging, slice(None)))
+    rows = torch.repeat_interleave(alone, paging.queries)
+    parts = []
+    for way, sequences, own in ((by_query, alone, rows), (packed, ~alone, ~rows)):
+        part = _Part(paging.of(sequences.nonzero()[:, 0]), own.nonzero()[:, 0])
+        parts.append((part.rows, way(part)))
+    whole = tuple(x.new_empty(rows.numel(), *x.shape[1:]) for x in parts[0][1])
+    for own_rows, results in parts:
+        for out, result in zip(whole, results, strict=True):
+            out[own_rows] = result
+    return whole
+
+
+class _Places(NamedTuple):
+    """Where queries that read for themselves stand."""
+
+    sequence: Tensor
+    position: Tensor
+
+    @classmethod
+    def of(cls, paging: Paging, queries: int) -> _Places:
+        place = tables.place_queries(paging.cu_queries, paging.cu_keys, queries, 1)
+        return cls(place.sequence, place.own)
+
+
+class _Read(NamedTuple):
+    """The slots that each query reads, the same for all KV heads or each its own."""
+
+    slot: Tensor
+    """``[kv_heads or 1, queries, most]``, 0 where nothing is to be read."""
+    hidden: Tensor
+    """Where that is, likewise."""
+
+
+def _grouped(q: Tensor, kv_heads: int) -> Tensor:
+    """``[kv_heads, queries, group, d]`` of ``[queries, heads, d]``, in the type of sums."""
+    queries, heads, d = q.shape
+    return wide(q).view(queries, kv_heads, heads // kv_heads, d).transpose(0, 1)
+
+
+def _read(cache: Tensor, paging: Paging, sequence: Tensor, slot: Tensor) -> Tensor:
+    """``[kv_heads, queries, most, d]`` out of a cache, in the type of sums."""
+    kv_heads, slots = cache.shape[1:3]
+    head = torch.arange(kv_heads, device=cache.device)[:, None, None]
+    page = paging.page(sequence[:, None].expand_as(slot), slot, slots)
+    return wide(cache[page, head, slot % slots])
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    paging: Paging,
+    read: _Read,
+    scale: float,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query to its own slots: output and natural logarithm."""
+    queries, heads, _ = q.shape
+    kv_heads = k.shape[1]
+    sequence = _Places.of(paging, queries).sequence
+    out = q.new_empty(queries, heads, v.shape[-1])
+    lse = wide(q[:0]).new_empty(queries, heads)
+    taken = kv_heads * read.slot.shape[-1] * (k.shape[-1] + v.shape[-1]) * 4
+    step = max(1, workspace_bytes // max(1, taken))
+    for begin in range(0, queries, step):
+        rows = slice(begin, begin + step)
+        slot = read.slot[:, rows]
+        own_k, own_v = (_read(x, paging, sequence[rows], slot).flatten(0, 1) for x in (k, v))
+        visible = ~read.hidden[:, rows].expand(kv_heads, -1, -1).flatten(0, 1)[:, None]
+        grouped = _grouped(q[rows], kv_heads)
+        part, logarithm = tiles.attend(grouped.flatten(0, 1), own_k, own_v, visible, scale)
+        out[rows] = part.view(*grouped.shape[:3], -1).transpose(0, 1).flatten(1, 2).to(out.dtype)
+        lse[rows] = logarithm.view(grouped.shape[:3]).transpose(0, 1).flatten(1, 2)
+    return out, lse
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, paging: Paging) -> None:
@@ -30,10 +135,23 @@ def _check(q: Tensor, k: Tensor, v: Tensor, paging: Paging) -> None:
         )
 
 
+def _counts(paging: Paging, shape: SparseShape) -> Tensor:
+    """The entries of each sequence, ``[sequences]``."""
+    return ((paging.keys - shape.window) // shape.stride + 1).clamp(min=0)
+
+
 def _entries(cache: Tensor, paging: Paging, shape: SparseShape) -> tuple[Tensor, Tensor]:
     """The entries of each sequence, packed, and their ends."""
-    counts = ((paging.keys - shape.window) // shape.stride + 1).clamp(min=0)
+    counts = _counts(paging, shape)
     return gathered(cache, paging, torch.full_like(counts, shape.reach), counts), ends(counts)
+
+
+def _all_entries(paging: Paging, shape: SparseShape) -> _Read:
+    """What the last query of each sequence reads of the entries."""
+    counts = _counts(paging, shape)
+    entry = torch.arange(int(counts.max()) if counts.numel() else 0, device=counts.device)
+    hidden = (entry >= counts[:, None])[None]
+    return _Read((entry + shape.reach).masked_fill(hidden, 0), hidden)
 
 
 def paged_compressed_attention(
@@ -44,6 +162,7 @@ def paged_compressed_attention(
     shape: SparseShape,
     *,
     scale: float | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """`compressed_attention` to entries in pages.
 
@@ -54,19 +173,33 @@ def paged_compressed_attention(
         paging: the sequences.
         shape: sizes.
         scale: of the logits; ``d ** -0.5`` by default.
+        workspace_bytes: what entries that were read may take.
 
     Returns:
-        Output ``[queries, heads, d_v]`` and natural logarithm ``[queries, heads]``.
+        Output ``[queries, heads, d_v]`` and natural logarithm ``[queries, heads]``; 0 and minus
+        infinity for queries before the end of the first window.
 
     Raises:
         ValueError: the sizes do not fit together.
     """
     _check(q, entries_k, entries_v, paging)
-    k, cu_entries = _entries(entries_k, paging, shape)
-    v, _ = _entries(entries_v, paging, shape)
-    return branches.compressed_attention(
-        *(q, k, v, paging.cu_queries, paging.cu_keys, cu_entries, shape), scale=scale
-    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def by_query(part: _Part) -> tuple[Tensor, Tensor]:
+        read = _all_entries(part.paging, shape)
+        if not read.slot.shape[-1]:
+            return packed(part)
+        known = (entries_k, entries_v, part.paging, read)
+        return _attend(q[part.rows], *known, scale, workspace_bytes)
+
+    def packed(part: _Part) -> tuple[Tensor, Tensor]:
+        k, cu_entries = _entries(entries_k, part.paging, shape)
+        v, _ = _entries(entries_v, part.paging, shape)
+        every = (part.paging.cu_queries, part.paging.cu_keys, cu_entries)
+        return branches.compressed_attention(q[part.rows], k, v, *every, shape, scale=scale)
+
+    out, lse = _either(paging, paging.queries == 1, by_query, packed)
+    return out, lse
 
 
 def paged_select_blocks(
@@ -87,10 +220,31 @@ def paged_select_blocks(
         ValueError: the sizes do not fit together.
     """
     _check(q, entries_k, entries_k, paging)
-    k, cu_entries = _entries(entries_k, paging, shape)
-    return operators.select_blocks(
-        *(q, k, paging.cu_queries, paging.cu_keys, cu_entries, shape), scale=scale
-    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    kv_heads = entries_k.shape[1]
+
+    def by_query(part: _Part) -> tuple[Tensor]:
+        place = _Places.of(part.paging, q[part.rows].shape[0])
+        read = _all_entries(part.paging, shape)
+        known = _read(entries_k, part.paging, place.sequence, read.slot)
+        hidden = read.hidden[:, :, None]
+        logits = (_grouped(q[part.rows], kv_heads) @ known.mT * scale).masked_fill(
+            hidden, float("-inf")
+        )
+        p = torch.exp(logits - logits.logsumexp(-1, keepdim=True)).masked_fill(hidden, 0.0)
+        p = p.transpose(1, 2).flatten(0, 1)
+        keys = int(part.paging.keys.max())
+        scores = naive.importance(p, keys, kv_heads, shape)
+        return (naive.top_blocks_at(scores, place.position, shape).transpose(0, 1),)
+
+    def packed(part: _Part) -> tuple[Tensor]:
+        k, cu_entries = _entries(entries_k, part.paging, shape)
+        every = (part.paging.cu_queries, part.paging.cu_keys, cu_entries)
+        chosen = operators.select_blocks(q[part.rows], k, *every, shape, scale=scale)
+        return (chosen.transpose(0, 1),)
+
+    (chosen,) = _either(paging, paging.queries == 1, by_query, packed)
+    return chosen.transpose(0, 1)
 
 
 def paged_sliding_attention(
@@ -101,6 +255,7 @@ def paged_sliding_attention(
     *,
     window: int,
     scale: float | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """`sliding_attention` to keys in pages; what no window reaches is not read.
 
@@ -111,6 +266,7 @@ def paged_sliding_attention(
         paging: the sequences.
         window: tokens.
         scale: of the logits; ``d ** -0.5`` by default.
+        workspace_bytes: what keys and values that were read may take.
 
     Returns:
         Output ``[queries, heads, d_v]`` and natural logarithm ``[queries, heads]``.
@@ -119,12 +275,26 @@ def paged_sliding_attention(
         ValueError: the sizes do not fit together.
     """
     _check(q, k, v, paging)
-    keys = paging.keys
-    counts = torch.minimum(keys, paging.queries + window - 1)
-    near_k, near_v = (gathered(x, paging, keys - counts, counts) for x in (k, v))
-    return branches.sliding_attention(
-        q, near_k, near_v, paging.cu_queries, ends(counts), window=window, scale=scale
-    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def by_query(part: _Part) -> tuple[Tensor, Tensor]:
+        last = part.paging.keys - 1
+        most = min(window, int(last.max()) + 1)
+        token = last[:, None] - torch.arange(most - 1, -1, -1, device=last.device)
+        read = _Read(token.clamp(min=0)[None], (token < 0)[None])
+        return _attend(q[part.rows], k, v, part.paging, read, scale, workspace_bytes)
+
+    def packed(part: _Part) -> tuple[Tensor, Tensor]:
+        keys = part.paging.keys
+        counts = torch.minimum(keys, part.paging.queries + window - 1)
+        near_k, near_v = (gathered(x, part.paging, keys - counts, counts) for x in (k, v))
+        every = (part.paging.cu_queries, ends(counts))
+        return branches.sliding_attention(
+            q[part.rows], near_k, near_v, *every, window=window, scale=scale
+        )
+
+    out, lse = _either(paging, paging.queries == 1, by_query, packed)
+    return out, lse
 
 
 def paged_selected_attention(
@@ -140,14 +310,15 @@ def paged_selected_attention(
 ) -> tuple[Tensor, Tensor]:
     """`selected_attention` to blocks of keys in pages.
 
-    Sequences whose queries together choose fewer tokens than there are have the chosen blocks read,
-    each query its own; of others all tokens are read once.
+    Of a sequence whose queries together choose fewer tokens than there are, or that has one, each
+    query reads its blocks alone.
 
     Args:
         q: new queries ``[queries, heads, d]``.
         k: ``[pages, kv_heads, page_tokens, d]``; blocks and pages need not begin together.
         v: ``[pages, kv_heads, page_tokens, d_v]``.
-        indices: ids of blocks within their sequence ``[kv_heads, queries, top]`` int32.
+        indices: ids of blocks within their sequence ``[kv_heads, queries, top]`` int32, in any
+            order; negative, future and repeated ones do not count.
         paging: the sequences.
         block: tokens of a block, a power of two.
         scale: of the logits; ``d ** -0.5`` by default.
@@ -161,87 +332,43 @@ def paged_selected_attention(
     """
     _check(q, k, v, paging)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    queries, keys = paging.queries, paging.keys
-    few = queries * indices.shape[-1] * block < keys
-    if bool(few.all()):
-        return _by_query(q, k, v, indices, paging, block, scale, workspace_bytes)
-    if not bool(few.any()):
-        return _by_sequence(q, k, v, indices, paging, block, scale, workspace_bytes)
-    out = q.new_empty(*q.shape[:2], v.shape[-1])
-    lse = wide(q[:0]).new_empty(q.shape[:2])
-    taken = torch.repeat_interleave(few, queries)
-    for way, sequences, rows in (
-        (_by_query, few, taken),
-        (_by_sequence, ~few, ~taken),
-    ):
-        part = paging.of(sequences.nonzero()[:, 0])
-        out[rows], lse[rows] = way(
-            *(q[rows], k, v, indices[:, rows], part, block, scale, workspace_bytes)
+
+    def by_query(part: _Part) -> tuple[Tensor, Tensor]:
+        rows = q[part.rows]
+        place = _Places.of(part.paging, rows.shape[0])
+        read = _blocks_read(indices[:, part.rows], place.position, block)
+        return _attend(rows, k, v, part.paging, read, scale, workspace_bytes)
+
+    def packed(part: _Part) -> tuple[Tensor, Tensor]:
+        keys = part.paging.keys
+        all_k, all_v = (gathered(x, part.paging, torch.zeros_like(keys), keys) for x in (k, v))
+        every = (indices[:, part.rows], part.paging.cu_queries, part.paging.cu_keys)
+        return operators.selected_attention(
+            *(q[part.rows], all_k, all_v, *every),
+            block=block,
+            scale=scale,
+            workspace_bytes=workspace_bytes,
         )
+
+    queries = paging.queries
+    alone = (queries == 1) | (queries * indices.shape[-1] * block < paging.keys)
+    out, lse = _either(paging, alone, by_query, packed)
     return out, lse
 
 
-def _by_sequence(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    paging: Paging,
-    block: int,
-    scale: float,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:
-    keys = paging.keys
-    all_k, all_v = (gathered(x, paging, torch.zeros_like(keys), keys) for x in (k, v))
-    return operators.selected_attention(
-        *(q, all_k, all_v, indices, paging.cu_queries, paging.cu_keys),
-        block=block,
-        scale=scale,
-        workspace_bytes=workspace_bytes,
-    )
-
-
-def _by_query(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    paging: Paging,
-    block: int,
-    scale: float,
-    workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:
-    queries, heads, _ = q.shape
-    kv_heads, slots = k.shape[1:3]
-    place = tables.place_queries(paging.cu_queries, paging.cu_keys, queries, block)
-    position = place.last - paging.cu_keys.long()[place.sequence]
-    ids = indices.long().sort(-1).values
-    absent = (ids < 0) | (ids > place.own[:, None])
+def _blocks_read(indices: Tensor, position: Tensor, block: int) -> _Read:
+    """The tokens of lists of blocks ``[kv_heads, queries, top]``."""
+    own = position[:, None] // block
+    ids = indices.long()
+    ids = ids.masked_fill(ids > own, -1).clamp(min=-1).sort(-1, descending=True).values
+    absent = ids < 0
     absent[..., 1:] |= ids[..., 1:] == ids[..., :-1]
-    inside = torch.arange(block, device=q.device)
-    head = torch.arange(kv_heads, device=q.device)[:, None, None]
-    out = q.new_empty(queries, heads, v.shape[-1])
-    lse = wide(q[:0]).new_empty(queries, heads)
-    read = kv_heads * ids.shape[-1] * block * (k.shape[-1] + v.shape[-1]) * 4
-    step = max(1, workspace_bytes // max(1, read))
-    for begin in range(0, queries, step):
-        rows = slice(begin, begin + step)
-        token = (ids[:, rows, :, None] * block + inside).flatten(2)
-        hidden = absent[:, rows].repeat_interleave(block, -1) | (token > position[rows, None])
-        token = token.masked_fill(hidden, 0)
-        page = paging.page(place.sequence[rows, None].expand_as(token), token, slots)
-        own_k, own_v = (wide(x[page, head, token % slots]).flatten(0, 1) for x in (k, v))
-        grouped = wide(q[rows]).view(-1, kv_heads, heads // kv_heads, q.shape[-1])
-        part, logarithm = tiles.attend(
-            grouped.transpose(0, 1).flatten(0, 1),
-            own_k,
-            own_v,
-            ~hidden.flatten(0, 1)[:, None],
-            scale,
-        )
-        out[rows] = part.unflatten(0, (kv_heads, -1)).transpose(0, 1).flatten(1, 2).to(out.dtype)
-        lse[rows] = logarithm.unflatten(0, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
-    return out, lse
+    used = (~absent).flatten(0, 1).any(0).nonzero()
+    most = int(used.max()) + 1 if used.numel() else 1
+    inside = torch.arange(block, device=ids.device)
+    token = (ids[..., :most, None] * block + inside).flatten(2)
+    hidden = absent[..., :most].repeat_interleave(block, -1) | (token > position[:, None])
+    return _Read(token.masked_fill(hidden, 0), hidden)
 
 
 def paged_native_sparse_attention(
@@ -282,15 +409,11 @@ def paged_native_sparse_attention(
         ValueError: the sizes do not fit together.
     """
     _check(q, k, v, paging)
-    _check(q, entries_k, entries_v, paging)
     branches.check_gates(gates, q)
-    coarse_k, cu_entries = _entries(entries_k, paging, shape)
-    coarse_v, _ = _entries(entries_v, paging, shape)
-    coarse_ends = paging.cu_queries, paging.cu_keys, cu_entries
-    coarse, _ = branches.compressed_attention(
-        q, coarse_k, coarse_v, *coarse_ends, shape, scale=scale
+    blocks = paged_select_blocks(q, entries_k, paging, shape, scale=scale)
+    coarse, _ = paged_compressed_attention(
+        *(q, entries_k, entries_v, paging, shape), scale=scale, workspace_bytes=workspace_bytes
     )
-    blocks = operators.select_blocks(q, coarse_k, *coarse_ends, shape, scale=scale)
     fine, _ = paged_selected_attention(
         *(q, k, v, blocks, paging),
         block=shape.block,
@@ -304,5 +427,6 @@ def paged_native_sparse_attention(
         paging,
         window=shape.sliding,
         scale=scale,
+        workspace_bytes=workspace_bytes,
     )
     return branches.mixed(coarse, fine, near, gates)

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from trimtab.core.collectives import UNIT, Layout, PlanFault, Schedule, Step, check_plan, programme
 from trimtab.core.collectives.combine import (
+    SHARES,
+    beside,
     concentrated,
     even_sizes,
     exchange,
@@ -90,6 +92,29 @@ def test_moving_to_few_owners(count: int, few: int) -> None:
     step, layout = exchange(ranks(count))
     moved = concentrated(layout, list(range(min(few, count))))
     check_all(count, [step] if moved is None else [step, moved[0]])
+
+
+@given(
+    st.permutations(range(12)),
+    st.lists(st.sampled_from([(12,), (3, 4), (2, 3, 2), (5, 3), ()]), min_size=2, max_size=2),
+    st.integers(1, SHARES - 1),
+    st.booleans(),
+)
+def test_two_plans_side_by_side(order, factors, share: int, late: bool) -> None:
+    one = ranks(12)
+    plans = [
+        staged(parties, sizes) if sizes else ([(made := ring(parties))[0]], made[1])
+        for parties, sizes in zip((one, [one[rank] for rank in order]), factors, strict=True)
+    ]
+    steps, layout = beside(*plans, share, late=late)
+    check_all(12, steps, length=61)
+    assert len(steps) == max(len(plan[0]) for plan in plans)
+    assert (layout.bounds[0], layout.bounds[-1]) == (0, UNIT)
+    owned = [
+        sum((layout.bounds[1:] - layout.bounds[:-1])[layout.bounds[1:] <= UNIT * share // SHARES]),
+        UNIT * share // SHARES,
+    ]
+    assert owned[0] == owned[1]
 
 
 def test_a_rank_alone_does_nothing() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.core.collectives import Layout, PlanFault, Schedule
-from trimtab.core.collectives.combine import concentrated, exchange, folded, ring, staged
+from trimtab.core.collectives.combine import beside, concentrated, exchange, folded, ring, staged
 from trimtab.core.collectives.msccl import msccl_programme, write_msccl
 from trimtab.core.collectives.msccl_check import check_msccl, read_msccl
 from trimtab.core.emitters import emit
@@ -39,6 +39,7 @@ PLANS = {
     "folded": Schedule.of(6, folded(whole(6), [1, 3], [2, 2])[0]),
     "rooted": Schedule.of(4, [exchange(whole(4), [1, 0, 0, 0])[0]]),
     "concentrated": gathered_at_two(8),
+    "side by side": Schedule.of(6, beside(staged(whole(6), [2, 3]), staged(whole(6), [6]), 768)[0]),
     "alone": Schedule.of(1, []),
 }
 

@@ -88,6 +88,19 @@ def test_the_published_method(cluster: str) -> None:
     assert [choice for _, choice in size["switches"]] == ["2", "2"]
 
 
+def test_one_plan_for_the_whole_payload(cluster: str, tmp_path: Path) -> None:
+    path = tmp_path / "constants.yaml"
+    path.write_text("alpha_s: 5 ms\n")
+    how = ("--cluster", cluster, "--constants", str(path), "--size", "64MiB", "--json")
+    both, single = (
+        json.loads(run(*how, "--method", method))["details"]["sizes"][0]
+        for method in ("search", "single")
+    )
+    assert "beside" in both["switches"][-1][1]
+    assert "beside" not in single["switches"][-1][1]
+    assert both["seconds"] < 0.99 * single["seconds"]
+
+
 def test_constants_from_a_file(cluster: str, tmp_path: Path) -> None:
     path = tmp_path / "constants.yaml"
     path.write_text("alpha_s: 10 ms\nwidth: sources\n")

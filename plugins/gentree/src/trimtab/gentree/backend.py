@@ -23,6 +23,7 @@ from trimtab.core.documents import digest
 from trimtab.core.errors import BadInput
 from trimtab.core.topology import read_topology
 from trimtab.gentree.constants_file import read_constants
+from trimtab.gentree.gentree import Search
 from trimtab.gentree.planner import choose, leaf_order
 from trimtab.hosts.host_order import own_host, short
 
@@ -33,6 +34,10 @@ ALWAYS_VARIABLE = "TRIMTAB_GENTREE_ALWAYS"
 MARGIN = 0.1
 """By how much a plan must be faster by the model: our executor takes a tenth longer for a ring than
 gloo's own."""
+
+_SEARCH = Search(beside=False)
+"""Two plans side by side send twice the messages, and GenModel charges nothing for a message; their
+ranks own two stretches each, which no reduce-scatter wants."""
 
 log = logging.getLogger("trimtab")
 
@@ -102,7 +107,9 @@ class GroupPlans:
         return self._schedules[bucket]
 
     def _choose(self, payload_bytes: int) -> Schedule | None:
-        choice = choose(self._tree, payload_bytes, self._constants, order=self._order)
+        choice = choose(
+            self._tree, payload_bytes, self._constants, order=self._order, search=_SEARCH
+        )
         base_s = self._base.seconds(payload_bytes)
         chosen = self._always or choice.seconds < (1 - MARGIN) * base_s
         log.info(

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from trimtab.core.plan import Plan
     from trimtab.gentree.gentree import Search
 
-Method = Literal["search", "paper"]
+Method = Literal["search", "single", "paper"]
 
 
 def allreduce(
@@ -25,7 +25,9 @@ def allreduce(
     ),
     constants: Path | None = typer.Option(None, help="Constants of the cost model (YAML or JSON)."),
     method: Method = typer.Option(
-        "search", help="search: the better search; paper: GenTree as published."
+        "search",
+        help="search: the better search; single: without two plans that share a payload; "
+        "paper: GenTree as published.",
     ),
     breakpoints: bool = typer.Option(
         False, help="Also say from which size on which plan is best, 1 KiB to 4 GiB."
@@ -78,7 +80,7 @@ def _slots(hosts: Path) -> list[tuple[str, int]]:
 def _search(method: Method) -> Search:
     from trimtab.gentree.gentree import PAPER, Search
 
-    return PAPER if method == "paper" else Search()
+    return PAPER if method == "paper" else Search(beside=method == "search")
 
 
 def _show(plan: Plan, out: Path | None, report: Path | None) -> None:

@@ -8,7 +8,7 @@ chunks of the payload follow one another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,6 +19,7 @@ from trimtab.core.collectives import Layout, NetworkTree, Step
 from trimtab.core.collectives.combine import concentrated
 from trimtab.core.collectives.schedule import merged
 from trimtab.core.cost import Constants, ExchangeCost, GenModel, PlanCost, PlanEvaluator
+from trimtab.gentree.grids import GridCosts
 from trimtab.gentree.schemes import Scheme, schemes
 
 Floats = NDArray[np.float64]
@@ -30,13 +31,16 @@ class Search:
 
     Attributes:
         kept: plans that are kept for each kind of subtree.
-        flat: whether plans that ignore the switches below are tried.
+        flat: whether plans that ignore the switches below are tried, and those whose stages take
+            part of the ranks below each of part of the switches.
         chunks: whether chunks of the payload may follow one another.
+        beside: whether two such plans may share the payload.
     """
 
     kept: int = 3
     flat: bool = True
     chunks: bool = True
+    beside: bool = True
 
 
 LARGE = 1024
@@ -44,6 +48,12 @@ LARGE = 1024
 
 TRIED, TRIED_LARGE = 12, 6
 """Staged plans that are tried at each switch."""
+
+GRIDS = 4
+"""Plans of such stages that are tried alone."""
+
+WORTH = 0.99
+"""Two plans side by side make more and smaller messages, so that they must be so much faster."""
 
 PAPER = Search(kept=1, flat=False, chunks=False)
 """The paper's recursion."""
@@ -107,8 +117,14 @@ class GenTree:
         """The best plans for the ranks below a point, the best one first."""
         kind = self._kinds[point]
         if kind not in self._grown:
-            self._grown[kind] = self._best(self._candidates(point))
+            found = list(self._candidates(point))
+            if self._search.flat and self._is_grid(point):
+                found += self._in_grids(point, min(map(self._seconds, found)))
+            self._grown[kind] = self._best(found)
         return self._grown[kind]
+
+    def _seconds(self, growth: Growth) -> float:
+        return growth.seconds(self._payload, self._search.chunks)
 
     def _candidates(self, point: int) -> Iterator[Growth]:
         children = self._tree.children[point]
@@ -136,12 +152,50 @@ class GenTree:
     def _flat(self, point: int) -> Iterator[Growth]:
         """Plans of the ranks below a point as if they hung on one switch, in depth-first order."""
         first, last = self._tree.spans[point]
-        parties = [Layout.whole(rank) for rank in range(last - first)]
-        below = _Together.of_leaves(parties, self._size(point), self._constants.alpha_s)
+        below = self._together_of_leaves(point)
         beta = self._tree.up_s_per_byte
         betas = [float(beta[leaf]) for leaf in self._tree.leaves[first:last]]
         for scheme in self._schemes(betas):
             yield self._behind(point, below, scheme, f"flat {scheme.name}")
+
+    def _together_of_leaves(self, point: int) -> _Together:
+        first, last = self._tree.spans[point]
+        parties = [Layout.whole(rank) for rank in range(last - first)]
+        return _Together.of_leaves(parties, self._size(point), self._constants.alpha_s)
+
+    def _is_grid(self, point: int) -> bool:
+        """Whether a point has children that are alike, with several ranks below each."""
+        children = self._tree.children[point]
+        if len(children) < 2 or self._tree.size > LARGE or not self._tree.children[children[0]]:
+            return False
+        first, last = self._tree.spans[children[0]]
+        return last - first > 1 and len({(self._kinds[c], *self._link(c)) for c in children}) == 1
+
+    def _in_grids(self, point: int, best_s: float) -> Iterator[Growth]:
+        """Plans whose stages take part of the ranks below part of the children at a time.
+
+        Args:
+            point: whose children are alike.
+            best_s: the time of the best plan that was found so far.
+        """
+        first, last = self._tree.spans[point]
+        children = len(self._tree.children[point])
+        costs = GridCosts(
+            self._evaluator,
+            first,
+            (last - first) // children,
+            children,
+            payload_bytes=self._payload,
+            chunks=self._search.chunks,
+        )
+        below = self._together_of_leaves(point)
+        for grid in costs.best(GRIDS):
+            growth = self._behind(point, below, Scheme(grid.name, grid.build), f"flat {grid.name}")
+            best_s = min(best_s, self._seconds(growth))
+            yield growth
+        pair = costs.side_by_side(WORTH * best_s) if self._search.beside else None
+        if pair is not None:
+            yield self._behind(point, below, Scheme(pair.name, pair.build), f"flat {pair.name}")
 
     def _schemes(self, betas: Sequence[float]) -> list[Scheme]:
         given = self._constants
@@ -223,7 +277,7 @@ class GenTree:
         name = f"concentrate on {few}"
         return self._with(child, below, [step], layout, name)
 
-    def _best(self, candidates: Iterator[Growth]) -> list[Growth]:
+    def _best(self, candidates: Iterable[Growth]) -> list[Growth]:
         """The fastest plans, of which no two own and cost the same."""
         payload, chunks = self._payload, self._search.chunks
         seen: dict[tuple[int, float], Growth] = {}
@@ -259,17 +313,16 @@ class GenTree:
         for point in range(len(tree.names) - 1, -1, -1):
             key: object = memory.get(point, 0.0)
             if tree.children[point]:
-                key = tuple(
-                    (
-                        kinds[child],
-                        float(tree.up_s_per_byte[child]),
-                        float(tree.down_s_per_byte[child]),
-                        float(tree.latency_s[child]),
-                    )
-                    for child in tree.children[point]
-                )
+                key = tuple((kinds[child], *self._link(child)) for child in tree.children[point])
             kinds[point] = numbers.setdefault(key, len(numbers))
         return kinds
+
+    def _link(self, point: int) -> tuple[float, float, float]:
+        """The link to a point's parent."""
+        tree = self._tree
+        columns = (tree.up_s_per_byte, tree.down_s_per_byte, tree.latency_s)
+        up, down, latency_s = (float(column[point]) for column in columns)
+        return up, down, latency_s
 
 
 @dataclass(frozen=True)

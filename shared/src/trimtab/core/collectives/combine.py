@@ -6,6 +6,7 @@ Each takes the parties' layouts and gives the steps of a reduce-scatter and the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from trimtab.core.collectives.schedule import UNIT, Ints, Layout, Step, merged
 
 Weights = Sequence[float] | None
 """The share of each party; None for equal shares."""
+
+SHARES = 1024
+"""Plans side by side get whole numbers of such parts of the payload."""
 
 
 def exchange(parties: Sequence[Layout], weights: Weights = None) -> tuple[Step, Layout]:
@@ -96,6 +100,48 @@ def concentrated(layout: Layout, owners: Sequence[int]) -> tuple[Step, Layout] |
         np.zeros(len(moving), dtype=np.bool_),
     )
     return step, Layout(bounds, after)
+
+
+def beside(
+    one: tuple[Sequence[Step], Layout],
+    other: tuple[Sequence[Step], Layout],
+    share: int,
+    *,
+    late: bool = False,
+) -> tuple[list[Step], Layout]:
+    """Two plans at the same time, each for its part of the payload.
+
+    Args:
+        one: steps and the layout behind them, for the payload's begin.
+        other: those for its rest.
+        share: how many of `SHARES` parts the first one has, neither none nor all.
+        late: whether their last steps meet, and not their first ones.
+    """
+    steps, layout = _squeezed(one, 0, share)
+    more, rest = _squeezed(other, share, SHARES)
+    if late:
+        together = merged([steps[::-1], more[::-1]])[::-1]
+    else:
+        together = merged([steps, more])
+    bounds = np.concatenate([layout.bounds, rest.bounds[1:]])
+    return together, Layout(bounds, np.concatenate([layout.owners, rest.owners]))
+
+
+def _squeezed(
+    plan: tuple[Sequence[Step], Layout], first: int, last: int
+) -> tuple[list[Step], Layout]:
+    """A plan for the stretch between two of `SHARES` parts of the payload alone."""
+    before, over = divmod(UNIT * first, SHARES)
+
+    def moved(positions: Ints) -> Ints:
+        whole, rest = np.divmod(positions, SHARES)
+        # In two parts, so that no product overflows.
+        found: Ints = before + whole * (last - first) + (over + rest * (last - first)) // SHARES
+        return found
+
+    steps, layout = plan
+    squeezed = [replace(s, begin=moved(s.begin), end=moved(s.end)) for s in steps]
+    return squeezed, Layout(moved(layout.bounds), layout.owners)
 
 
 def even_sizes(count: int, factor: int) -> list[int]:

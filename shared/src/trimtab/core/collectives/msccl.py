@@ -24,7 +24,7 @@ MOST_STEPS, MOST_BLOCKS, MOST_COUNT = 256, 216, 72
 MOST_CHUNKS = 4096
 _HAIR = 1e-6
 
-_FIX = "plan a smaller job, or with fewer and equal shares"
+_FIX = "plan a smaller job, or one plan for the whole payload (--method single)"
 
 Place = tuple[int, int]
 """A thread block and one of its steps."""

@@ -31,6 +31,8 @@ class Kernel:
     differs: Mapping[str, str]
     blocks: bool = False
     """Whether it reads keys a block at a time."""
+    square: bool = False
+    """Whether its keys and values must be equally large."""
 
 
 KERNELS: Mapping[str, Kernel] = {
@@ -45,26 +47,36 @@ KERNELS: Mapping[str, Kernel] = {
     "span": Kernel("triton_spans", "forward", "span", {}),
     "span_dq": Kernel("triton_spans", "backward_queries", "span_backward", {}),
     "span_dkv": Kernel("triton_spans", "backward_keys", "span_backward", {}),
-    "published_maxima": Kernel("triton_published", "maxima", "published", {}, blocks=True),
+    "prefill": Kernel("triton_prefill", "attend", "prefill", {}, square=True),
+    "prefill_estimate": Kernel(
+        "triton_prefill", "block_logarithms", "prefill_estimate", {"out": "wide"}, square=True
+    ),
+    "published_maxima": Kernel(
+        "triton_selected", "forward", "published", {"part": "wide"}, blocks=True
+    ),
     "published_forward": Kernel(
-        "triton_published", "forward", "published", {"part": "wide"}, blocks=True
+        "triton_selected", "forward", "published", {"part": "wide"}, blocks=True
     ),
     "published_merge": Kernel("triton_selected", "merge", None, {"part": "wide"}),
 }
 """All that the launchers start."""
 
+_PASSES: Mapping[str, int] = {"forward": 0, "published_maxima": 1, "published_forward": 2}
+"""``WHOLE``, ``MAXIMA`` and ``SHIFTED`` of `triton_selected`."""
+
 _NARROW = ("q", "k", "v", "entries", "gradient", "out", "part", "dq", "dk", "dv")
-_WIDE = ("part_max", "part_sum", "lse", "delta", "dq_part", "running")
+_WIDE = ("part_max", "part_sum", "lse", "delta", "dq_part")
 _LONG = ("rows", "block_first", "block_length", "last", "low", "high", "first_query", "end_query")
 _LONG_TOO = ("tile_first", "tile_length", "entry_first", "visible", "own")
-_INT = ("query", "item_row", "item_chunk", "place")
-_NUMBERS = ("blocks", "queries", "tokens")
+_INT = ("query", "item_row", "item_chunk", "place", "pages", "lists", "counts")
+_NUMBERS = ("blocks", "queries", "tokens", "tiles", "samples", "position")
+_STRIDES = ("page_stride", "head_stride", "slot_stride")
 _TYPES: Mapping[str, str] = {
     **dict.fromkeys(_NARROW, "narrow"),
     **dict.fromkeys(_WIDE, "wide"),
     **dict.fromkeys((*_LONG, *_LONG_TOO), "*i64"),
     **dict.fromkeys(_INT, "*i32"),
-    **dict.fromkeys(_NUMBERS, "i32"),
+    **dict.fromkeys((*_NUMBERS, *_STRIDES), "i32"),
     "scale": "fp32",
 }
 
@@ -120,6 +132,10 @@ class Configuration:
             "FIRST": 1,
             "RECENT": 2,
             "NORMALISED": self.kernel == "merge",
+            "PASS": _PASSES.get(self.kernel),
+            "STEP": 8,
+            "PAGE": 16,
+            "PER_PROGRAM": self.tile.columns,
         }
         return {name: known[name] for name in self.function.arg_names if name in known}
 
@@ -157,7 +173,8 @@ def shipped(backend: str) -> Iterator[Configuration]:
     found = {}
     for kernel, of in KERNELS.items():
         blocks = BLOCKS if of.blocks or kernel == "best_blocks" else (64,)
-        for head_size, dtype, block in product(HEAD_SIZES, ITEM_BYTES, blocks):
+        sizes = [(d, d_v) for d, d_v in HEAD_SIZES if d == d_v or not of.square]
+        for head_size, dtype, block in product(sizes, ITEM_BYTES, blocks):
             one = configuration(kernel, backend, head_size, dtype, block)
             found[one.name] = one
         for group in (1, 16) if of.tile is None else ():

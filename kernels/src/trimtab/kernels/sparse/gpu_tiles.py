@@ -20,7 +20,7 @@ class Tile:
     warps: int
     stages: int
     columns: int = 0
-    """Keys or entries of a tile, where these are no blocks."""
+    """Keys or entries of a tile, where these are no blocks; of an estimate, blocks of a program."""
 
 
 MERGE = Tile(rows=1, warps=4, stages=3)
@@ -62,17 +62,20 @@ class Rule:
 
 _MAIN = (Rule(384, Tile(64, 4, 2), 128), Rule(512, Tile(64, 8, 2), 128))
 _MAIN_WIDE = (Rule(512, Tile(32, 4, 2), 64),)
+_MAIN_IN_FP32 = (
+    Rule(128, Tile(32, 8, 1), 64),
+    Rule(256, Tile(32, 8, 1), 32),
+    Rule(512, Tile(16, 8, 1), 32),
+)
 _ANY = 1 << 30
 _SELECT_WIDE = (Rule(256, Tile(32, 4, 2, 64), _ANY), Rule(512, Tile(32, 8, 2, 32), _ANY))
-_SPAN_WIDE = (Rule(256, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 8, 1, 32)))
-_SPAN_BACKWARD_WIDE = (Rule(256, Tile(32, 4, 1, 32)), Rule(512, Tile(32, 8, 1, 32)))
 _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
     ("forward", "cuda", 2): _MAIN,
-    ("forward", "cuda", 4): _MAIN_WIDE,
+    ("forward", "cuda", 4): _MAIN_IN_FP32,
     ("forward", "hip", 2): (Rule(512, Tile(64, 4, 2), 128),),
     ("forward", "hip", 4): _MAIN_WIDE,
-    ("published", "cuda", 2): _MAIN,
-    ("published", "cuda", 4): _MAIN_WIDE,
+    ("published", "cuda", 2): (Rule(256, Tile(64, 4, 2), 128), Rule(512, Tile(64, 8, 2), 128)),
+    ("published", "cuda", 4): _MAIN_IN_FP32,
     ("published", "hip", 2): (Rule(512, Tile(64, 4, 2), 128),),
     ("published", "hip", 4): _MAIN_WIDE,
     ("backward", "cuda", 2): (Rule(256, Tile(32, 8, 2), 64), Rule(512, Tile(16, 8, 1), 64)),
@@ -100,13 +103,33 @@ _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
         Rule(384, Tile(32, 4, 2, 64)),
         Rule(512, Tile(64, 8, 2, 32)),
     ),
-    ("span", "cuda", 4): _SPAN_WIDE,
+    ("span", "cuda", 4): (Rule(128, Tile(32, 4, 2, 32)), Rule(512, Tile(16, 8, 1, 32))),
     ("span", "hip", 2): (Rule(256, Tile(64, 4, 2, 64)), Rule(512, Tile(64, 4, 2, 32))),
-    ("span", "hip", 4): _SPAN_WIDE,
-    ("span_backward", "cuda", 2): (Rule(128, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 4, 1, 32))),
-    ("span_backward", "cuda", 4): _SPAN_BACKWARD_WIDE,
+    ("span", "hip", 4): (Rule(256, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 4, 1, 32))),
+    ("prefill", "cuda", 2): (
+        Rule(128, Tile(64, 4, 2, 64)),
+        Rule(256, Tile(64, 8, 2, 64)),
+        Rule(512, Tile(64, 8, 2, 32)),
+    ),
+    ("prefill", "cuda", 4): (Rule(128, Tile(32, 4, 2, 32)), Rule(512, Tile(16, 8, 1, 32))),
+    ("prefill", "hip", 2): (Rule(256, Tile(64, 4, 2, 64)), Rule(512, Tile(64, 4, 2, 32))),
+    ("prefill", "hip", 4): (Rule(256, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 4, 1, 32))),
+    ("prefill_estimate", "cuda", 2): (Rule(512, Tile(64, 4, 2, 16)),),
+    ("prefill_estimate", "cuda", 4): (Rule(512, Tile(32, 8, 1, 16)),),
+    ("prefill_estimate", "hip", 2): (Rule(512, Tile(64, 4, 2, 16)),),
+    ("prefill_estimate", "hip", 4): (Rule(512, Tile(32, 4, 1, 16)),),
+    ("span_backward", "cuda", 2): (
+        Rule(128, Tile(32, 4, 2, 32)),
+        Rule(384, Tile(32, 4, 1, 32)),
+        Rule(512, Tile(32, 8, 1, 32)),
+    ),
+    ("span_backward", "cuda", 4): (
+        Rule(128, Tile(32, 8, 1, 32)),
+        Rule(256, Tile(16, 8, 1, 32)),
+        Rule(512, Tile(16, 8, 1, 16)),
+    ),
     ("span_backward", "hip", 2): (Rule(512, Tile(32, 4, 1, 32)),),
-    ("span_backward", "hip", 4): _SPAN_BACKWARD_WIDE,
+    ("span_backward", "hip", 4): (Rule(256, Tile(32, 4, 1, 32)), Rule(512, Tile(32, 4, 1, 16))),
 }
 """By kernel, backend and bytes of an item, the narrower and the larger blocks first."""
 

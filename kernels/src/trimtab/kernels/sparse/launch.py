@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from trimtab.kernels.sparse import tables
 from trimtab.kernels.sparse.chosen import Chosen
 from trimtab.kernels.sparse.gpu_tiles import MERGE, Need, Tile, fit_block, padded, tile
 from trimtab.kernels.sparse.shape import SparseShape
-from trimtab.kernels.sparse.tables import Queries
+from trimtab.kernels.sparse.tables import BlockMajor, Queries, Schedule
 
 
 def interpreted() -> bool:
@@ -56,34 +58,83 @@ def fitted(kernel: str, chosen: Chosen) -> tuple[Chosen, Tile]:
     return chosen, tile(kernel, need, chosen.block)
 
 
-def selected_forward(chosen: Chosen) -> tuple[Tensor, Tensor]:
-    """Output and natural logarithm of selected attention."""
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Queries whose parts fit the workspace, the table of their choices, and its work items."""
+
+    part: slice
+    table: BlockMajor
+    items: Schedule
+
+
+def segments(chosen: Chosen, how: Tile, part_bytes: int) -> Iterator[Segment]:
+    """As `Chosen.segments`, with the work items of a tile."""
+    for part, table in chosen.segments(part_bytes):
+        yield Segment(part, table, tables.schedule(table, chosen.group, how.rows))
+
+
+def pass_over_blocks(
+    kind: Any, chosen: Chosen, how: Tile, of: Segment, written: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """One of the main kernel's passes over the blocks of a segment of queries.
+
+    Args:
+        kind: ``WHOLE``, ``MAXIMA`` or ``SHIFTED`` of `triton_selected`.
+        chosen: in blocks that fit the tile.
+        how: the tile.
+        of: the segment.
+        written: partial outputs, maxima and sums, by entry and head of the group.
+    """
     from trimtab.kernels.sparse import triton_selected as kernels
 
+    blocks, part, table, items = chosen.blocks, of.part, of.table, of.items
+    kernels.forward[(items.row.numel(),)](
+        *(chosen.q[part], chosen.k, chosen.v, *written),
+        *(table.rows, table.query, items.row, items.chunk),
+        *(blocks.first, blocks.length, chosen.queries.last[part]),
+        *(chosen.scale, blocks.first.numel()),
+        **of_keys(chosen.q, chosen.k),
+        **of_values(chosen.v),
+        **launched(how),
+        BLOCK=chosen.block,
+        ROWS=how.rows,
+        PASS=kind.value,
+    )
+
+
+def merge(
+    chosen: Chosen,
+    of: Segment,
+    parts: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    lse: Tensor,
+    *,
+    normalised: bool,
+) -> None:
+    """Joins the parts of a segment's queries: outputs, what each is shifted by, and sums."""
+    from trimtab.kernels.sparse import triton_selected as kernels
+
+    queries = of.part.stop - of.part.start
+    kernels.merge[(queries, chosen.k.shape[1])](
+        *(*parts, of.table.place, out[of.part], lse[of.part], queries),
+        **of_group(chosen),
+        **of_values(chosen.v),
+        NORMALISED=normalised,
+    )
+
+
+def selected_forward(chosen: Chosen) -> tuple[Tensor, Tensor]:
+    """Output and natural logarithm of selected attention."""
+    from trimtab.kernels.sparse.triton_selected import WHOLE
+
     chosen, how = fitted("forward", chosen)
-    q, k, v, blocks = chosen.q, chosen.k, chosen.v, chosen.blocks
+    q, v = chosen.q, chosen.v
     out, lse = chosen.unwritten()
-    for part, table in chosen.segments(v.shape[-1] * q.element_size() + 8):
-        items = tables.schedule(table, chosen.group, how.rows)
-        entries = table.query.numel() * chosen.group
-        partial = q.new_empty(entries, v.shape[-1])
-        tops, sums = lse.new_empty(entries), lse.new_empty(entries)
-        kernels.forward[(items.row.numel(),)](
-            *(q[part], k, v, partial, tops, sums, table.rows, table.query, items.row, items.chunk),
-            *(blocks.first, blocks.length, chosen.queries.last[part]),
-            *(chosen.scale, blocks.first.numel()),
-            **of_keys(q, k),
-            **of_values(v),
-            **launched(how),
-            BLOCK=chosen.block,
-            ROWS=how.rows,
-        )
-        kernels.merge[(part.stop - part.start, k.shape[1])](
-            *(partial, tops, sums, table.place, out[part], lse[part], part.stop - part.start),
-            **of_group(chosen),
-            **of_values(v),
-            NORMALISED=True,
-        )
+    for of in segments(chosen, how, v.shape[-1] * q.element_size() + 8):
+        entries = of.table.query.numel() * chosen.group
+        parts = q.new_empty(entries, v.shape[-1]), lse.new_empty(entries), lse.new_empty(entries)
+        pass_over_blocks(WHOLE, chosen, how, of, parts)
+        merge(chosen, of, parts, out, lse, normalised=True)
     return out, lse
 
 

@@ -65,8 +65,8 @@ def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def pooled(q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
     """Every fourth query against means of 16 keys: a hundredth of the work of attention."""
     means = pad(k, (0, 0, 0, 0, 0, -k.shape[0] % _POOL)).unflatten(0, (-1, _POOL)).mean(1)
-    at = position + torch.arange(0, q.shape[0], _QUERY_STEP)
-    begins = torch.arange(means.shape[0]) * _POOL
+    at = position + torch.arange(0, q.shape[0], _QUERY_STEP, device=q.device)
+    begins = torch.arange(means.shape[0], device=q.device) * _POOL
     logits = _logits(q[::_QUERY_STEP], means, scale)
     return _shares(logits, begins <= at[:, None], TILE // _POOL, TILE // _QUERY_STEP)
 
@@ -77,8 +77,8 @@ def antidiagonal(q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
     keys = pad(k, (0, 0, 0, 0, 0, -k.shape[0] % _STRIDE)).unflatten(0, (-1, _STRIDE)).flip(1)
     folded_q, folded_k = (x.permute(0, 2, 1, 3).flatten(2) for x in (queries, keys))
     logits = _logits(folded_q, folded_k, scale / _STRIDE)
-    at = position + torch.arange(queries.shape[0]) * _STRIDE + _STRIDE - 1
-    begins = torch.arange(keys.shape[0]) * _STRIDE
+    at = position + torch.arange(queries.shape[0], device=q.device) * _STRIDE + _STRIDE - 1
+    begins = torch.arange(keys.shape[0], device=q.device) * _STRIDE
     return _shares(logits, begins <= at[:, None], TILE // _STRIDE, TILE // _STRIDE)
 
 
@@ -143,8 +143,9 @@ class Selection:
             position: the first query's place among the keys.
             queries: how many there are, the last of them at the last key.
         """
-        ids = torch.arange(shares.shape[-1])
-        begin = position + torch.arange(0, shares.shape[1] * TILE, TILE)[:, None]
+        ids = torch.arange(shares.shape[-1], device=shares.device)
+        begin = torch.arange(0, shares.shape[1] * TILE, TILE, device=shares.device)[:, None]
+        begin += position
         own = (begin + TILE - 1).clamp(max=position + queries - 1) // TILE
         forced = (ids < self.first) | (ids > begin // TILE - self.recent)
         ranked = shares.masked_fill(forced, 2.0).sort(dim=-1, descending=True, stable=True)

@@ -77,7 +77,7 @@ def measure(configuration: Configuration, target: str) -> Resources:
     aligned = {
         (at,): [["tt.divisibility", 16]]
         for at, name in enumerate(names)
-        if signature[name].startswith("*")
+        if signature[name].startswith("*") or name.endswith("_stride")
     }
     source = ASTSource(
         configuration.function,

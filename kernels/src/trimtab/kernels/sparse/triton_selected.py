@@ -67,6 +67,17 @@ def _to_natural(top, total):
 
 
 @triton.jit
+def _attend(acc, total, top, logits, visible, values, WIDEN: tl.constexpr):
+    """Adds keys to an online softmax: sums of values and of weights, shifted by the maxima."""
+    logits = tl.where(visible, logits, LEAST)
+    new = tl.maximum(top, tl.max(logits, 1))
+    p = tl.where(visible, tl.exp2(logits - new[:, None]), 0.0)
+    kept = tl.exp2(top - new)
+    acc = acc * kept[:, None] + _dot(p.to(values.dtype), values, WIDEN)
+    return acc, total * kept + tl.sum(p, 1), new
+
+
+@triton.jit
 def _slopes(
     query, keys, values, above, stat, lse, delta, there, visible, scale, WIDEN: tl.constexpr
 ):
@@ -148,8 +159,8 @@ def forward(
 ):
     """One chunk of one block's queries: partial outputs, their maxima and sums.
 
-    Parts are normalised, and shifted by their own maxima. FSA's published passes are `MAXIMA`, which
-    writes nothing else, and `SHIFTED`, by the ``part_max`` it is given and not normalised.
+    Parts are normalised, and shifted by their own maxima. FSA's published passes are `MAXIMA`,
+    which writes nothing else, and `SHIFTED`, by the ``part_max`` it is given, not normalised.
     """
     row = tl.load(item_row + tl.program_id(0)).to(tl.int64)
     if row >= 0:

@@ -14,6 +14,7 @@ import triton.language as tl
 from trimtab.kernels.sparse.triton_selected import (
     LEAST,
     LOG2_E,
+    _attend,
     _dot,
     _put,
     _slopes,
@@ -71,13 +72,8 @@ def forward(
         keys = _tile(k, key, head // GROUP, known, HEADS // GROUP, D, PAD)
         values = _tile(v, key, head // GROUP, known, HEADS // GROUP, D_V, PAD_V)
         visible = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
-        logits = tl.where(visible, _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E), LEAST)
-        new = tl.maximum(top, tl.max(logits, 1))
-        p = tl.where(visible, tl.exp2(logits - new[:, None]), 0.0)
-        kept = tl.exp2(top - new)
-        acc = acc * kept[:, None] + _dot(p.to(values.dtype), values, WIDEN)
-        total = total * kept + tl.sum(p, 1)
-        top = new
+        logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
+        acc, total, top = _attend(acc, total, top, logits, visible, values, WIDEN)
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     _put(out, token, head, there, result, HEADS, D_V, PAD_V)
     tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)

@@ -61,7 +61,7 @@ class NativeAttention(NSAAttention):
             with whole([*k.parameters(), *v.parameters()]):
                 for name, projection in self.other_kv.items():
                     projection.load_state_dict((k if "_k_" in name else v).state_dict())
-        self.layer_idx = layer.layer_idx
+        self.layer_idx, self.config = layer.layer_idx, config
 
     def forward(  # type: ignore[override]
         self,

@@ -64,6 +64,45 @@ METHODS: Mapping[str, tuple[str, ...]] = {
         "kv_cache",
         "slot_mapping",
     ),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.__init__": (
+        "self",
+        "kv_cache_spec",
+        "layer_names",
+        "vllm_config",
+        "device",
+    ),
+    "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase.get_kv_cache_spec": (
+        "self",
+        "vllm_config",
+    ),
+    "vllm.model_executor.models.llama:LlamaAttention.__init__": (
+        "self",
+        "config",
+        "hidden_size",
+        "num_heads",
+        "num_kv_heads",
+        "max_position_embeddings",
+        "quant_config",
+        "bias",
+        "bias_o_proj",
+        "cache_config",
+        "prefix",
+        "attn_type",
+    ),
+    "vllm.model_executor.models.llama:LlamaDecoderLayer.__init__": (
+        "self",
+        "vllm_config",
+        "prefix",
+        "config",
+        "attn_layer_type",
+    ),
+    "vllm.model_executor.models.llama:LlamaForCausalLM.__init__": (
+        "self",
+        "vllm_config",
+        "prefix",
+        "layer_type",
+    ),
+    "vllm.model_executor.models.llama:LlamaForCausalLM.load_weights": ("self", "weights"),
     "vllm.v1.metrics.loggers:StatLoggerBase.record": (
         "self",
         "scheduler_stats",
@@ -82,6 +121,13 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 """Functions by ``module:name`` with their parameters' names."""
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
+    "vllm.forward_context:ForwardContext": ("attn_metadata", "no_compile_layers"),
+    "vllm.v1.attention.backend:CommonAttentionMetadata": (
+        "block_table_tensor",
+        "num_reqs",
+        "query_start_loc",
+        "seq_lens",
+    ),
     "vllm.v1.core.sched.output:NewRequestData": ("req_id", "sampling_params"),
     "vllm.v1.engine:EngineCoreOutput": (
         "finish_reason",
@@ -90,6 +136,13 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
         "stop_reason",
     ),
     "vllm.v1.engine:EngineCoreOutputs": ("outputs",),
+    "vllm.v1.kv_cache_interface:FullAttentionSpec": (
+        "block_size",
+        "dtype",
+        "head_size",
+        "num_kv_heads",
+        "state_content_bytes",
+    ),
     "vllm.v1.outputs:LogprobsLists": ("logprobs", "cu_num_generated_tokens"),
     "vllm.v1.outputs:ModelRunnerOutput": (
         "logprobs",

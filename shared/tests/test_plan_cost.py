@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from itertools import accumulate, combinations, pairwise, permutations, product
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from trimtab.core.cost import (
     Constants,
     GenModel,
     PlanEvaluator,
+    allreduce_bound_s,
     co_located_ps,
     cut_bound_s_per_byte,
     halving_doubling,
@@ -24,6 +26,7 @@ from trimtab.core.cost import (
     least_accessed,
     optimality,
     reduce_broadcast,
+    two_rounds_bound_s_per_byte,
 )
 from trimtab.core.cost import ring as ring_cost
 from trimtab.core.errors import BadInput
@@ -233,6 +236,60 @@ def test_no_plan_beats_the_cut_bound(leaves, faster, data) -> None:
 def test_the_cut_bound_of_known_networks(leaves, uplink, payloads) -> None:
     bound = cut_bound_s_per_byte(tree(leaves, uplink=uplink * BANDWIDTH))
     assert bound * BANDWIDTH == pytest.approx(payloads)
+
+
+def fewest_crossing_in_two_rounds(parts: list[set[int]]) -> int:
+    """Messages of an element that cross into parts, in the best AllReduce of two rounds."""
+    ranks = sorted(set().union(*parts))
+    home = {rank: number for number, part in enumerate(parts) for rank in part}
+    pairs = list(permutations(ranks, 2))
+    everyone, best = set(ranks), 2 * len(pairs)
+    for sent in product((False, True), repeat=len(pairs)):
+        held = {rank: {rank} for rank in ranks}
+        for (source, to), goes in zip(pairs, sent, strict=True):
+            if goes:
+                held[to].add(source)
+        crossing = sum(home[a] != home[b] for (a, b), goes in zip(pairs, sent, strict=True) if goes)
+        for rank in ranks:
+            if crossing >= best:
+                break
+            # A sum of any of what its sender holds: together they must hold all.
+            near = held[rank].union(*(held[other] for other in parts[home[rank]]))
+            far = [other for other in ranks if home[other] != home[rank]]
+            crossing += next(
+                count
+                for count in range(len(far) + 1)
+                for chosen in combinations(far, count)
+                if near.union(*(held[other] for other in chosen)) == everyone
+            )
+        best = min(best, crossing)
+    return best
+
+
+@pytest.mark.parametrize("sizes", [[2, 2], [1, 1, 1], [2, 1, 1]])
+def test_in_two_rounds_no_fewer_messages_cross(sizes: list[int]) -> None:
+    ends = list(accumulate(sizes, initial=0))
+    parts = [set(range(first, last)) for first, last in pairwise(ends)]
+    bound = two_rounds_bound_s_per_byte(tree(sizes, uplink=0.1 * BANDWIDTH)) * 0.1 * BANDWIDTH
+    assert bound * len(sizes) == pytest.approx(2 * (sum(sizes) - max(sizes)))
+    assert fewest_crossing_in_two_rounds(parts) >= bound * len(sizes) - 1e-9
+
+
+def test_two_rounds_are_ruled_out_where_they_cross_too_often() -> None:
+    network = tree([24] * 16)
+    cut = cut_bound_s_per_byte(network)
+    assert two_rounds_bound_s_per_byte(network) == pytest.approx(4.5 / BANDWIDTH)
+    assert two_rounds_bound_s_per_byte(tree([24])) == pytest.approx(2 * 23 / 24 / BANDWIDTH)
+    payload = 1e9
+    assert allreduce_bound_s(network, CONSTANTS, payload) > payload * cut + 3 * CONSTANTS.alpha_s
+    direct, _ = exchange(whole(384))
+    # Direct exchange crosses into racks just as often as it must.
+    free = PlanEvaluator(network, CONSTANTS.model_copy(update={"epsilon_ratio": 0.0}))
+    loads = [free.step(direct, gather=gather).down_busy for gather in (False, True)]
+    racks = list(network.children[0])
+    assert float((loads[0] + loads[1])[racks].max()) == pytest.approx(
+        two_rounds_bound_s_per_byte(network)
+    )
 
 
 def test_a_ring_in_the_trees_order_meets_the_bound() -> None:

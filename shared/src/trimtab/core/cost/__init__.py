@@ -21,7 +21,11 @@ from trimtab.core.cost.collectives import (
     reduce_broadcast,
     ring,
 )
-from trimtab.core.cost.cut_bound import allreduce_bound_s, cut_bound_s_per_byte
+from trimtab.core.cost.cut_bound import (
+    allreduce_bound_s,
+    cut_bound_s_per_byte,
+    two_rounds_bound_s_per_byte,
+)
 from trimtab.core.cost.kv_transfer import exposed_transfer_s, kv_transfer_s
 from trimtab.core.cost.model_fit import (
     Interval,
@@ -103,4 +107,5 @@ __all__ = [
     "ring",
     "steady_state",
     "to_step_cost",
+    "two_rounds_bound_s_per_byte",
 ]

@@ -44,12 +44,35 @@ def _is_contradiction(tree: NetworkTree, time_s: float) -> bool:
     return owed[0] > 2
 
 
+def two_rounds_bound_s_per_byte(tree: NetworkTree) -> float:
+    """The least time of an AllReduce of two rounds for each byte of the payload on each rank.
+
+    In the first round contributions travel alone, as nothing has been added up. Let the N ranks be
+    in parts of at most half of them; then 2·(N - n) messages of each element cross into parts,
+    where n is the size of the largest. For let a part of m ranks get fewer than the N - m
+    contributions of others in the first round: then each of its ranks needs a message from outside
+    in the second. If all parts are so, these are N messages, or 2·N; where a rank needs only one,
+    its sender's part and its own have got all contributions but their own 2·n in the first round.
+    If one part got all N - m, each other one of k ranks gets at least k messages in one of the
+    rounds. The parts here are the points of one depth of the tree.
+    """
+    most = 0.0
+    for depth in range(1, len(tree.paths)):
+        points = sorted(set(tree.paths[depth].tolist()))
+        largest = max(last - first for first, last in (tree.spans[point] for point in points))
+        betas = [float(tree.down_s_per_byte[point]) for point in points]
+        if 2 * largest <= tree.size and min(betas) > 0:
+            most = max(most, 2 * (tree.size - largest) / sum(1 / beta for beta in betas))
+    return most
+
+
 def allreduce_bound_s(tree: NetworkTree, constants: Constants, payload_bytes: float) -> float:
     """The least time of an AllReduce by GenModel, whatever it does, with pipelined chunks or not.
 
-    In one round each rank must get the payload of all others and add all of it up. In more, two
-    rounds pass at least; links are busy as long as the cut bound says; and the ranks' memories for
-    the N - 1 additions and N + 1 accesses of each element, which is once for a sum of all operands.
+    In one round each rank must get the payload of all others and add all of it up. In more, links
+    are busy as long as the cut bound says, and in two as `two_rounds_bound_s_per_byte` says; the
+    ranks' memories for the N - 1 additions and N + 1 accesses of each element, which is once for a
+    sum of all operands.
     A first chunk has its messages and its sums behind one another; each further one costs a round,
     and at best the longer of the two.
     """
@@ -60,11 +83,16 @@ def allreduce_bound_s(tree: NetworkTree, constants: Constants, payload_bytes: fl
     round_s = alpha_s + 2 * float(tree.latency_s[leaves].min())
     least_delta = float(memory_s_per_byte(tree, constants).min())
     sums = (ranks - 1) * constants.gamma_s_per_byte + (ranks + 1) * least_delta
-    links_s = payload_bytes * constants.beta_ratio * cut_bound_s_per_byte(tree)
-    several_s = 2 * round_s + _together_s(links_s, payload_bytes * sums / ranks, alpha_s)
+    byte_s = payload_bytes * constants.beta_ratio
+    cut = cut_bound_s_per_byte(tree)
+    two = max(cut, two_rounds_bound_s_per_byte(tree))
+    sums_s = payload_bytes * sums / ranks
     slowest = float(tree.down_s_per_byte[leaves].max())
-    into_s = payload_bytes * constants.beta_ratio * (ranks - 1) * slowest
-    return min(several_s, round_s + _together_s(into_s, payload_bytes * sums, alpha_s))
+    return min(
+        round_s + _together_s(byte_s * (ranks - 1) * slowest, ranks * sums_s, alpha_s),
+        2 * round_s + _together_s(byte_s * two, sums_s, alpha_s),
+        3 * round_s + _together_s(byte_s * cut, sums_s, alpha_s),
+    )
 
 
 def _together_s(one_s: float, other_s: float, alpha_s: float) -> float:

@@ -29,6 +29,7 @@ def main() -> None:
         scattered,
         gathered,
         passed_on,
+        base_errors,
         subgroups,
         coalesced,
         waited_and_not,
@@ -174,6 +175,40 @@ def passed_on(rank: int, size: int) -> None:
     yes = torch.tensor([rank == 0])
     dist.all_reduce(yes, Op.MAX)
     assert yes.item()
+    parts = [torch.empty(1) for _ in range(size)] if rank == 1 else None
+    dist.gather(torch.tensor([float(rank)]), parts, dst=1)
+    if parts is not None:
+        assert torch.cat(parts).tolist() == [float(r) for r in range(size)]
+    part = torch.empty(1)
+    dist.scatter(part, [r + parts[0] for r in range(size)] if parts else None, src=1)
+    assert part.item() == rank
+
+
+def base_errors(rank: int, size: int) -> None:
+    """Wrong arguments of a call that is passed on are told as the base group tells them."""
+    group = dist.group.WORLD
+    assert group is not None
+    base = group._get_backend(torch.device("cpu"))
+    one, gather, scatter = torch.zeros(1), dist.GatherOptions(), dist.ScatterOptions()
+    gather.rootRank = scatter.rootRank = rank
+    wrong: list[Callable[[dist.ProcessGroup | dist.Backend], object]] = [
+        lambda it: it.gather([], [one], gather),
+        lambda it: it.gather([], [], gather),
+        lambda it: it.gather([[one] * (size + 1)], [one], gather),
+        lambda it: it.gather([[one.double()] * size], [one], gather),
+        lambda it: it.scatter([], [[one] * size], scatter),
+        lambda it: it.scatter([one], [], scatter),
+        lambda it: it.scatter([one], [[torch.zeros(2)] * size], scatter),
+    ]
+    for call in wrong:
+        said = []
+        for it in (base, group):
+            try:
+                call(it)
+            except (RuntimeError, ValueError) as error:
+                said.append((type(error), str(error).splitlines()[0]))
+        assert len(said) == 2, said
+        assert said[0] == said[1], said
 
 
 def subgroups(rank: int, size: int) -> None:

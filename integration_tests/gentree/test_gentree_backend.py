@@ -24,6 +24,7 @@ def test_every_collective(job) -> None:
         "scattered",
         "gathered",
         "passed_on",
+        "base_errors",
         "subgroups",
         "coalesced",
         "waited_and_not",

@@ -375,6 +375,19 @@ class PlannedGroup(dist.ProcessGroup):
     def recv(self, tensors: Any, peer: int, tag: int) -> Any:
         return self._base(tensors).recv(tensors, peer, tag)
 
+    # Torch's own passing on of these two looks for a tensor in each list, and says so itself where
+    # there is none.
+
+    def gather(  # type: ignore[override]
+        self, outputs: Any, inputs: Any, *rest: Any, **more: Any
+    ) -> Any:
+        return self._base(_listed(inputs)).gather(outputs, inputs, *rest, **_given(more))
+
+    def scatter(  # type: ignore[override]
+        self, outputs: Any, inputs: Any, *rest: Any, **more: Any
+    ) -> Any:
+        return self._base(_listed(outputs)).scatter(outputs, inputs, *rest, **_given(more))
+
     def all_to_all_single(  # type: ignore[override]
         self, output: Any, given: Any, *rest: Any, **more: Any
     ) -> Any:
@@ -559,6 +572,11 @@ class PlannedGroup(dist.ProcessGroup):
                 return
             for output, block in zip(outputs, blocks, strict=True):
                 output.copy_(block.view(output.shape))
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that are None, which a base group does not take."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _nothing() -> None:

@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from openai import OpenAI
 
 from trimtab.core.errors import BadInput
-from trimtab.hosts.vllm.attention import prefiller
+from trimtab.hosts.vllm.prefills import LayerShape, prefiller
 from trimtab.hosts.vllm.server import Server, running, small_cpu_environment
 from trimtab.hosts.vllm.small_model import small_model
 from trimtab.sparse.vllm_prefill import make
@@ -84,10 +85,14 @@ def test_a_wrong_option_is_named_before_a_layer_is_made():
     assert prefiller({}) is None
 
 
+def layers(page):
+    return LayerShape(9, 3, 64, page, torch.device("cpu"), "CPU_ATTN")
+
+
 def test_short_chunks_odd_pages_and_full_shares_are_left_to_vllm():
     usual = make({})
-    assert usual.wants(queries=4096, keys=4096, group=3, page=128)
-    assert not usual.wants(queries=4096, keys=4096, group=3, page=96)
-    assert not usual.wants(queries=1, keys=4096, group=3, page=128)
-    assert not usual.wants(queries=1024, keys=1024, group=3, page=128)
-    assert not make({"mass": 1}).wants(queries=4096, keys=4096, group=3, page=128)
+    assert usual.wants(4096, 4096, layers(128))
+    assert not usual.wants(4096, 4096, layers(96))
+    assert not usual.wants(1, 4096, layers(128))
+    assert not usual.wants(1024, 1024, layers(128))
+    assert not make({"mass": 1}).wants(4096, 4096, layers(128))

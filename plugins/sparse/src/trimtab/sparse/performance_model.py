@@ -49,7 +49,8 @@ GPUS: Mapping[str, Gpu] = {
     "h20": Gpu(4.0e12, _H100_L2 * 78 / 132),  # of as many multiprocessors
 }
 
-_LAUNCH_S = 5e-6
+LAUNCH_S = 5e-6
+"""Of a small kernel."""
 _LAUNCHES = 25
 """Kernels of one segment of ours: its index tables in torch, the main pass and the merge."""
 _TABLE_BYTES = 300
@@ -162,7 +163,7 @@ class Model:
         choices = HEADS / run.group * run.tokens * run.top
         segments = -(-HEADS * run.tokens * run.top * bytes_per_part // _WORKSPACE_BYTES)
         sorting = choices * _TABLE_BYTES / GPUS[run.gpu].memory_bytes_per_s
-        return sorting + segments * _LAUNCHES * _LAUNCH_S
+        return sorting + segments * _LAUNCHES * LAUNCH_S
 
 
 def _sum(seconds: Terms, terms: Terms) -> float:

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from trimtab.core.documents import validate
+from trimtab.hosts.vllm.cache_layout import PagedKeys
 from trimtab.kernels.sparse.block_sparse import TILE, KeyStore
+from trimtab.kernels.sparse.paged_prefill import LARGEST_HEAD, PagedCache, paged_prefill
 from trimtab.kernels.sparse.prefill import plan, sparse_prefill
 from trimtab.sparse.config import SparseConfig
+from trimtab.sparse.gpu_plan import plan_on_gpu
 from trimtab.sparse.selection import keeps_everything, selection
 
 if TYPE_CHECKING:
-    from trimtab.hosts.vllm.attention import Prefill
-    from trimtab.hosts.vllm.cache_layout import PagedKeys
+    from trimtab.hosts.vllm.prefills import LayerShape, PagedTensors, Prefill
 
 EXPECTED_DENSITY = 0.4
 """Share of the causal blocks that a prompt is expected to keep, to tell whether it pays."""
@@ -30,46 +32,77 @@ class SparsePrefill:
     """Sparse prefill in one worker; its decisions are the same in every layer."""
 
     config: SparseConfig
-    _told: bool = field(default=False, init=False)
+    _told: set[str] = field(default_factory=set, init=False)
+    _why: str = field(default="", init=False)
 
-    def wants(self, queries: int, keys: int, group: int, page: int) -> bool:
+    def wants(self, queries: int, keys: int, layers: LayerShape) -> bool:
         """Whether it pays; never where all would be kept, so that vLLM's own bits come out."""
         if keeps_everything(self.config) or queries < TILE or keys < self.config.min_prompt:
             return False
+        if layers.dense != "CPU_ATTN":
+            return self._pays_on_gpu(queries, keys, layers)
+        page = layers.page_tokens
         if page % TILE:
             self._tell("no prefill is sparse: pages of %d tokens hold no whole blocks", page)
             return False
-        return plan(queries, keys, group, EXPECTED_DENSITY, selection(self.config)).path != "dense"
+        group = layers.heads // layers.kv_heads
+        found = plan(queries, keys, group, EXPECTED_DENSITY, selection(self.config))
+        self._why = found.explain()
+        return found.path != "dense"
+
+    def _pays_on_gpu(self, queries: int, keys: int, layers: LayerShape) -> bool:
+        if layers.head_size > LARGEST_HEAD:
+            self._tell("no prefill is sparse: heads of %d are too large", layers.head_size)
+            return False
+        found = plan_on_gpu(queries, keys, layers, EXPECTED_DENSITY, selection(self.config))
+        self._why = found.explain()
+        if found.path == "dense":
+            self._tell("a prefill of %d tokens is left to vLLM (%s)", keys, self._why)
+        return found.path != "dense"
 
     def prefill(self, work: Prefill) -> None:
         """Writes the attention of a request's new tokens."""
-        queries, heads, _ = work.query.shape
-        position = work.keys - queries
+        position = work.keys - work.query.shape[0]
+        if isinstance(work.cache, PagedKeys):
+            kept: float | Tensor = self._on_cpu(work, work.cache, position)
+        else:
+            kept = self._on_gpu(work, work.cache, position)
+        if _DONE not in self._told:
+            # Only here does a GPU's share have to be waited for.
+            self._tell(_DONE, work.keys, 100 * float(kept), work.layer, self._why)
 
+    def _on_cpu(self, work: Prefill, cache: PagedKeys, position: int) -> float:
         def keys() -> Tensor:
-            return torch.cat([cached_keys(work.cache, work.pages, position), work.new_keys])
+            return torch.cat([cached_keys(cache, work.pages, position), work.new_keys])
 
-        kept = sparse_prefill(
+        return sparse_prefill(
             q=work.query,
             keys=keys,
-            store=paged_store(work.cache, work.pages, work.keys),
+            store=paged_store(cache, work.pages, work.keys),
             position=position,
             out=work.out,
             scale=work.scale,
             selection=selection(self.config),
         )
-        group = heads // work.cache.kv_heads
-        chosen = plan(queries, work.keys, group, EXPECTED_DENSITY, selection(self.config))
-        self._tell(
-            "sparse prefill of %d tokens keeps %.0f %% of the blocks in %s (%s)",
-            *(work.keys, 100 * kept, work.layer, chosen.explain()),
+
+    def _on_gpu(self, work: Prefill, cache: PagedTensors, position: int) -> Tensor:
+        return paged_prefill(
+            work.query,
+            PagedCache(cache.k, cache.v, work.pages),
+            position,
+            work.out,
+            work.scale,
+            selection(self.config),
         )
 
     def _tell(self, message: str, *facts: object) -> None:
         """Says something in the server's log, the first time only."""
-        if not self._told:
-            self._told = True
+        if message not in self._told:
+            self._told.add(message)
             logger.info(message, *facts)
+
+
+_DONE = "sparse prefill of %d tokens keeps %.0f %% of the blocks in %s (%s)"
 
 
 def make(options: object) -> SparsePrefill:

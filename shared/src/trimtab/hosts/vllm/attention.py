@@ -1,19 +1,13 @@
 """One attention backend for vLLM on CPUs: plugins may take prefills, the rest stays vLLM's.
 
-vLLM has one backend a kind of layer, so plugins share this one. It is registered in place of
-``CPU_ATTN``, which ``--attention-backend CUSTOM`` also leads to on a CPU. A plugin offers its
-prefill by an entry point of the group ``trimtab.vllm_prefill``: a function from the plugin's block
-of options to a `Prefiller`. Where no plugin is switched on, layers get vLLM's own class.
+It is registered in place of ``CPU_ATTN``, which ``--attention-backend CUSTOM`` also leads to on a
+CPU. Where no plugin is switched on, layers get vLLM's own class.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cache
-from importlib.metadata import entry_points
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,85 +22,20 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from trimtab.core.errors import TrimtabError
-from trimtab.hosts.vllm import cache_layout, options
+from trimtab.hosts.vllm import cache_layout
 from trimtab.hosts.vllm.cache_layout import PagedKeys
-
-GROUP = "trimtab.vllm_prefill"
+from trimtab.hosts.vllm.prefills import (
+    LayerShape,
+    Prefill,
+    Span,
+    dense_rows,
+    prefiller,
+    set_apart,
+    split_of,
+    wanted,
+)
 
 logger = init_logger("vllm.trimtab.attention")
-
-
-@dataclass(frozen=True, slots=True)
-class Prefill:
-    """The new tokens of one request in one layer."""
-
-    layer: str
-    query: Tensor
-    """``[queries, heads, d]``."""
-    new_keys: Tensor
-    """The keys of these tokens, ``[queries, kv_heads, d]``; the cache holds them too."""
-    out: Tensor
-    """Where the attention goes, ``[queries, heads, d]``."""
-    cache: PagedKeys
-    pages: Tensor
-    """The request's pages of the cache, ``[pages]`` int64."""
-    keys: int
-    """Tokens of the request so far, new ones included."""
-    scale: float
-
-
-class Prefiller(Protocol):
-    """What a plugin does with prefills."""
-
-    def wants(self, queries: int, keys: int, group: int, page: int) -> bool:
-        """Whether to take a request's new tokens.
-
-        Args:
-            queries: how many they are.
-            keys: the request's tokens, new ones included.
-            group: query heads of a KV head.
-            page: tokens of a page of the cache.
-        """
-
-    def prefill(self, work: Prefill) -> None:
-        """Writes the attention of the new tokens into ``work.out``."""
-
-
-def prefiller(additional_config: object) -> Prefiller | None:
-    """The prefill of the first plugin that is switched on and has one; all layers share it.
-
-    Raises:
-        BadInput: the plugin's options are wrong.
-    """
-    for name, block in options.enabled(additional_config).items():
-        if name in entry_points(group=GROUP).names:
-            return _made(name, json.dumps(block, sort_keys=True))
-    return None
-
-
-@cache
-def _made(name: str, block: str) -> Prefiller:
-    (entry,) = entry_points(group=GROUP, name=name)
-    made: Prefiller = entry.load()(json.loads(block))
-    return made
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A request whose prefill a plugin takes: its rows in the batch, its pages and its tokens."""
-
-    rows: slice
-    pages: Tensor
-    keys: int
-
-
-@dataclass
-class SplitMetadata(CPUAttentionMetadata):
-    """vLLM's metadata of the whole batch, and the same of what is left to vLLM."""
-
-    spans: Sequence[Span] = ()
-    rest: CPUAttentionMetadata | None = None
-    rest_rows: Tensor | None = field(default=None)
 
 
 class _Builder(CPUAttentionMetadataBuilder):
@@ -124,54 +53,25 @@ class _Builder(CPUAttentionMetadataBuilder):
     ) -> CPUAttentionMetadata:
         whole = super().build(common_prefix_len, common_attn_metadata, fast_build)
         spans = self._spans(whole)
-        if not spans:
-            return whole
-        rest = _without(common_attn_metadata, [number for number, _ in spans])
-        parts = {f.name: getattr(whole, f.name) for f in fields(CPUAttentionMetadata)}
-        split = SplitMetadata(**parts, spans=[span for _, span in spans])
-        if rest is not None:
-            split.rest = super().build(0, rest[0], fast_build)
-            split.rest_rows = rest[1]
-        return split
+        if spans:
+            parent = super().build
+            set_apart(whole, common_attn_metadata, spans, lambda part: parent(0, part, fast_build))
+        return whole
 
-    def _spans(self, whole: CPUAttentionMetadata) -> list[tuple[int, Span]]:
+    def _spans(self, whole: CPUAttentionMetadata) -> dict[int, Span]:
         if self._prefiller is None or whole.causal is not True:
-            return []
+            return {}
         starts, lengths = whole.query_start_loc.tolist(), whole.seq_lens.tolist()
-        group, page = self.num_heads // self.num_kv_heads, self.block_size
-        found = []
-        for number, keys in enumerate(lengths):
+        page, device = self.block_size, torch.device("cpu")
+        layers = LayerShape(
+            self.num_heads, self.num_kv_heads, self.head_dim, page, device, "CPU_ATTN"
+        )
+        found = {}
+        for number in wanted(self._prefiller, starts, lengths, layers):
+            pages = whole.block_table[number, : -(-lengths[number] // page)].long()
             rows = slice(starts[number], starts[number + 1])
-            if self._prefiller.wants(rows.stop - rows.start, keys, group, page):
-                pages = whole.block_table[number, : -(-keys // page)].long()
-                found.append((number, Span(rows, pages, keys)))
+            found[number] = Span(rows, pages, lengths[number])
         return found
-
-
-def _without(
-    whole: CommonAttentionMetadata, taken: Sequence[int]
-) -> tuple[CommonAttentionMetadata, Tensor] | None:
-    """The batch without some requests, and the rows that its queries have in the whole one."""
-    left = [number for number in range(whole.num_reqs) if number not in set(taken)]
-    starts = whole.query_start_loc.tolist()
-    lengths = [starts[n + 1] - starts[n] for n in left]
-    if not sum(lengths):
-        return None
-    rows = torch.cat([torch.arange(starts[n], starts[n + 1]) for n in left])
-    ends = torch.tensor([0, *lengths], dtype=whole.query_start_loc.dtype).cumsum(0)
-    ends = ends.to(whole.query_start_loc.dtype)
-    part = replace(
-        whole,
-        query_start_loc=ends,
-        query_start_loc_cpu=ends,
-        seq_lens=whole.seq_lens[left].contiguous(),
-        num_reqs=len(left),
-        num_actual_tokens=len(rows),
-        max_query_len=max(lengths),
-        block_table_tensor=whole.block_table_tensor[left].contiguous(),
-        slot_mapping=whole.slot_mapping[rows],
-    )
-    return part, rows
 
 
 class _Impl(CPUAttentionBackendImpl):
@@ -210,18 +110,21 @@ class _Impl(CPUAttentionBackendImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        arguments = (layer, query, key, value, kv_cache)
         scales = (output_scale, output_block_scale)
-        if not isinstance(attn_metadata, SplitMetadata) or not self._readable(layer, kv_cache):
-            return super().forward(*arguments, attn_metadata, output, *scales)
+        split = split_of(attn_metadata)
+        if split is None or not self._readable(layer, kv_cache):
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, *scales
+            )
+        parent = super().forward
         out = output.view(-1, self.num_heads, self.head_size)
-        rows, rest = attn_metadata.rest_rows, attn_metadata.rest
-        if rest is not None and rows is not None:
-            part = (layer, query[rows], key[rows], value[rows], kv_cache)
-            dense = torch.empty_like(part[1])
-            super().forward(*part, rest, dense, *scales)
-            out[rows] = dense
-        for span in attn_metadata.spans:
+        dense_rows(
+            split,
+            (query, key, value),
+            out,
+            lambda q, k, v, rest, dense: parent(layer, q, k, v, kv_cache, rest, dense, *scales),
+        )
+        for span in split.spans:
             self._hand_over(layer, query, key, kv_cache, span, out)
         return output
 

@@ -9,6 +9,19 @@ import inspect
 from collections.abc import Mapping
 from importlib import import_module
 
+_FORWARD = (
+    "self",
+    "layer",
+    "query",
+    "key",
+    "value",
+    "kv_cache",
+    "attn_metadata",
+    "output",
+    "output_scale",
+    "output_block_scale",
+)
+
 METHODS: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.interface:SchedulerInterface.add_request": ("self", "request"),
     "vllm.v1.core.sched.interface:SchedulerInterface.schedule": ("self", "throttle_prefills"),
@@ -44,18 +57,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
         "common_attn_metadata",
         "fast_build",
     ),
-    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward": (
-        "self",
-        "layer",
-        "query",
-        "key",
-        "value",
-        "kv_cache",
-        "attn_metadata",
-        "output",
-        "output_scale",
-        "output_block_scale",
-    ),
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward": _FORWARD,
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update": (
         "self",
         "layer",
@@ -103,6 +105,20 @@ METHODS: Mapping[str, tuple[str, ...]] = {
         "layer_type",
     ),
     "vllm.model_executor.models.llama:LlamaForCausalLM.load_weights": ("self", "weights"),
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder.build": (
+        "self",
+        "common_prefix_len",
+        "common_attn_metadata",
+        "fast_build",
+    ),
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward": _FORWARD,
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build": (
+        "self",
+        "common_prefix_len",
+        "common_attn_metadata",
+        "fast_build",
+    ),
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward": _FORWARD,
     "vllm.v1.metrics.loggers:StatLoggerBase.record": (
         "self",
         "scheduler_stats",
@@ -124,9 +140,17 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "vllm.forward_context:ForwardContext": ("attn_metadata", "no_compile_layers"),
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         "block_table_tensor",
+        "causal",
+        "max_query_len",
+        "mm_req_doc_ranges",
+        "num_actual_tokens",
         "num_reqs",
+        "positions",
         "query_start_loc",
+        "query_start_loc_cpu",
         "seq_lens",
+        "seq_lens_cpu_upper_bound",
+        "slot_mapping",
     ),
     "vllm.v1.core.sched.output:NewRequestData": ("req_id", "sampling_params"),
     "vllm.v1.engine:EngineCoreOutput": (

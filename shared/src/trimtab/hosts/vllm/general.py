@@ -8,7 +8,7 @@ _MODEL = "trimtab.hosts.vllm.llama:LlamaWithOwnAttention"
 
 
 def register() -> None:
-    """Registers models with attention of plugins' own; on a CPU the attention backend too."""
+    """Registers models with attention of plugins' own, and the attention backend."""
     from vllm import ModelRegistry
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -19,3 +19,6 @@ def register() -> None:
         register_backend(
             AttentionBackendEnum.CPU_ATTN, "trimtab.hosts.vllm.attention.TrimtabCpuAttention"
         )
+    elif current_platform.is_cuda_alike():
+        of = "TrimtabFlashAttention" if current_platform.is_cuda() else "TrimtabTritonAttention"
+        register_backend(AttentionBackendEnum.CUSTOM, f"trimtab.hosts.vllm.gpu_attention.{of}")

@@ -1,4 +1,7 @@
-"""Runs the GPU's sparse prefill in Triton's interpreter on small caches; fails where it differs."""
+"""Runs the GPU's sparse prefill on small caches; fails where it differs.
+
+On a GPU, or without one in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ from itertools import product
 import torch
 
 from trimtab.kernels.sparse.block_sparse import TILE, KeyStore
+from trimtab.kernels.sparse.launch import interpreted
 from trimtab.kernels.sparse.paged_prefill import PagedCache, attend, block_shares, paged_prefill
 from trimtab.kernels.sparse.prefill import sparse_prefill
 from trimtab.kernels.sparse.selectors import Selection, sampled
+
+DEVICE = "cpu" if interpreted() else "cuda"
 
 
 def request(dtype, heads, kv_heads, d, queries, keys, page, tokens_first=False):
@@ -32,8 +38,8 @@ def request(dtype, heads, kv_heads, d, queries, keys, page, tokens_first=False):
     cache = storage.transpose(1, 2) if tokens_first else storage
     at = torch.arange(keys)
     cache[pages[at // page].long(), :, at % page] = torch.cat([k, v], -1)
-    k_pages, v_pages = cache.split(d, -1)
-    return q, k, v, PagedCache(k_pages, v_pages, pages)
+    k_pages, v_pages = cache.to(DEVICE).split(d, -1)
+    return q, k, v, PagedCache(k_pages, v_pages, pages.to(DEVICE))
 
 
 def dense(q, k, v, position, scale):
@@ -47,29 +53,30 @@ def dense(q, k, v, position, scale):
 def covers_everything(dtype, tolerance, *sizes, **layout):
     q, k, v, cache = request(dtype, *sizes, **layout)
     position, scale = k.shape[0] - q.shape[0], q.shape[-1] ** -0.5
-    out = torch.full_like(q, float("nan"))
-    kept = paged_prefill(q, cache, position, out, scale, Selection("top", top=1000))
+    out = torch.full_like(q, float("nan"), device=DEVICE)
+    every = Selection("top", top=1000)
+    kept = paged_prefill(q.to(DEVICE), cache, position, out, scale, every)
     assert kept == 1
     expected = dense(q, k, v, position, scale)
-    torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(out.cpu().float(), expected, atol=tolerance, rtol=tolerance)
 
 
 def is_what_a_cpu_does(selection, *sizes):
     q, k, v, cache = request(torch.float32, *sizes)
     position, scale = k.shape[0] - q.shape[0], q.shape[-1] ** -0.5
     store = KeyStore.packed(k, v, torch.tensor([0, k.shape[0]], dtype=torch.int32))
-    expected, out = torch.empty_like(q), torch.empty_like(q)
+    expected, out = torch.empty_like(q), torch.empty_like(q, device=DEVICE)
     share = sparse_prefill(q, lambda: k, store, position, expected, scale, selection)
-    kept = paged_prefill(q, cache, position, out, scale, selection)
+    kept = paged_prefill(q.to(DEVICE), cache, position, out, scale, selection)
     assert abs(float(kept) - share) < 1e-6
     assert share < 1
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.cpu(), expected, atol=1e-5, rtol=1e-5)
 
 
 def shares_are_the_sampled_ones(step, *sizes):
     q, k, _, cache = request(torch.float32, *sizes)
     position, scale = k.shape[0] - q.shape[0], q.shape[-1] ** -0.5
-    shares = block_shares(q, cache, position, scale, step)
+    shares = block_shares(q.to(DEVICE), cache, position, scale, step).cpu()
     expected = sampled(q, k, position, scale, step=step)
     torch.testing.assert_close(shares, expected, atol=1e-6, rtol=1e-5)
 
@@ -80,12 +87,12 @@ def nothing_leaks_from_blocks_that_are_not_chosen():
     mask[0, :, 0] = mask[0, 2, 2] = True
     wrong = cache.pages[64 // 16 : 128 // 16].long()
     cache.k[wrong], cache.v[wrong] = float("nan"), float("inf")
-    out = torch.full_like(q, float("nan"))
-    attend(q, cache, 0, mask, out, 0.25)
+    out = torch.full_like(q, float("nan"), device=DEVICE)
+    attend(q.to(DEVICE), cache, 0, mask.to(DEVICE), out, 0.25)
     visible = torch.arange(150) <= torch.arange(150)[:, None]
     visible &= mask[0].repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)[:150, :150]
     expected = torch.softmax((q[:, 0] @ k[:, 0].T * 0.25).masked_fill(~visible, -torch.inf), -1)
-    torch.testing.assert_close(out[:, 0], expected @ v[:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out[:, 0].cpu(), expected @ v[:, 0], atol=1e-5, rtol=1e-5)
 
 
 for page, tokens_first in product((16, 48), (False, True)):

@@ -1,0 +1,178 @@
+"""The backend ``CUSTOM`` on GPUs, as far as it can be told without one; on a GPU, its numbers."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.platforms.interface import DeviceCapability
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from trimtab.hosts.vllm import general, gpu_attention
+from trimtab.hosts.vllm.prefills import LayerShape
+from trimtab.kernels.sparse.paged_prefill import PagedCache
+from trimtab.kernels.sparse.selectors import Selection
+from trimtab.sparse import gpu_plan, vllm_prefill
+from trimtab.sparse.gpu_plan import plan_on_gpu
+
+pytestmark = pytest.mark.integration
+
+BACKENDS = ("TrimtabFlashAttention", "TrimtabTritonAttention")
+
+
+def run(script, *arguments):
+    """On the GPU if there is one, else in Triton's interpreter."""
+    how = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    environment = {**os.environ, **how, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, Path(__file__).with_name(script), *arguments]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+
+
+def test_the_kernels_agree_with_dense_attention_and_with_the_cpus():
+    run("checked_prefill.py")
+
+
+def test_a_mixed_batch_is_what_a_cpu_and_dense_attention_make_of_it():
+    run("checked_backend.py", *BACKENDS)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_classes_have_all_that_vllm_asks_of_a_backend(name):
+    backend = getattr(gpu_attention, name)
+    parent = backend.__mro__[1]
+    pairs = [
+        (backend, parent),
+        (backend.get_impl_cls(), parent.get_impl_cls()),
+        (backend.get_builder_cls(), parent.get_builder_cls()),
+    ]
+    for ours, theirs in pairs:
+        assert issubclass(ours, theirs)
+        assert not ours.__abstractmethods__
+        for method, function in vars(ours).items():
+            if inspect.isroutine(function) and not method.startswith("_"):
+                assert hasattr(theirs, method)
+            if callable(getattr(ours, method)) and hasattr(theirs, method) and method[0] != "_":
+                wanted = inspect.signature(getattr(theirs, method)).parameters
+                assert list(inspect.signature(getattr(ours, method)).parameters) == list(wanted)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_vllm_finds_the_class_again_and_takes_it_for_what_its_parent_takes(name):
+    backend = getattr(gpu_attention, name)
+    module, qualified = backend.full_cls_name()
+    assert resolve_obj_by_qualname(f"{module}.{qualified}") is backend
+    assert AttentionBackendEnum[backend.get_name()] is AttentionBackendEnum.CUSTOM
+    asked = {
+        "head_size": 128,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": "auto",
+        "block_size": 16,
+        "use_mla": False,
+        "has_sink": False,
+        "use_sparse": False,
+        "use_mm_prefix": False,
+        "use_per_head_quant_scales": False,
+        "device_capability": DeviceCapability(9, 0),
+        "attn_type": AttentionType.DECODER,
+    }
+    assert backend.validate_configuration(**asked) == []
+    assert backend.validate_configuration(**{**asked, "use_mla": True}) != []
+    assert backend.validate_configuration(**asked, use_adaptive_verification=True) != []
+
+
+@pytest.mark.parametrize(("nvidia", "name"), [(True, BACKENDS[0]), (False, BACKENDS[1])])
+def test_custom_is_registered_where_there_is_a_gpu(monkeypatch, nvidia, name):
+    from vllm import platforms
+
+    class Gpu:
+        is_cpu = staticmethod(lambda: False)
+        is_cuda_alike = staticmethod(lambda: True)
+        is_cuda = staticmethod(lambda: nvidia)
+
+    monkeypatch.setattr(platforms, "current_platform", Gpu)
+    try:
+        general.register()
+        assert AttentionBackendEnum.CUSTOM.get_class() is getattr(gpu_attention, name)
+    finally:
+        AttentionBackendEnum.CUSTOM.clear_override()
+
+
+def layers(dense="FLASH_ATTN", heads=32, head_size=128):
+    return LayerShape(heads, heads // 4, head_size, 16, torch.device("cuda"), dense)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(gpu_plan, "generation", lambda _device: 9)
+
+
+selections = st.builds(
+    Selection,
+    st.sampled_from(["mass", "pooled", "antidiagonal", "top", "oracle"]),
+    top=st.integers(3, 64),
+)
+
+
+@given(
+    st.integers(64, 1 << 17),
+    st.integers(0, 1 << 17),
+    st.sampled_from([1, 8, 64]),
+    st.sampled_from([64, 128, 256]),
+    st.sampled_from(["FLASH_ATTN", "TRITON_ATTN"]),
+    st.floats(0.01, 1),
+    selections,
+)
+def test_what_is_chosen_is_never_predicted_slower_than_dense(
+    queries, before, heads, head_size, dense, density, selection
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_plan, "generation", lambda _device: 9)
+        found = plan_on_gpu(
+            queries, before + queries, layers(dense, heads, head_size), density, selection
+        )
+    assert 0 < found.chosen_s <= found.dense_s
+    assert (found.path == "sparse") == (found.dense_s >= 1.1 * found.sparse_s)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_short_prompts_stay_dense_and_long_ones_of_few_blocks_do_not():
+    few = Selection("top", top=16)
+    assert plan_on_gpu(2048, 2048, layers(), 0.4, few).path == "dense"
+    long = plan_on_gpu(65536, 65536, layers(), 0.4, few)
+    assert long.path == "sparse"
+    assert long.explain().startswith("sparse: predicted ")
+    assert "FLASH_ATTN" in long.explain()
+    beneath = [
+        plan_on_gpu(65536, 65536, layers(n), 0.4, few).dense_s
+        for n in ("TRITON_ATTN", "FLASH_ATTN")
+    ]
+    assert beneath[0] > beneath[1]
+
+
+@pytest.mark.usefixtures("hopper")
+def test_the_plugin_takes_what_the_model_says_pays():
+    taker = vllm_prefill.make({"selector": "top"})
+    assert taker.wants(65536, 65536, layers())
+    assert not taker.wants(2048, 2048, layers())
+    assert not taker.wants(65536, 65536, layers(head_size=512))
+    assert not taker.wants(1, 65536, layers())
+    assert not vllm_prefill.make({"mass": 1}).wants(65536, 65536, layers())
+
+
+def test_a_cache_whose_keys_and_values_lie_differently_is_refused():
+    page = torch.zeros(3, 2, 16, 32)
+    k, v = page.split(16, -1)
+    pages = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="same sizes and strides"):
+        PagedCache(k, v.contiguous(), pages)
+    with pytest.raises(ValueError, match="side by side"):
+        PagedCache(k.mT, v.mT, pages)

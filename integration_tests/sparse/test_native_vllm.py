@@ -251,6 +251,11 @@ def test_what_cannot_be_saved_or_served_is_refused_in_a_sentence(tmp_path):
         module.page_numbers(10)
 
 
+def test_one_process_alone_writes(tmp_path):
+    save_native_model(native(), tmp_path, is_main_process=False)
+    assert not list(tmp_path.glob("config.json"))
+
+
 def test_missing_weights_are_named(tmp_path):
     from safetensors.torch import load_file, save_file
 

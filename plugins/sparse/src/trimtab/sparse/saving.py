@@ -53,9 +53,9 @@ def save_native_model(model: nn.Module, folder: str | Path, **options: Any) -> N
             )
     save: Any = getattr(model, "save_pretrained")  # noqa: B009
     save(folder, **options)
-    path = Path(folder) / "config.json"
-    if not path.exists():
+    if not options.get("is_main_process", True):
         return
+    path = Path(folder) / "config.json"
     written = json.loads(path.read_text())
     written |= {
         "architectures": [ARCHITECTURE],

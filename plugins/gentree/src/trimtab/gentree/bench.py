@@ -164,9 +164,9 @@ def _shares(case: str, choice: Choice, cut_s: float) -> Iterator[Case]:
     baseline = min(choice.baselines_s, key=lambda name: choice.baselines_s[name])
     theirs_s, most = choice.baselines_s[baseline], cut_s / choice.bound_s
     goal = f"the goal of {BOUND_SHARE:g} is " + (
-        f"beyond any: at most {most:.3f} is possible"
+        f"beyond any: at most {most:.4f} is possible"
         if most < BOUND_SHARE
-        else f"possible: at most {most:.3f} is"
+        else f"possible: at most {most:.4f} is"
     )
     for metric, bound_s in (
         ("share_of_cut_bound", cut_s),

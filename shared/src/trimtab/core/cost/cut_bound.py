@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 from trimtab.core.collectives.network_tree import NetworkTree
 from trimtab.core.cost.plan_cost import Constants, memory_s_per_byte
@@ -19,28 +22,30 @@ def cut_bound_s_per_byte(tree: NetworkTree) -> float:
     """
     if tree.size < 2:
         return 0.0
-    high = 2.0 * tree.size * max(tree.down_s_per_byte.max(), tree.up_s_per_byte.max())
-    low = 0.0
+    betas = np.maximum(tree.up_s_per_byte, tree.down_s_per_byte).tolist()
+    # Either side of a link has to send and to receive the whole payload once.
+    within = [last - first < tree.size for first, last in tree.spans]
+    low = max((beta for beta, inside in zip(betas, within, strict=True) if inside), default=0.0)
+    high = max(2.0 * tree.size * max(betas), low)
     while high - low > 1e-12 * high:
         middle = (low + high) / 2
-        if _is_contradiction(tree, middle):
+        if _is_contradiction(tree, betas, middle):
             low = middle
         else:
             high = middle
     return low
 
 
-def _is_contradiction(tree: NetworkTree, time_s: float) -> bool:
+def _is_contradiction(tree: NetworkTree, betas: Sequence[float], time_s: float) -> bool:
     """Whether some choice of parts shows that this time is too short for a payload of one byte."""
-    owed = [0.0] * len(tree.names)  # by the parts below each point: two payloads less what they can
-    for point in range(len(tree.names) - 1, 0, -1):
-        first, last = tree.spans[point]
-        beta = max(float(tree.up_s_per_byte[point]), float(tree.down_s_per_byte[point]))
-        if time_s < beta and last - first < tree.size:
-            return True  # either side has to send and to receive the whole payload once
+    owed = [0.0] * len(betas)  # by the parts below each point: two payloads less what they can
+    parents, children = tree.parents, tree.children
+    for point in range(len(betas) - 1, 0, -1):
+        beta = betas[point]
         own = 2 - time_s / beta if beta > 0 else float("-inf")
-        owed[point] = max(owed[point], own) if tree.children[point] else own
-        owed[tree.parents[point]] += owed[point]
+        if own > owed[point] or not children[point]:
+            owed[point] = own
+        owed[parents[point]] += owed[point]
     return owed[0] > 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -96,6 +97,13 @@ class _Messages:
     operands: Ints
     groups: int
 
+    @cached_property
+    def is_among_senders(self) -> bool:
+        """Whether the owners are the senders, one by one."""
+        return np.array_equal(self.sender, self.owner) and np.array_equal(
+            self.sender_group, self.owner_group
+        )
+
     @classmethod
     def of(cls, step: Step, first: int) -> _Messages:
         senders_in = step.senders_in
@@ -149,15 +157,14 @@ def _tier(
     """The rows of one depth, and the bytes up and down of each; leaves above it are left out."""
     here, above = tree.paths[depth], tree.paths[depth - 1]
     points = len(tree.names)
-    keys = np.concatenate(
-        [
-            messages.sender_group * points + here[messages.sender],
-            messages.owner_group * points + here[messages.owner],
-        ]
-    )
-    rows, row_of = np.unique(keys, return_inverse=True)
-    split = len(messages.sender)
-    sender_row, owner_row = row_of[:split], row_of[split:]
+    keys = messages.sender_group * points + here[messages.sender]
+    if messages.is_among_senders:
+        rows, sender_row = np.unique(keys, return_inverse=True)
+        owner_row = sender_row
+    else:
+        keys = np.append(keys, messages.owner_group * points + here[messages.owner])
+        rows, row_of = np.unique(keys, return_inverse=True)
+        sender_row, owner_row = np.split(row_of, [len(messages.sender)])
     group, point = rows // points, rows % points
     senders = np.bincount(sender_row, minlength=len(rows))
     parts = np.bincount(owner_row, minlength=len(rows))
@@ -258,8 +265,8 @@ class Widths:
         """A stream into a point that begins above its parent comes by the parent's own port."""
         parents, points = self._parents, len(self._parents)
         places = tier.group * points + parents[tier.point]
-        unique, place_of = np.unique(places, return_inverse=True)
-        beside = np.bincount(place_of, tier.senders, minlength=len(unique))[place_of]
+        place_of = _numbered(places)
+        beside = np.bincount(place_of, tier.senders)[place_of]
         everyone = np.bincount(tier.group, tier.senders)[tier.group]
         above = _distinct(tier.point[tier.entering & (everyone > beside)])
         np.add.at(down, above, self._rate(parents[above], above, up_port=False))
@@ -267,10 +274,11 @@ class Widths:
     def _add_from_below(self, tier: _Tier, below: _Tier, up: Floats) -> None:
         """A stream out of a point comes by the ports of its children."""
         points = len(self._parents)
-        out = tier.leaving
-        leaving = _distinct((tier.group * points + tier.point)[out])
+        leaving = (tier.group * points + tier.point)[tier.leaving]  # rising
         keys = below.group * points + self._parents[below.point]
-        found = (below.senders > 0) & np.isin(keys, leaving)
+        place = np.searchsorted(leaving, keys)
+        found = below.senders > 0
+        found &= np.append(leaving, -1)[place] == keys
         ports = _distinct(below.point[found])
         into = self._parents[ports]
         np.add.at(up, into, self._rate(ports, into, up_port=True, up_link=True))
@@ -292,6 +300,14 @@ def _distinct(values: Ints) -> Ints:
     kept = np.ones(len(ordered), dtype=np.bool_)
     np.not_equal(ordered[1:], ordered[:-1], out=kept[1:])
     return ordered[kept]
+
+
+def _numbered(values: Ints) -> Ints:
+    """A number for each value, the same for equal ones, from 0 in rising order."""
+    if (values[1:] >= values[:-1]).all():  # as a rule, as points are numbered depth first
+        return np.cumsum(np.append(0, values[1:] != values[:-1]))[: len(values)]
+    numbers: Ints = np.unique(values, return_inverse=True)[1]
+    return numbers
 
 
 def _joined(keys: Ints, ordered: Ints) -> tuple[Ints, Ints]:

@@ -121,6 +121,27 @@ def test_swapping_rows_and_columns_swaps_the_weights(demand: Demand) -> None:
 
 
 @pytest.mark.parametrize(
+    ("demand", "alpha", "optimum"),
+    [
+        (Demand(6, 4, (5, 1, 2, 5, 4, 7)), 0.1, 2.2),
+        (Demand(24, 4, (23, 39, 29, 8)), 0.3, 2.0),
+        (Demand(10, 4, (10, 5, 5, 5, 6, 5, 5)), 0.1, 2.2),
+        (Demand(7, 8, (25, 2, 20, 9)), 0.3, 2.0),
+    ],
+)
+def test_uneven_pods_are_no_harder_turned_or_renamed(
+    demand: Demand, alpha: float, optimum: float
+) -> None:
+    renamed = Demand(demand.rows, demand.columns, demand.capacities[::-1])
+    turned = search(demand.transposed, (1 - alpha,))
+    assert weighted(demand, alpha) == pytest.approx(optimum)
+    assert weighted(renamed, alpha) == pytest.approx(optimum)
+    assert turned is not None
+    assert turned.best(1 - alpha).spread.weighted(1 - alpha) == pytest.approx(optimum)
+    assert turned.gap(1 - alpha) == 0
+
+
+@pytest.mark.parametrize(
     ("setting", "front"),
     [
         ("paper-i", {(1, 2), (2, 1)}),

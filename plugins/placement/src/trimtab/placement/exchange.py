@@ -4,11 +4,14 @@ Where no family of placements has a spread that the bound allows, it may still b
 whose pods follow no pattern. How many rows fit is a linear programme (`row_fit`), and its prices
 say what rows would cost that are not possible yet. A pod that makes cheap ones possible is given to
 a block of columns, in the place of one that it had; what was taken away stays away for some steps,
-so that the search gets across valleys (tabu search). Few wide blocks go before many narrow ones.
+so that the search gets across valleys (tabu search). Where that leads no further, it begins again
+from the best so far with a pod exchanged at random (iterated local search; from a fixed seed, so
+that equal input gives an equal placement). Few wide blocks go before many narrow ones.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -29,7 +32,13 @@ _TRIED = 6
 _AWAY = 6
 """Steps for which a pod that a block has lost does not come back."""
 
-_MOST_WHOLE = 3
+_PATIENCE = 12
+"""Steps without more rows after which a walk is given up."""
+
+_WALKS = 60
+"""Of blocks of a width at most."""
+
+_MOST_WHOLE = 30
 """Times that whole rows are looked for among blocks of a width."""
 
 
@@ -65,40 +74,78 @@ def exchanged(
 
 
 class _Search:
-    """A walk from the pods of blocks to others.
+    """Walks from the pods of blocks to others.
 
     Args:
         rows: tells how many rows fit.
         most: pods of a block.
         programmes: linear ones to solve at most.
+
+    Attributes:
+        best: the pods of blocks with the most rows so far.
     """
 
     def __init__(self, rows: RowFit, most: int, programmes: int) -> None:
         self._rows, self._most, self._programmes = rows, most, programmes
         self._away: dict[tuple[int, int], int] = {}
+        self._random = random.Random(0)
+        self._refused: set[tuple[Pods, ...]] = set()
+        self._best_rows = 0.0
         self.best: list[Pods] = []
 
     def run(self, blocks: list[Pods], nodes: int) -> PodGrid | None:
         """The pod of each row and block; None where none was found."""
-        self.best, most = blocks, 0.0
-        demand = self._rows.demand
-        rest = self._rows.without(blocks, 0, 1 / np.maximum(demand.capacities, 1.0))
-        fit = None if rest is None else self._fit(rest, blocks[0])
-        step = tries = 0
-        while fit is not None:
-            if fit.rows > most:
-                self.best, most = blocks, fit.rows
-            if fit.rows >= demand.rows - ROUNDING:
-                grid = self._rows.whole(fit, nodes)
-                tries += 1
-                if grid is not None or tries == _MOST_WHOLE:
-                    return grid
+        self.best = blocks
+        for _ in range(_WALKS):
+            grid = self._walk(blocks, nodes)
+            if grid is not None or not self._programmes or len(self._refused) >= _MOST_WHOLE:
+                return grid
+            blocks = self._kicked(self.best)
+        return None
+
+    def _walk(self, blocks: list[Pods], nodes: int) -> PodGrid | None:
+        """The pod of each row and block if the walk meets a placement."""
+        self._away.clear()
+        most, step, since = 0.0, 0, 0
+        fit = self._first_fit(blocks)
+        while fit is not None and since <= _PATIENCE:
+            grid = self._whole(blocks, fit, nodes)
+            if grid is not None:
+                return grid
+            since += 1
+            if fit.rows > most + ROUNDING:
+                most, since = fit.rows, 0
+            if fit.rows > self._best_rows:
+                self.best, self._best_rows = blocks, fit.rows
             moved = self._moved(blocks, fit, step)
             if moved is None:
-                return None
+                break
             blocks, fit = moved
             step += 1
         return None
+
+    def _first_fit(self, blocks: list[Pods]) -> Fit | None:
+        prices = 1 / np.maximum(self._rows.demand.capacities, 1.0)
+        rest = self._rows.without(blocks, 0, prices)
+        return None if rest is None else self._fit(rest, blocks[0])
+
+    def _whole(self, blocks: list[Pods], fit: Fit, nodes: int) -> PodGrid | None:
+        """Whole rows of these pods, unless they have been looked for."""
+        if fit.rows < self._rows.demand.rows - ROUNDING or tuple(blocks) in self._refused:
+            return None
+        self._refused.add(tuple(blocks))
+        return self._rows.whole(fit, nodes)
+
+    def _kicked(self, blocks: list[Pods]) -> list[Pods]:
+        """With one pod of a block exchanged for another at random."""
+        block = self._random.randrange(len(blocks))
+        own = sorted(blocks[block])
+        others = set(range(len(self._rows.demand.capacities))) - blocks[block]
+        if len(own) >= self._most:
+            own.remove(self._random.choice(own))
+        if others:
+            own.append(self._random.choice(sorted(others)))
+        return [*blocks[:block], frozenset(own), *blocks[block + 1 :]]
 
     def _fit(self, rest: Rest, pods: Pods) -> Fit | None:
         if not self._programmes:

@@ -33,7 +33,7 @@ _NEVER = 2**60
 _KEPT = 0.3
 """Share of the best prices so far in the next ones: they would swing wildly otherwise."""
 
-NEAR = 0.98
+NEAR = 0.93
 """Share of the rows in question from which on the best prices are looked for, though they will not
 decide: what they leave possible may be little (`leftovers`)."""
 

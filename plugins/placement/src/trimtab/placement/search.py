@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from trimtab.placement.certificate import (
     Frontier,
@@ -30,6 +32,9 @@ from trimtab.placement.strips import promising_covers, strip_covers
 _SAME = 1e-9
 _NODES = 300
 """Of each search tree; a count and not a time, so that every machine finds the same."""
+
+_MANY_NODES = 3000
+"""Of the search trees that decide what is left possible where nothing else has."""
 
 _MOST_SHAPES = 400
 """Ways to cut a row up to which the tighter bound is asked for."""
@@ -103,30 +108,48 @@ def search(demand: Demand, alphas: Sequence[float], effort: Effort = "full") -> 
         effort: ``quick`` refines nothing.
 
     Returns:
-        None where the pods do not hold the job.
+        None where the pods do not hold the job. Which pod is named before which does not matter.
     """
+    order = np.argsort(demand.capacities, kind="stable")[::-1]
+    ordered = replace(demand, capacities=tuple(np.array(demand.capacities)[order].tolist()))
+    front = _search(ordered, alphas, effort)
+    if front is None:
+        return None
+    named = (replace(found, grid=order[found.grid]) for found in front.candidates)
+    return Front(tuple(named), front.bound)
+
+
+def _search(demand: Demand, alphas: Sequence[float], effort: Effort) -> Front | None:
     front = _first_front(demand, alphas)
     if front is None or effort == "quick" or front.proves(alphas):
         return front
+    return _refined(demand, front, alphas)
+
+
+def _refined(demand: Demand, front: Front, alphas: Sequence[float]) -> Front:
     priced: set[Spread] = set()
     tried: set[Spread] = set()
     counted: set[int] = set()
+    reached_for: set[Spread] = set()
     done: set[Spread] = set()
     for alpha in alphas:
-        while spread := next(_open(front, alpha, done), None):
+        while spread := next(_open(demand, front, alpha, done), None):
             if spread not in priced:
                 priced.add(spread)
-                front = Front(front.candidates, _priced(demand, front.bound, spread))
+                front = _priced(demand, front, spread, _NODES)
             elif spread not in tried:
                 tried.add(spread)
                 front = _widened(demand, front, spread)
             elif spread.pipeline not in counted:
                 counted.add(spread.pipeline)
                 front = _tightened(demand, front, spread.pipeline)
-            else:
-                # Exchanges take longest, so they are left for what nothing else decides.
-                done.add(spread)
+            elif spread not in reached_for:
+                # What takes longest is left for what nothing else decides.
+                reached_for.add(spread)
                 front = _exchanged(demand, front, spread)
+            else:
+                done.add(spread)
+                front = _priced(demand, front, spread, _MANY_NODES)
     return front
 
 
@@ -147,23 +170,31 @@ def _counted(demand: Demand, front: Front, alphas: Sequence[float]) -> Front:
     """With the linear bound of each pipeline spread that might beat the best placement."""
     known = {1}
     for alpha in alphas:
-        while spread := next((s for s in _open(front, alpha) if s.pipeline not in known), None):
+        while spread := next(
+            (s for s in _open(demand, front, alpha) if s.pipeline not in known), None
+        ):
             known.add(spread.pipeline)
             least = linear_least(demand, spread.pipeline)
             front = Front(front.candidates, front.bound.raised(spread.pipeline, least))
     return front
 
 
-def _open(front: Front, alpha: float, done: Collection[Spread] = ()) -> Iterator[Spread]:
-    """Spreads that would beat the best placement and that nothing forbids, the best first."""
+def _open(
+    demand: Demand, front: Front, alpha: float, done: Collection[Spread] = ()
+) -> Iterator[Spread]:
+    """Spreads that would beat the best placement and that nothing forbids, the best first.
+
+    Of those with one pipeline spread that weigh the same the widest goes first, as the easiest.
+    """
     best = front.best(alpha).spread.weighted(alpha)
+    most = min(demand.rows, len(demand.capacities))
     better = [
         Spread(corner.pipeline, data)
         for corner in front.bound.corners
-        for data in range(corner.data, front.candidates[0].spread.data + 1)
+        for data in range(corner.data, most + 1)
     ]
     better = [s for s in better if s.weighted(alpha) < best - _SAME and s not in done]
-    yield from sorted(better, key=lambda s: (round(s.weighted(alpha), 9), s.pipeline))
+    yield from sorted(better, key=lambda s: (round(s.weighted(alpha), 9), s.pipeline, -s.data))
 
 
 def _tightened(demand: Demand, front: Front, pipeline: int) -> Front:
@@ -175,17 +206,19 @@ def _tightened(demand: Demand, front: Front, pipeline: int) -> Front:
     )
 
 
-def _priced(demand: Demand, bound: Frontier, spread: Spread) -> Frontier:
+def _priced(demand: Demand, front: Front, spread: Spread, nodes: int) -> Front:
     """The bound with what pairs of pods and prices say of a spread, of columns and of rows."""
+    bound = front.bound
     if spread.data == 2 and _is_small(demand) and not may_pair(demand, nodes=_NODES):
-        return bound.raised(len(bound.least_data), spread.data + 1)
-    pipeline = _least_pipeline(demand, spread)
+        return Front(front.candidates, bound.raised(len(bound.least_data), spread.data + 1))
+    pipeline = _least_pipeline(demand, spread, nodes)
     if pipeline > spread.pipeline:
         bound = bound.raised(min(pipeline - 1, len(bound.least_data)), spread.data + 1)
-    return bound.raised(spread.pipeline, _least_pipeline(demand.transposed, spread.swapped))
+    data = _least_pipeline(demand.transposed, spread.swapped, nodes)
+    return Front(front.candidates, bound.raised(spread.pipeline, data))
 
 
-def _least_pipeline(demand: Demand, spread: Spread) -> int:
+def _least_pipeline(demand: Demand, spread: Spread, nodes: int) -> int:
     """What prices say of the pipeline spread, given the data spread; 1 where they are not asked."""
     if demand.rows * len(demand.classes) > _MOST_PRICED:
         return 1
@@ -194,7 +227,7 @@ def _least_pipeline(demand: Demand, spread: Spread) -> int:
     # What is bounded is a number of rows, hence whole.
     touched = math.ceil(offers.rows_touched)
     near = NEAR * decided <= touched <= decided
-    if near and not may_touch(demand, spread.data, decided, offers, nodes=_NODES):
+    if near and not may_touch(demand, spread.data, decided, offers, nodes=nodes):
         touched = decided + 1
     return math.ceil(touched / demand.rows)
 
@@ -216,19 +249,29 @@ def _widened(demand: Demand, front: Front, spread: Spread) -> Front:
 
 def _exchanged(demand: Demand, front: Front, spread: Spread) -> Front:
     """The front with a placement of a spread, reached from those that are wider in one way."""
-    for columns in _starts(front, spread):
+    turned = [candidate.transposed for candidate in reversed(front.candidates)]
+    found = _reached(demand, front.candidates, spread)
+    if found is None:
+        over = _reached(demand.transposed, turned, spread.swapped)
+        found = None if over is None else over.transposed
+    return front if found is None else Front(tuple(pareto([*front.candidates, found])), front.bound)
+
+
+def _reached(demand: Demand, candidates: Sequence[Candidate], spread: Spread) -> Candidate | None:
+    """A placement of a spread by exchanging the pods of columns."""
+    for columns in _starts(candidates, spread):
         found = exchanged(demand, spread, columns, programmes=_EXCHANGES, nodes=_NODES)
         if found is not None:
-            return Front(tuple(pareto([*front.candidates, found])), front.bound)
-    return front
+            return found
+    return None
 
 
-def _starts(front: Front, spread: Spread) -> Iterator[list[Pods]]:
+def _starts(candidates: Sequence[Candidate], spread: Spread) -> Iterator[list[Pods]]:
     """The pods of columns in the next placements of as many pods in a column, and in a row."""
-    flat = [c for c in front.candidates if c.spread.data <= spread.data]
+    flat = [c for c in candidates if c.spread.data <= spread.data]
     if flat:
         yield [frozenset(column) for column in flat[0].grid.T.tolist()]
-    steep = [c for c in front.candidates if c.spread.pipeline <= spread.pipeline]
+    steep = [c for c in candidates if c.spread.pipeline <= spread.pipeline]
     if steep:
         counts = [Counter(column) for column in steep[-1].grid.T.tolist()]
         yield [frozenset(pod for pod, _ in own.most_common(spread.data)) for own in counts]
@@ -241,7 +284,10 @@ def _is_small(demand: Demand) -> bool:
 def _find(demand: Demand, spread: Spread) -> Candidate | None:
     """A placement of at most the given spreads: priced columns or row paths, of either kind."""
     if spread.data == 2:
-        return _price(demand, spread) or _turned(_walk, demand, spread)
+        found = _price(demand, spread)
+        if found is None and spread.pipeline == 2:
+            found = _turned(_price, demand, spread)
+        return found or _turned(_walk, demand, spread)
     if spread.pipeline == 2:
         found = _turned(_price, demand, spread)
         if found is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from trimtab.core.collectives import Layout, NetworkTree, Schedule, check_plan
@@ -114,6 +114,26 @@ def test_two_plans_share_a_payload_where_links_between_switches_would_idle(leaf,
     assert again.seconds(payload, check.chunks) == pytest.approx(choice.seconds, rel=1e-6)
     apart = choose(tree, payload, constants(4e-3, width), search=Search(beside=False))
     assert choice.seconds < 0.99 * apart.seconds
+
+
+@settings(max_examples=15)
+@given(
+    st.integers(2, 6),
+    st.integers(2, 5),
+    st.sampled_from([0.5, 1, 4]),
+    st.sampled_from(WIDTHS),
+    st.sampled_from([1e5, 1e6, 1e7]),
+)
+def test_what_is_chosen_is_proven_and_none_is_slower_for_a_wider_search(
+    ranks, children, faster, width, payload
+) -> None:
+    tree, given_constants = network(ranks, children, faster), constants(1e-4, width)
+    choice = choose(tree, payload, given_constants)
+    check_plan(choice.schedule)
+    event("beside" if "beside" in choice.switches[-1][1] else "alone")
+    assert choice.seconds >= choice.bound_s * (1 - 1e-9)
+    single = choose(tree, payload, given_constants, search=Search(beside=False))
+    assert choice.seconds <= single.seconds * (1 + 1e-9)
 
 
 def test_a_grid_gains_where_incast_between_switches_is_dear() -> None:

@@ -9,6 +9,7 @@ from itertools import product
 
 import torch
 
+from trimtab.kernels.sparse import paged_prefill as paged
 from trimtab.kernels.sparse.block_sparse import TILE, KeyStore
 from trimtab.kernels.sparse.launch import interpreted
 from trimtab.kernels.sparse.paged_prefill import PagedCache, attend, block_shares, paged_prefill
@@ -103,6 +104,8 @@ covers_everything(torch.float32, 1e-5, 1, 1, 16, 1, 65, 16)
 for selector in ("mass", "pooled", "antidiagonal", "top"):
     kept = Selection(selector, mass=0.4, top=2, first=0, recent=1)
     is_what_a_cpu_does(kept, 2, 1, 16, 100, 260, 16)
+paged.ESTIMATE_BYTES = 1  # a tile of queries at a time
+is_what_a_cpu_does(Selection("mass", mass=0.4, first=0, recent=1), 2, 1, 16, 150, 260, 16)
 shares_are_the_sampled_ones(8, 4, 2, 16, 135, 200, 16)
 shares_are_the_sampled_ones(1, 2, 2, 16, 70, 100, 32)
 nothing_leaks_from_blocks_that_are_not_chosen()

@@ -21,7 +21,7 @@ from trimtab.hosts.vllm import general, gpu_attention
 from trimtab.hosts.vllm.prefills import LayerShape
 from trimtab.kernels.sparse.paged_prefill import PagedCache
 from trimtab.kernels.sparse.selectors import Selection
-from trimtab.sparse import gpu_plan, vllm_prefill
+from trimtab.sparse import vllm_prefill
 from trimtab.sparse.gpu_plan import plan_on_gpu
 
 pytestmark = pytest.mark.integration
@@ -107,12 +107,7 @@ def test_custom_is_registered_where_there_is_a_gpu(monkeypatch, nvidia, name):
 
 
 def layers(dense="FLASH_ATTN", heads=32, head_size=128):
-    return LayerShape(heads, heads // 4, head_size, 16, torch.device("cuda"), dense)
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    monkeypatch.setattr(gpu_plan, "generation", lambda _device: 9)
+    return LayerShape(heads, heads // 4, head_size, 16, 9, dense)
 
 
 selections = st.builds(
@@ -134,16 +129,12 @@ selections = st.builds(
 def test_what_is_chosen_is_never_predicted_slower_than_dense(
     queries, before, heads, head_size, dense, density, selection
 ):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_plan, "generation", lambda _device: 9)
-        found = plan_on_gpu(
-            queries, before + queries, layers(dense, heads, head_size), density, selection
-        )
+    shape = layers(dense, heads, head_size)
+    found = plan_on_gpu(queries, before + queries, shape, density, selection)
     assert 0 < found.chosen_s <= found.dense_s
     assert (found.path == "sparse") == (found.dense_s >= 1.1 * found.sparse_s)
 
 
-@pytest.mark.usefixtures("hopper")
 def test_short_prompts_stay_dense_and_long_ones_of_few_blocks_do_not():
     few = Selection("top", top=16)
     assert plan_on_gpu(2048, 2048, layers(), 0.4, few).path == "dense"
@@ -158,7 +149,6 @@ def test_short_prompts_stay_dense_and_long_ones_of_few_blocks_do_not():
     assert beneath[0] > beneath[1]
 
 
-@pytest.mark.usefixtures("hopper")
 def test_the_plugin_takes_what_the_model_says_pays():
     taker = vllm_prefill.make({"selector": "top"})
     assert taker.wants(65536, 65536, layers())

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 from openai import OpenAI
 
 from trimtab.core.errors import BadInput
@@ -86,7 +85,7 @@ def test_a_wrong_option_is_named_before_a_layer_is_made():
 
 
 def layers(page):
-    return LayerShape(9, 3, 64, page, torch.device("cpu"), "CPU_ATTN")
+    return LayerShape(9, 3, 64, page, 0, "CPU_ATTN")
 
 
 def test_short_chunks_odd_pages_and_full_shares_are_left_to_vllm():

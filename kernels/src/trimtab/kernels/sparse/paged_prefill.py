@@ -22,8 +22,8 @@ from trimtab.kernels.sparse.selectors import SAMPLE_STEPS, Selection
 LARGEST_HEAD = 256
 """Dimensions of keys, and as many of values."""
 
-ESTIMATE_BYTES = 64 * 2**20
-"""What one estimate may take; its sort takes some five times as much."""
+ESTIMATE_BYTES = 128 * 2**20
+"""What one estimate may take; its steps hold some three of them at a time."""
 
 
 @dataclass(frozen=True, slots=True)

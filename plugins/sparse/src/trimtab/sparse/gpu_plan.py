@@ -7,10 +7,7 @@ for one, since where attention is slower what does not grow with the prompt weig
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
-
-import torch
 
 from trimtab.kernels.sparse.block_sparse import TILE
 from trimtab.kernels.sparse.paged_prefill import segments
@@ -68,17 +65,11 @@ class GpuPlan:
         )
 
 
-@cache
-def generation(device: torch.device) -> int:
-    """The first number of a GPU's compute capability."""
-    return torch.cuda.get_device_capability(device)[0]
-
-
 def flash_speed(layers: LayerShape) -> float:
     """Speed of the dense attention beneath, where Triton's is 1; never rated too low."""
     if layers.dense != "FLASH_ATTN":
         return 1.0
-    return _FLASH_2 if generation(layers.device) == _FLASH_2_GENERATION else _FLASH_3
+    return _FLASH_2 if layers.generation == _FLASH_2_GENERATION else _FLASH_3
 
 
 def plan_on_gpu(

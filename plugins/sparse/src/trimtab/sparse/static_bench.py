@@ -13,8 +13,11 @@ from statistics import fmean
 from typing import Literal
 
 from trimtab.core.benchmark import Case, Options, Progress
+from trimtab.hosts.vllm.prefills import LayerShape
 from trimtab.kernels.sparse.configurations import Configuration, shipped
+from trimtab.kernels.sparse.selectors import Selection
 from trimtab.kernels.sparse.static_report import TARGETS, Resources, measure
+from trimtab.sparse.gpu_plan import plan_on_gpu
 from trimtab.sparse.performance_model import (
     GPUS,
     SYSTEMS,
@@ -23,7 +26,8 @@ from trimtab.sparse.performance_model import (
     held_out,
     model,
 )
-from trimtab.sparse.published_figures import TIMES, Run
+from trimtab.sparse.published_figures import HEAD_SIZE, TIMES, Run
+from trimtab.sparse.vllm_prefill import EXPECTED_DENSITY
 
 Job = tuple[str, Configuration]
 
@@ -45,6 +49,7 @@ def run(options: Options, progress: Progress) -> list[Case]:
         *_densities(found),
         *_errors(),
         *_times(options.quick),
+        *_prefills(options.quick),
     ]
 
 
@@ -139,6 +144,25 @@ def _times(quick: bool) -> Iterator[Case]:
                 for block in (64,) if quick else (64, 128):
                     of = Run(gpu, thousands * 1024, group, block, 1024 // block)
                     yield from _rivals(of, error)
+
+
+def _prefills(quick: bool) -> Iterator[Case]:
+    """What the plan for vLLM's prefills chooses, against the dense attention beneath."""
+    for dense in ("FLASH_ATTN", "TRITON_ATTN"):
+        layers = LayerShape(32, 8, HEAD_SIZE, 16, 9, dense)
+        for thousands in (32,) if quick else (4, 8, 32, 128):
+            for selection in (Selection("mass"), Selection("top")):
+                tokens = thousands * 1024
+                found = plan_on_gpu(tokens, tokens, layers, EXPECTED_DENSITY, selection)
+                yield _case(
+                    f"model/h200/prefill/{thousands}K/{selection.selector}/over-{dense}",
+                    "layer_time",
+                    "s",
+                    "lower",
+                    f"dense attention by {dense}",
+                    (found.dense_s, found.chosen_s),
+                    f"all predicted; {found.explain()}",
+                )
 
 
 def _rivals(of: Run, error: float) -> Iterator[Case]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
@@ -62,10 +61,8 @@ class _Builder(CPUAttentionMetadataBuilder):
         if self._prefiller is None or whole.causal is not True:
             return {}
         starts, lengths = whole.query_start_loc.tolist(), whole.seq_lens.tolist()
-        page, device = self.block_size, torch.device("cpu")
-        layers = LayerShape(
-            self.num_heads, self.num_kv_heads, self.head_dim, page, device, "CPU_ATTN"
-        )
+        page = self.block_size
+        layers = LayerShape(self.num_heads, self.num_kv_heads, self.head_dim, page, 0, "CPU_ATTN")
         found = {}
         for number in wanted(self._prefiller, starts, lengths, layers):
             pages = whole.block_table[number, : -(-lengths[number] // page)].long()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -205,13 +206,15 @@ class Taker:
         return [context[name].impl for name in self.builder.layer_names]
 
     def _layers(self) -> LayerShape:
-        first, builder = self._impls()[0], self.builder
+        first = self._impls()[0]
+        capability = current_platform.get_device_capability()
+        known = capability.major if capability is not None and current_platform.is_cuda() else 0
         return LayerShape(
             first.num_heads,
             first.num_kv_heads,
             first.head_size,
-            builder.kv_cache_spec.block_size,
-            builder.device,
+            self.builder.kv_cache_spec.block_size,
+            known,
             self.dense,
         )
 

@@ -12,14 +12,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from trimtab.hosts.vllm import options
 from trimtab.hosts.vllm.cache_layout import PagedKeys
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
 
 GROUP = "trimtab.vllm_prefill"
 
@@ -43,7 +45,8 @@ class LayerShape:
     head_size: int
     page_tokens: int
     """Tokens of a page of the cache."""
-    device: torch.device
+    generation: int
+    """The first number of an NVIDIA GPU's compute capability, 0 elsewhere."""
     dense: str
     """The backend of vLLM that does what no plugin takes, such as ``FLASH_ATTN``."""
 

@@ -87,11 +87,17 @@ def paged_prefill(
     """
     q = q.contiguous()
     written = out if out.is_contiguous() else torch.empty_like(q)
+    sampled = selection.selector in SAMPLE_STEPS
+    keys = None if sampled else cache.keys(position + q.shape[0])
     kept: list[Tensor] = []
     causal = 0
     for rows in segments(q.shape[0], q.shape[1], position, selection):
         part, begin = q[rows], position + rows.start
-        shares = _estimate(part, cache, begin, scale, selection)
+        if keys is None:
+            step = SAMPLE_STEPS[selection.selector]
+            shares = block_shares(part, cache, begin, scale, step)
+        else:
+            shares = selection.estimate(part, keys[: begin + part.shape[0]], begin, scale)
         mask = selection.keep(shares, begin, part.shape[0])
         attend(part, cache, begin, mask, written[rows], scale)
         kept.append(mask.sum())
@@ -117,15 +123,6 @@ def segments(queries: int, heads: int, position: int, selection: Selection) -> I
     step = SAMPLE_STEPS.get(selection.selector, 1)
     size = max(TILE, ESTIMATE_BYTES // (4 * heads * blocks) * step // TILE * TILE)
     yield from (slice(at, min(queries, at + size)) for at in range(0, queries, size))
-
-
-def _estimate(
-    q: Tensor, cache: PagedCache, position: int, scale: float, selection: Selection
-) -> Tensor:
-    step = SAMPLE_STEPS.get(selection.selector)
-    if step is None:
-        return selection.estimate(q, cache.keys(position + q.shape[0]), position, scale)
-    return block_shares(q, cache, position, scale, step)
 
 
 def block_shares(q: Tensor, cache: PagedCache, position: int, scale: float, step: int) -> Tensor:

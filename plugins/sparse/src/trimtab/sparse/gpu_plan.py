@@ -37,6 +37,8 @@ _LAUNCHES = 40
 """Kernels of one segment: the estimate, the choice in torch, and attention."""
 _SAMPLE_BYTES = 24
 """Memory traffic for each sampled query and block: written, and a softmax over them."""
+_KEY_BYTES = 6
+"""For each number of the keys in a segment, where they are pooled or folded in torch."""
 _CHOICE_BYTES = 200
 """For each tile and block: two sorts, a sum and the lists."""
 
@@ -121,4 +123,7 @@ def _choice_s(
     traffic = samples * _SAMPLE_BYTES + queries / TILE * _CHOICE_BYTES
     moved = layers.heads * keys / TILE * traffic / GPUS[_GPU].memory_bytes_per_s
     calls = len(list(segments(queries, layers.heads, keys - queries, selection)))
+    if step is None:
+        read = keys * layers.kv_heads * layers.head_size * _KEY_BYTES
+        moved += calls * read / GPUS[_GPU].memory_bytes_per_s
     return products + moved + calls * _LAUNCHES * LAUNCH_S

@@ -100,6 +100,13 @@ def test_out_writes_what_json_prints(benches):
     assert (benches.root / "report.json").read_text() == done.stdout
 
 
+def test_out_writes_into_a_pipe(benches):
+    done = benches.trimtab("bench", "noisy", "--out", "/dev/stdout")
+    report, end = json.JSONDecoder().raw_decode(done.stdout)
+    assert report["bench"] == "noisy"
+    assert "seed-0-quick-False" in done.stdout[end:]
+
+
 def test_an_out_that_cannot_be_written_is_refused_before_the_run(benches):
     done = benches.trimtab("bench", "noisy", "--out", "nowhere/report.json")
     assert (done.returncode, done.stdout) == (2, "")

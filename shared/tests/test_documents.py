@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import select
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -332,10 +337,128 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(BadInput, match="this is a folder; give the name of a file"):
-        write_atomic(tmp_path, "x")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    for folder in (tmp_path, link):
+        with pytest.raises(BadInput, match="this is a folder; give the name of a file"):
+            write_atomic(folder, "x")
     with pytest.raises(BadInput, match=r"there is no folder .*gone; make it first"):
         write_atomic(tmp_path / "gone" / "plan.json", "x")
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    with pytest.raises(BadInput, match=r"cannot be written .*symbolic links"):
+        write_atomic(circle, "x")
+    assert circle.is_symlink()
+
+
+def test_a_link_to_a_file_that_is_not_there_yet_makes_it(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to("plan.json")
+    write_atomic(link, "x")
+    assert link.is_symlink()
+    assert (tmp_path / "plan.json").read_text() == "x"
+
+
+def device_at(path: Path, minor: int, kind: int = stat.S_IFCHR, major: int = 1) -> Path:
+    try:
+        os.mknod(path, 0o666 | kind, os.makedev(major, minor))
+        if kind == stat.S_IFCHR:
+            os.close(os.open(path, os.O_WRONLY))
+    except PermissionError:
+        pytest.skip("only root makes devices")
+    return path
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_device_takes_the_content_and_stays_a_device(tmp_path, linked):
+    null = device_at(tmp_path / "null", minor=3)
+    target = null
+    if linked:
+        target = tmp_path / "link"
+        target.symlink_to("null")
+    write_atomic(target, "x" * 100_000)
+    assert null.is_char_device()
+    assert target.is_symlink() == linked
+    assert len(list(tmp_path.iterdir())) == 1 + linked
+
+
+@pytest.mark.parametrize("content", ["x", "x" * 100_000])
+def test_a_full_device_is_a_full_disk(tmp_path, content):
+    full = device_at(tmp_path / "full", minor=7)
+    with pytest.raises(BadInput) as caught:
+        write_atomic(full, content)
+    assert str(caught.value) == f"{full}: the disk is full; free some space."
+    assert full.is_char_device()
+
+
+def test_a_disk_is_not_written_over(tmp_path):
+    disk = device_at(tmp_path / "disk", 0, stat.S_IFBLK, major=240)  # a number for experiments
+    with pytest.raises(BadInput, match="this is a disk; give the name of a file"):
+        write_atomic(disk, "x")
+    assert disk.is_block_device()
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    """A pipe's path, and a descriptor that reads from it."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(reader, "rb", buffering=0) as file:
+        yield path, file
+
+
+def arrived(reader) -> bool:
+    return bool(select.select([reader], [], [], 20)[0])
+
+
+def test_a_pipe_takes_the_content_as_it_comes(pipe):
+    path, reader = pipe
+    content = b"0123456789" * 20_000
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write_atomic, path, content)
+        found = b""
+        while arrived(reader) and (part := reader.read(2**16)):
+            found += part
+        writing.result(timeout=20)
+    assert found == content
+    assert path.is_fifo()
+
+
+def test_a_pipe_whose_reader_leaves_is_one_sentence(pipe):
+    path, reader = pipe
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write_atomic, path, b"x" * 10_000_000)
+        assert arrived(reader)
+        reader.close()
+        with pytest.raises(BadInput, match=r"cannot be written \(Broken pipe\)"):
+            writing.result(timeout=20)
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/stderr", "result"])
+def test_the_file_that_output_goes_to_keeps_all_of_it_in_order(tmp_path, name):
+    program = (
+        "import sys; from trimtab.core.documents import write_atomic\n"
+        "stream = sys.stderr if 'err' in sys.argv[1] else sys.stdout\n"
+        "print('before', file=stream)\n"
+        "write_atomic(sys.argv[1], 'content ')\n"
+        "print('after', file=stream)\n"
+    )
+    result = tmp_path / "result"
+    with result.open("w") as out:
+        streams = {"stderr" if "err" in name else "stdout": out}
+        command = [sys.executable, "-c", program, name]
+        subprocess.run(command, check=True, cwd=tmp_path, **streams)
+    assert result.read_text() == "before\ncontent after\n"
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_closed_stream_does_not_matter(tmp_path, closed):
+    program = "from trimtab.core.documents import write_atomic; write_atomic('result', 'content')"
+    command = f'"$1" -c "$2" {closed}>&-'
+    words = ["sh", "-c", command, "sh", sys.executable, program]
+    subprocess.run(words, check=True, cwd=tmp_path)
+    assert (tmp_path / "result").read_text() == "content"
 
 
 def test_a_digest_follows_the_content_only(tmp_path):

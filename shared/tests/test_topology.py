@@ -850,3 +850,5 @@ def test_import_writes_what_it_read(tmp_path: Path, site: Any) -> None:
     wrong = site.trimtab("import", "topology.conf", "--bandwidth", "0")
     assert wrong.returncode == 2
     assert "--bandwidth is '0'; give a positive quantity" in wrong.stderr
+    pipe = site.trimtab("import", "topology.conf", "--out", "/dev/stdout", *arguments)
+    assert pipe.stdout == printed + "/dev/stdout: 4 nodes (16 A40), 3 switches, 6 links\n"

@@ -187,6 +187,8 @@ def _check_writable(out: Path) -> None:
     Raises:
         BadInput: the file's folder is missing or may not be written.
     """
+    if out.exists() and not out.is_file() and not out.is_dir():
+        return  # a pipe or a device, which is written into wherever it lies
     folder = out.resolve().parent
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}", where=str(out), fix="make it first")

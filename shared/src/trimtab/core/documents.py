@@ -10,6 +10,8 @@ import errno
 import hashlib
 import json
 import os
+import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -199,49 +201,87 @@ def json_lines(text: str) -> LineMap | None:
 def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Writes a whole file or nothing: readers see the old content or the new, never a part.
 
+    Links are followed. What is there and is no regular file, such as a pipe or ``/dev/null``, takes
+    the content as it comes; so does the file that this process's output goes to.
+
     Raises:
-        BadInput: the folder is missing or may not be written, or the disk is full; the old file
-            stays as it was.
+        BadInput: the folder is missing or may not be written, the disk is full, or the target is a
+            folder or a disk; an old file stays as it was.
     """
-    target = Path(path).resolve()
     payload = content.encode() if isinstance(content, str) else content
-    temporary: str | None = None
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=".trimtab-")
+        sink = _sink(path)
+        if sink is None:
+            _replace(path, payload)
+        else:
+            with os.fdopen(sink, "wb") as file:
+                file.write(payload)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _sink(path: str | Path) -> int | None:
+    """A descriptor to write into, of what must not be replaced; None for a regular or new file."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    # A path such as /dev/stdout may lead to a file, which the rest of the output goes to as well.
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        if stream is not None and _is_behind(number, found):
+            stream.flush()
+            return os.dup(number)
+    if stat.S_ISREG(found.st_mode):
+        return None
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError
+    if stat.S_ISBLK(found.st_mode):
+        raise BadInput("this is a disk", where=str(path), fix="give the name of a file")
+    return os.open(path, os.O_WRONLY | os.O_NOCTTY)
+
+
+def _is_behind(descriptor: int, found: os.stat_result) -> bool:
+    with suppress(OSError):  # the caller closed it
+        return os.path.samestat(found, os.fstat(descriptor))
+    return False
+
+
+def _replace(path: str | Path, payload: bytes) -> None:
+    target = os.path.realpath(path)
+    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(target), prefix=".trimtab-")
+    try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(payload)
             file.flush()
             os.fchmod(file.fileno(), _mode(target))
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except OSError as error:
-        raise _unwritable(path, target, error) from None
-    else:
-        temporary = None
-    finally:
-        if temporary is not None:
-            with suppress(OSError):
-                os.unlink(temporary)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
-def _mode(target: Path) -> int:
+def _mode(target: str) -> int:
     with suppress(OSError):
-        return target.stat().st_mode & 0o777
+        return os.stat(target).st_mode & 0o777
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
 
 
-def _unwritable(path: str | Path, target: Path, error: OSError) -> BadInput:
-    where = str(path)
-    if target.is_dir():
+def _unwritable(path: str | Path, error: OSError) -> BadInput:
+    where, folder = str(path), os.path.dirname(os.path.realpath(path))
+    if os.path.isdir(path):
         return BadInput("this is a folder", where=where, fix="give the name of a file")
-    if not target.parent.is_dir():
-        return BadInput(f"there is no folder {target.parent}", where=where, fix="make it first")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return BadInput("the disk is full", where=where, fix="free some space")
     if isinstance(error, PermissionError):
-        return BadInput("the folder may not be written", where=where, fix="check its permissions")
+        replaced = os.path.isfile(path) or not os.path.exists(path)
+        what = f"the {'folder' if replaced else 'file'} may not be written"
+        return BadInput(what, where=where, fix="check its permissions")
+    if not os.path.isdir(folder):
+        return BadInput(f"there is no folder {folder}", where=where, fix="make it first")
     return BadInput(f"the file cannot be written ({error.strerror or error})", where=where)
 
 

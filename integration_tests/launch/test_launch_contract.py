@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from trimtab.core import deepspeed_launcher
 from trimtab.hosts.launcher_command import FLAGS
 
 pytestmark = pytest.mark.integration
@@ -64,7 +65,17 @@ def test_deepspeed_reads_the_same_hostfile(tmp_path, monkeypatch):
     command = launcher_command.parse(["deepspeed", "-H", str(path), "t.py"])
     assert list(launching.hosts(command).items()) == list(runner.fetch_hostfile(str(path)).items())
     assert launching.DEFAULT_HOSTFILE == runner.DLTS_HOSTFILE
-    assert launching.PDSH_FAN_OUT == runner.PDSH_MAX_FAN_OUT
+    assert deepspeed_launcher.PDSH_FAN_OUT == runner.PDSH_MAX_FAN_OUT
+
+
+def test_deepspeed_names_the_hosts_to_pdsh_in_as_many_bytes(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.launcher import runner
+
+    for count in (1, 2, 3, 100):
+        devices = {f"n{number}": [*range(number % 9)] for number in range(count)}
+        said = runner.encode_world_info(devices)
+        assert deepspeed_launcher.world_info_bytes(devices) == len(said)
 
 
 def test_deepspeed_reads_the_variables_from_an_absolute_path(tmp_path, monkeypatch):

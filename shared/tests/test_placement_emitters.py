@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
+from functools import cache
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -18,6 +20,7 @@ from trimtab.core.errors import BadInput, Unsupported
 from trimtab.core.kubernetes_emitter import topology_annotations
 from trimtab.core.plan import Objective, Plan, Slot
 from trimtab.hosts.deepspeed.launching import read_hostfile
+from trimtab.hosts.host_order import lookup
 from trimtab.hosts.job_variables import PLAN_VARIABLE
 from trimtab.hosts.torch.launching import BACKEND
 
@@ -54,7 +57,7 @@ GOLDEN = {
             #!/usr/bin/env bash
             set -euo pipefail
             exec deepspeed --hostfile "$(dirname "$0")/hostfile" \
---include n2:0,1@n1:0,1@n4:0,1@n3:0,1 --master_addr n2 --master_port 29500 "$@"
+--master_addr n2 --master_port 29500 "$@"
             """,
     },
     "torchrun": {
@@ -84,13 +87,32 @@ GOLDEN = {
             exec torchrun --nnodes 4 --nproc-per-node 2 --rdzv-backend trimtab \
 --rdzv-endpoint n2:29500 --rdzv-id "${RDZV_ID:-training}" "$@"
             """,
-        "node2-n4.sh": """\
+        "nodes": """\
+            0 n2 0,1
+            1 n1 0,1
+            2 n4 0,1
+            3 n3 0,1
+            """,
+        "launch.sh": """\
             #!/usr/bin/env bash
             set -euo pipefail
-            # run on node n4
-            export CUDA_VISIBLE_DEVICES=0,1
-            exec torchrun --nnodes 4 --node-rank 2 --nproc-per-node 2 --master-addr n2 \
---master-port 29500 "$@"
+            folder="$(cd "$(dirname "$0")" && pwd)"
+            # run on every node; TRIMTAB_HOST is its name in the plan, where it has another one
+            own="${TRIMTAB_HOST:-$(uname -n)}" named="" alike="" times=0
+            while read -r rank node devices; do
+                [[ $node != "$own" ]] || named="$rank $devices"
+                [[ ${node%%.*} != "${own%%.*}" ]] || { alike="$rank $devices" \
+times=$((times + 1)); }
+            done < "$folder/nodes"
+            if [[ -z $named && ($times != 1 || $own =~ ^[0-9.]+$) ]]; then
+                echo "launch.sh: this machine, '$own', is not one node of the plan; \
+set TRIMTAB_HOST." >&2
+                exit 2
+            fi
+            read -r rank devices <<< "${named:-$alike}"
+            export CUDA_VISIBLE_DEVICES="$devices"
+            exec torchrun --nnodes 4 --nproc-per-node 2 --master-addr n2 --master-port 29500 \
+--node-rank "$rank" "$@"
             """,
     },
     "slurm": {
@@ -106,17 +128,25 @@ GOLDEN = {
             """,
         "job.sbatch": """\
             #!/usr/bin/env bash
+            # submit it in this folder: sbatch job.sbatch COMMAND …
             #SBATCH --nodes=4
             #SBATCH --ntasks=8
-            #SBATCH --nodelist=n2,n1,n4,n3
+            #SBATCH --nodefile=slurm-nodes
             #SBATCH --gpus-per-node=2
             #SBATCH --exclusive
             set -euo pipefail
-            export SLURM_HOSTFILE="${SLURM_SUBMIT_DIR:-.}/slurm-hostfile"
+            folder="${SLURM_SUBMIT_DIR:-.}"
+            export SLURM_HOSTFILE="$folder/slurm-hostfile"
             export MASTER_ADDR=n2 MASTER_PORT=29500
             export WORLD_SIZE=8
-            srun --distribution=arbitrary bash -c 'devices=(0 1 0 1 0 1 0 1); \
-CUDA_VISIBLE_DEVICES=${devices[$SLURM_PROCID]} RANK=$SLURM_PROCID LOCAL_RANK=0 exec "$@"' -- "$@"
+            srun --distribution=arbitrary bash -c 'CUDA_VISIBLE_DEVICES=$SLURM_LOCALID \
+RANK=$SLURM_PROCID LOCAL_RANK=0 exec "$@"' -- "$@"
+            """,
+        "slurm-nodes": """\
+            n2
+            n1
+            n4
+            n3
             """,
     },
     "mpi": {
@@ -133,11 +163,12 @@ CUDA_VISIBLE_DEVICES=${devices[$SLURM_PROCID]} RANK=$SLURM_PROCID LOCAL_RANK=0 e
         "launch.sh": """\
             #!/usr/bin/env bash
             set -euo pipefail
+            folder="$(cd "$(dirname "$0")" && pwd)"
             export MASTER_ADDR=n2 MASTER_PORT=29500
             export WORLD_SIZE=8
             exec mpirun -np 8 --map-by seq --bind-to none -x MASTER_ADDR -x MASTER_PORT \
--x WORLD_SIZE --hostfile "$(dirname "$0")/hostfile" bash -c 'devices=(0 1 0 1 0 1 0 1); \
-CUDA_VISIBLE_DEVICES=${devices[$OMPI_COMM_WORLD_RANK]} RANK=$OMPI_COMM_WORLD_RANK LOCAL_RANK=0 \
+-x WORLD_SIZE --hostfile "$folder/hostfile" bash -c \
+'CUDA_VISIBLE_DEVICES=$OMPI_COMM_WORLD_LOCAL_RANK RANK=$OMPI_COMM_WORLD_RANK LOCAL_RANK=0 \
 exec "$@"' -- "$@"
             """,
     },
@@ -146,6 +177,8 @@ exec "$@"' -- "$@"
             # Set the image (it needs trimtab-core), the queue and the arguments of the job.
             # fabric.topograph.run/tier-N are NVIDIA Topograph's labels: put your cluster's in \
 their place.
+            # Then: kubectl apply --server-side -f jobset.yaml (else it keeps a copy, of at most \
+256 KiB).
             ---
             apiVersion: v1
             kind: ConfigMap
@@ -254,45 +287,49 @@ def test_files_are_as_they_were(target: str) -> None:
 
 
 def deepspeed_ranks(files: dict[str, str], tmp_path: Path) -> list[tuple[str, int]]:
-    """As DeepSpeed numbers them: the hosts in the hostfile's order, those devices included."""
+    """As DeepSpeed numbers them: the hosts in the hostfile's order, all slots or those included."""
     (tmp_path / "hostfile").write_text(files["hostfile"])
     words = shlex.split(files["launch.sh"])
-    included = dict(part.split(":") for part in words[words.index("--include") + 1].split("@"))
     order = read_hostfile(tmp_path / "hostfile")
-    devices = {host: list(map(int, included[host].split(","))) for host in order}
-    assert all(order[host] > max(devices[host]) for host in order)
+    devices = {host: list(range(slots)) for host, slots in order.items()}
+    if "--include" in words:
+        included = dict(part.split(":") for part in words[words.index("--include") + 1].split("@"))
+        assert all({*map(int, included[host].split(","))} <= {*devices[host]} for host in order)
+        devices = {host: list(map(int, included[host].split(","))) for host in order}
     return [(host, device) for host in order for device in sorted(devices[host])]
 
 
 def torchrun_ranks(files: dict[str, str]) -> list[tuple[str, int]]:
     """As torchrun numbers them: node rank by node rank, the visible devices in order."""
-    by_rank = {}
-    for name, text in files.items():
-        if name.startswith("node"):
-            words = shlex.split(text, comments=True)
-            visible = next(w for w in words if w.startswith("CUDA_VISIBLE_DEVICES="))
-            host = name.removesuffix(".sh").split("-", 1)[1]
-            by_rank[int(words[words.index("--node-rank") + 1])] = (host, visible.split("=")[1])
-    return [
-        (host, int(device))
-        for _, (host, devices) in sorted(by_rank.items())
-        for device in devices.split(",")
-    ]
+    rows = sorted((line.split() for line in files["nodes"].splitlines()), key=lambda r: int(r[0]))
+    return [(host, int(device)) for _, host, numbers in rows for device in numbers.split(",")]
 
 
 def mpi_ranks(files: dict[str, str]) -> list[tuple[str, int]]:
     rows = [line.replace("=", " ").split() for line in files["rankfile"].splitlines()]
     assert [int(row[1]) for row in rows] == list(range(len(rows)))
     assert files["hostfile"].split() == [row[2] for row in rows]
-    return [(row[2], int(row[4])) for row in rows]
+    ranks = [(row[2], int(row[4])) for row in rows]
+    assert devices_of(files, files["launch.sh"], [host for host, _ in ranks]) == ranks
+    return ranks
 
 
 def slurm_ranks(files: dict[str, str]) -> list[tuple[str, int]]:
-    devices = files["job.sbatch"].split("devices=(")[1].split(")")[0].split()
-    return [
-        (host, int(device))
-        for host, device in zip(files["slurm-hostfile"].split(), devices, strict=True)
-    ]
+    hosts = files["slurm-hostfile"].split()
+    assert sorted(files["slurm-nodes"].split()) == sorted(set(hosts))
+    return devices_of(files, files["job.sbatch"], hosts)
+
+
+def devices_of(files: dict[str, str], script: str, hosts: list[str]) -> list[tuple[str, int]]:
+    """The device that a script gives each rank: by a file, or by its number on its host."""
+    if "devices" in files:
+        assert '< "$0"' in script
+        return list(zip(hosts, map(int, files["devices"].split()), strict=True))
+    local = [hosts[:rank].count(host) for rank, host in enumerate(hosts)]
+    if "devices=(" in script:
+        listed = script.split("devices=(")[1].split(")")[0].split()
+        return [(host, int(listed[at])) for host, at in zip(hosts, local, strict=True)]
+    return list(zip(hosts, local, strict=True))
 
 
 def kubernetes_ranks(files: dict[str, str], tmp_path: Path) -> list[tuple[str, int]]:
@@ -331,9 +368,18 @@ def test_slurm_and_mpi_number_ranks_in_any_way(ranks: list[tuple[str, int]]) -> 
     assert mpi_ranks(emit(plan, "mpi")) == ranks
 
 
-def test_mpi_starts_each_rank_on_its_host_and_device(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        pytest.param([("b", 1), ("a", 0), ("b", 0)], id="by a file"),
+        pytest.param([("b", 3), ("a", 3), ("b", 1)], id="by a list"),
+        pytest.param([("b", 0), ("a", 0), ("b", 1)], id="by the local rank"),
+    ],
+)
+def test_mpi_starts_each_rank_on_its_host_and_device(
+    tmp_path: Path, ranks: list[tuple[str, int]]
+) -> None:
     """With an mpirun that starts a process for each line of the hostfile, as "seq" does."""
-    ranks = [("b", 1), ("a", 0), ("b", 0)]
     for name, text in emit(plan_of(*ranks), "mpi").items():
         (tmp_path / name).write_text(text)
     fake = tmp_path / "mpirun"
@@ -341,9 +387,11 @@ def test_mpi_starts_each_rank_on_its_host_and_device(tmp_path: Path) -> None:
         dedent("""\
         #!/usr/bin/env bash
         rank=0
+        declare -A local
         while [ "$1" != --hostfile ]; do shift; done
         while read -r node <&3; do
-            OMPI_COMM_WORLD_RANK=$rank NODE=$node "${@:3}"
+            OMPI_COMM_WORLD_RANK=$rank OMPI_COMM_WORLD_LOCAL_RANK=$((local[$node]++)) NODE=$node \
+                "${@:3}"
             rank=$((rank + 1))
         done 3< "$2"
         """)
@@ -362,12 +410,98 @@ def test_mpi_starts_each_rank_on_its_host_and_device(tmp_path: Path) -> None:
     ]
 
 
+NAMED = plan_of(("b.x", 2), ("b.x", 3), ("c.x", 0), ("c.x", 1), ("c.y", 0), ("c.y", 1))
+
+
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [
+        ("b.x", "0 2,3"),
+        ("b", "0 2,3"),
+        ("b.elsewhere", "0 2,3"),
+        ("c.y", "2 0,1"),
+        ("c", None),
+        ("c.z", None),
+        ("z", None),
+        ("10.0.0.7", "1 0,1"),
+        ("10.0.0.8", None),
+        ("", None),
+    ],
+)
+def test_torchruns_script_finds_its_node_and_refuses_any_other_machine(
+    tmp_path: Path, own: str, found: str | None
+) -> None:
+    """As `host_order.lookup` does: a name counts with and without its domain, an address whole."""
+    plan = NAMED if not own.startswith("10.") else plan_of(("10.0.0.6", 0), ("10.0.0.6", 1),
+        ("10.0.0.7", 0), ("10.0.0.7", 1))  # fmt: skip
+    order = list(dict.fromkeys(slot.node for slot in plan.ranks))
+    place = lookup(order)(own or os.uname().nodename)
+    assert place == (None if found is None else int(found[0]))
+    for name, text in emit(plan, "torchrun").items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(tmp_path / "launch.sh"), "train.py", "two words"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", **({"TRIMTAB_HOST": own} if own else {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if found is None:
+        assert (done.returncode, done.stdout) == (2, "")
+        named = own or os.uname().nodename
+        assert done.stderr == (
+            f"launch.sh: this machine, '{named}', is not one node of the plan; set TRIMTAB_HOST.\n"
+        )
+        return
+    rank, devices = found.split()
+    assert done.stdout.split() == [
+        *(devices, "--nnodes", str(len(order)), "--nproc-per-node", "2"),
+        *("--master-addr", order[0], "--master-port", "29500", "--node-rank", rank),
+        *("train.py", "two", "words"),
+    ]
+
+
+@cache
+def large_plan(*, differing: bool = False) -> Plan:
+    """12,000 nodes, each with its first eight devices, or with two that others do not have."""
+    if not differing:
+        return plan_of(*[(f"n{node:05}", device) for node in range(12_000) for device in range(8)])
+    return plan_of(*[(f"n{n:05}", (n + device) % 8) for n in range(12_000) for device in (0, 1)])
+
+
+@pytest.mark.parametrize("target", ["deepspeed", "torchrun", "slurm", "mpi"])
+def test_large_plans_have_few_files_and_short_scripts(target: str) -> None:
+    files = emit(large_plan(), target)
+    assert len(files) <= 5
+    assert all(len(text) < 2000 for text in files.values() if text.startswith("#!"))
+
+
+@pytest.mark.parametrize("target", ["slurm", "mpi"])
+def test_devices_of_large_plans_that_differ_from_node_to_node_are_in_a_file(target: str) -> None:
+    plan = large_plan(differing=True)
+    files = emit(plan, target)
+    assert files["devices"].split() == [str(slot.device) for slot in plan.ranks]
+    assert all(len(text) < 2000 for text in files.values() if text.startswith("#!"))
+
+
+def test_deepspeed_starts_more_hosts_than_it_can_name_to_pdsh_by_open_mpi() -> None:
+    words = shlex.split(emit(large_plan(), "deepspeed")["launch.sh"], comments=True)
+    assert words[words.index("--launcher") + 1] == "openmpi"
+    assert "--launcher_args=--map-by slot" in words
+    assert "--include" not in words
+    sparse = plan_of(*[(f"n{node:05}", device) for node in range(3000) for device in range(1, 8)])
+    with pytest.raises(Unsupported, match="leaves out devices of some of 3000 nodes; DeepSpeed"):
+        emit(sparse, "deepspeed")
+
+
 def test_the_rendezvous_is_the_one_that_the_host_provides() -> None:
     script = emit(PLAN, "torchrun")["rendezvous.sh"]
     assert f"--rdzv-backend {BACKEND} " in script
     assert f'{PLAN_VARIABLE}="' in script
-    uneven = emit(plan_of(("a", 0), ("b", 1)), "torchrun")
-    assert "rendezvous.sh" not in uneven
+    differing = emit(plan_of(("a", 0), ("b", 1)), "torchrun")
+    assert "rendezvous.sh" not in differing
 
 
 def test_pdsh_is_told_to_start_all_nodes_at_once_where_they_are_many() -> None:

@@ -137,8 +137,9 @@ def run(script: str, tmp_path: Path, *arguments: str, **env: str) -> list[list[s
         (tools / tool).chmod(0o755)
     # srun: one process a rank, in the order of the hostfile.
     (tools / "srun").write_text(
-        "#!/bin/bash\nshift\nrank=0\nwhile read -r node; do\n"
-        'SLURM_PROCID=$rank NODE=$node "$@"; rank=$((rank+1)); done < "$SLURM_HOSTFILE"\n'
+        "#!/bin/bash\nshift\nrank=0\ndeclare -A local\nwhile read -r node; do\n"
+        'SLURM_PROCID=$rank SLURM_LOCALID=$((local[$node]++)) NODE=$node "$@"\n'
+        'rank=$((rank+1)); done < "$SLURM_HOSTFILE"\n'
     )
     (tools / "srun").chmod(0o755)
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
@@ -211,20 +212,25 @@ def test_deepspeed_files(tmp_path: Path) -> None:
     assert words[words.index("--master_addr") + 1] == "b"
 
 
-def test_torchrun_scripts(tmp_path: Path) -> None:
+def test_torchrun_files() -> None:
     files = emit(training(*RANKS), "torchrun")
-    assert list(files) == ["hostfile", "ranks", "node0-b.sh", "node1-a.sh"]
-    words = [w[0] for w in run(files["node1-a.sh"], tmp_path, "train.py")]
-    assert words[:2] == ["0,1", "torchrun"]
-    assert words[words.index("--node-rank") + 1] == "1"
-    assert words[words.index("--nproc-per-node") + 1] == "2"
-    assert words[-1] == "train.py"
+    assert list(files) == ["hostfile", "ranks", "nodes", "launch.sh"]
+    assert files["nodes"] == "0 b 2,3\n1 a 0,1\n"
+    assert "rendezvous.sh" in emit(training(*RANKS[2:]), "torchrun")
 
 
-def test_slurm_puts_any_rank_anywhere(tmp_path: Path) -> None:
-    ranks = (("b", 1), ("a", 0), ("b", 0), ("a", 3))
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        pytest.param((("b", 1), ("a", 0), ("b", 0), ("a", 3)), id="by a file"),
+        pytest.param((("b", 1), ("a", 1), ("b", 3), ("a", 3)), id="by a list"),
+        pytest.param((("b", 0), ("a", 0), ("a", 1), ("a", 2)), id="by the local rank"),
+    ],
+)
+def test_slurm_puts_any_rank_anywhere(tmp_path: Path, ranks: tuple[tuple[str, int], ...]) -> None:
     files = emit(training(*ranks), "slurm")
-    (tmp_path / "slurm-hostfile").write_text(files["slurm-hostfile"])
+    for name in files.keys() - {"job.sbatch"}:
+        (tmp_path / name).write_text(files[name])
     show = 'echo "$RANK" "$NODE" "$CUDA_VISIBLE_DEVICES" "$WORLD_SIZE" "$MASTER_ADDR" "$1"'
     lines = run(
         files["job.sbatch"], tmp_path, "bash", "-c", show, "_", "two words",
@@ -235,7 +241,9 @@ def test_slurm_puts_any_rank_anywhere(tmp_path: Path) -> None:
         for rank, (node, device) in enumerate(ranks)
     ]
     assert "#SBATCH --ntasks=4" in files["job.sbatch"]
-    assert "#SBATCH --gpus-per-node=4" in files["job.sbatch"]
+    assert files["slurm-nodes"] == "b\na\n"
+    most = max(device for _, device in ranks) + 1
+    assert f"#SBATCH --gpus-per-node={most}" in files["job.sbatch"]
 
 
 @pytest.mark.parametrize("target", ["deepspeed", "torchrun"])

@@ -17,28 +17,15 @@ def emit(
     import json
 
     from trimtab.core.emitters import emit as files_for
+    from trimtab.core.folders import write_folder
     from trimtab.core.plan import Plan
 
     files = files_for(Plan.read(plan), to)
     if out is not None:
-        _write(out, files)
+        write_folder(out, files)
     if json_:
         typer.echo(json.dumps(files, indent=2))
     elif out is None:
         typer.echo("\n".join(f"# ---- {name}\n{text}" for name, text in files.items()), nl=False)
     else:
         typer.echo("\n".join(str(out / name) for name in files))
-
-
-def _write(folder: Path, files: dict[str, str]) -> None:
-    from trimtab.core.documents import write_atomic
-    from trimtab.core.errors import BadInput
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"the folder cannot be made ({error.strerror})", where=str(folder)) from None
-    for name, text in files.items():
-        write_atomic(folder / name, text)
-        if text.startswith("#!"):
-            (folder / name).chmod(0o755)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from trimtab.core.documents import nearest
@@ -11,22 +11,11 @@ from trimtab.core.errors import BadInput, Unsupported
 from trimtab.core.kubernetes_emitter import kubernetes
 from trimtab.core.msccl_emitter import msccl
 from trimtab.core.plan import Group, Option, Plan, Slot
-from trimtab.core.planned_nodes import (
-    PlannedNode,
-    by_node,
-    require_even,
-    require_ranks,
-    training_nodes,
-)
-
-Files = dict[str, str]
-"""The content of each file by its name."""
+from trimtab.core.planned_nodes import PlannedNode, by_node
+from trimtab.core.shell_script import shell_script
+from trimtab.core.training_emitters import MASTER_PORT, Files, deepspeed, mpi, slurm, torchrun
 
 HTTP_PORT = 8000
-MASTER_PORT = 29500
-
-PDSH_FANOUT = 1024
-"""How many nodes DeepSpeed has pdsh start at one time."""
 
 
 def emit(plan: Plan, target: str) -> Files:
@@ -107,129 +96,6 @@ def _vllm_replica(
     return files
 
 
-def deepspeed(plan: Plan) -> Files:
-    """A hostfile in rank order, and a script that starts a training command on it.
-
-    Raises:
-        Unsupported: DeepSpeed cannot number ranks as the plan does.
-    """
-    nodes = training_nodes(plan, "DeepSpeed")
-    for node in nodes:
-        if list(node.devices) != sorted(node.devices):
-            raise Unsupported(
-                f"the ranks of node {node.name!r} are on devices {list(node.devices)}",
-                fix="DeepSpeed numbers ranks in the order of devices; emit for slurm instead",
-            )
-    include = "@".join(f"{node.name}:{','.join(map(str, node.devices))}" for node in nodes)
-    hostfile = "".join(f"{node.name} slots={max(node.devices) + 1}\n" for node in nodes)
-    words = ["--include", include, "--master_addr", nodes[0].name]
-    words += ["--master_port", str(MASTER_PORT)]
-    if len(nodes) > PDSH_FANOUT:  # else those beyond wait for the first to end
-        words += [f"--launcher_args=-f {len(nodes)}"]
-    start = f'exec deepspeed --hostfile "$(dirname "$0")/hostfile" {shlex.join(words)} "$@"'
-    return {"hostfile": hostfile, "launch.sh": _shell([start])}
-
-
-def torchrun(plan: Plan) -> Files:
-    """Scripts that start the training command they are given, and the order of nodes and ranks.
-
-    There is one script for each node, which states the node's rank; where nodes are restarted or
-    replaced, ``rendezvous.sh`` on every node has trimtab's rendezvous number them by the hostfile.
-    ``ranks`` lists the rank, node and device of each process.
-
-    Raises:
-        Unsupported: torchrun cannot number ranks as the plan does.
-    """
-    nodes = training_nodes(plan, "torchrun")
-    require_even(nodes, "torchrun", "deepspeed or slurm")
-    files = {
-        "hostfile": "".join(f"{node.name} slots={len(node.devices)}\n" for node in nodes),
-        "ranks": "".join(
-            f"{rank} {slot.node} {slot.device}\n" for rank, slot in enumerate(plan.ranks)
-        ),
-    }
-    if len({node.devices for node in nodes}) == 1:
-        files["rendezvous.sh"] = _rendezvous(nodes)
-    for rank, node in enumerate(nodes):
-        words = ["torchrun", "--nnodes", str(len(nodes)), "--node-rank", str(rank)]
-        words += ["--nproc-per-node", str(len(node.devices))]
-        words += ["--master-addr", nodes[0].name, "--master-port", str(MASTER_PORT)]
-        files[f"node{rank}-{node.name}.sh"] = _script(node, {}, words, ' "$@"')
-    return files
-
-
-def _rendezvous(nodes: Sequence[PlannedNode]) -> str:
-    devices = nodes[0].devices
-    words = ["torchrun", "--nnodes", str(len(nodes)), "--nproc-per-node", str(len(devices))]
-    words += ["--rdzv-backend", "trimtab", "--rdzv-endpoint", f"{nodes[0].name}:{MASTER_PORT}"]
-    words += ["--rdzv-id", "${RDZV_ID:-training}"]
-    lines = [
-        "# run on every node; give each job an RDZV_ID of its own",
-        f"export CUDA_VISIBLE_DEVICES={','.join(map(str, devices))}",
-        'TRIMTAB_PLAN="$(cd "$(dirname "$0")" && pwd)/hostfile"',
-        "export TRIMTAB_PLAN",
-        f'exec {shlex.join(words[:-1])} "{words[-1]}" "$@"',
-    ]
-    return _shell(lines)
-
-
-def slurm(plan: Plan) -> Files:
-    """A batch script that runs the training command it is given, each rank where the plan says."""
-    require_ranks(plan)
-    used = defaultdict(list)
-    for slot in plan.ranks:
-        used[slot.node].append(slot.device)
-    names = list(used)
-    devices = max(max(numbers) for numbers in used.values()) + 1
-    device_of_rank = " ".join(str(slot.device) for slot in plan.ranks)
-    run = 'CUDA_VISIBLE_DEVICES=${devices[$SLURM_PROCID]} RANK=$SLURM_PROCID LOCAL_RANK=0 exec "$@"'
-    script = [
-        f"#SBATCH --nodes={len(names)}",
-        f"#SBATCH --ntasks={len(plan.ranks)}",
-        f"#SBATCH --nodelist={','.join(names)}",
-        f"#SBATCH --gpus-per-node={devices}",
-        "#SBATCH --exclusive",
-        "set -euo pipefail",
-        'export SLURM_HOSTFILE="${SLURM_SUBMIT_DIR:-.}/slurm-hostfile"',
-        f"export MASTER_ADDR={shlex.quote(plan.ranks[0].node)} MASTER_PORT={MASTER_PORT}",
-        f"export WORLD_SIZE={len(plan.ranks)}",
-        f"srun --distribution=arbitrary bash -c 'devices=({device_of_rank}); {run}' -- \"$@\"",
-    ]
-    hosts = "".join(f"{slot.node}\n" for slot in plan.ranks)
-    return {"job.sbatch": _shell(script, strict=False), "slurm-hostfile": hosts}
-
-
-def mpi(plan: Plan) -> Files:
-    """A rankfile, a hostfile with a line for each rank, and a script that starts a command by them.
-
-    The script maps ranks by the hostfile's sequence, which binds no rank to a core; the rankfile is
-    for those who want Open MPI to bind, and its slots are then cores.
-    """
-    require_ranks(plan)
-    device_of_rank = " ".join(str(slot.device) for slot in plan.ranks)
-    run = (
-        "CUDA_VISIBLE_DEVICES=${devices[$OMPI_COMM_WORLD_RANK]} RANK=$OMPI_COMM_WORLD_RANK"
-        ' LOCAL_RANK=0 exec "$@"'
-    )
-    words = ["mpirun", "-np", str(len(plan.ranks)), "--map-by", "seq", "--bind-to", "none"]
-    for variable in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
-        words += ["-x", variable]
-    script = [
-        f"export MASTER_ADDR={shlex.quote(plan.ranks[0].node)} MASTER_PORT={MASTER_PORT}",
-        f"export WORLD_SIZE={len(plan.ranks)}",
-        f'exec {shlex.join(words)} --hostfile "$(dirname "$0")/hostfile"'
-        f" bash -c 'devices=({device_of_rank}); {run}' -- \"$@\"",
-    ]
-    ranks = enumerate(plan.ranks)
-    return {
-        "rankfile": "".join(
-            f"rank {rank}={slot.node} slot={slot.device}\n" for rank, slot in ranks
-        ),
-        "hostfile": "".join(f"{slot.node}\n" for slot in plan.ranks),
-        "launch.sh": _shell(script),
-    }
-
-
 EMITTERS: Mapping[str, Callable[[Plan], Files]] = {
     "vllm": vllm,
     "deepspeed": deepspeed,
@@ -241,11 +107,11 @@ EMITTERS: Mapping[str, Callable[[Plan], Files]] = {
 }
 
 
-def _script(node: PlannedNode, env: Mapping[str, str], words: Sequence[str], rest: str = "") -> str:
+def _script(node: PlannedNode, env: Mapping[str, str], words: Sequence[str]) -> str:
     lines = [f"# run on node {node.name}"] if node.name else []
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, node.devices))} if node.devices else {}
     lines += [f"export {_variable(k)}={shlex.quote(v)}" for k, v in {**visible, **env}.items()]
-    return _shell([*lines, f"exec {shlex.join(words)}{rest}"])
+    return shell_script([*lines, f"exec {shlex.join(words)}"])
 
 
 def _variable(name: str) -> str:
@@ -253,8 +119,3 @@ def _variable(name: str) -> str:
     if not (name.isascii() and name.isidentifier()):
         raise BadInput(f"{name!r} is no environment variable", fix="use letters, digits and '_'")
     return name
-
-
-def _shell(lines: Sequence[str], *, strict: bool = True) -> str:
-    head = ["#!/usr/bin/env bash", *(["set -euo pipefail"] if strict else [])]
-    return "\n".join([*head, *lines]) + "\n"

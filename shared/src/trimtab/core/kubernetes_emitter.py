@@ -28,6 +28,7 @@ PORT = 29500
 _HEAD = f"""\
 # Set the image (it needs trimtab-core), the queue and the arguments of the job.
 # {TIER_LABEL.format("N")} are NVIDIA Topograph's labels: put your cluster's in their place.
+# Then: kubectl apply --server-side -f jobset.yaml (else it keeps a copy, of at most 256 KiB).
 """
 
 Paths = Mapping[str, Sequence[str]]

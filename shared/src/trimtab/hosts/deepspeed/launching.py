@@ -12,14 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trimtab.core.cache import keep
+from trimtab.core.deepspeed_launcher import PDSH_FAN_OUT
 from trimtab.core.documents import read_lines
 from trimtab.core.errors import BadInput, Unsupported
 from trimtab.hosts.launcher_command import LauncherCommand
 
 DEFAULT_HOSTFILE = "/job/hostfile"
-
-PDSH_FAN_OUT = 1024
-"""Hosts on which DeepSpeed lets pdsh start the job at once; more than these would wait for it."""
 
 _HOSTFILE = ("-H", "--hostfile")
 _MASTER = ("--master-addr",)

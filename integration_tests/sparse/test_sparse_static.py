@@ -10,9 +10,9 @@ from itertools import product
 
 import pytest
 
-from trimtab.kernels.sparse import configurations, gpu_tiles, static_report
+from trimtab.kernels.sparse import configurations, gpu_tiles, launch, static_report
 from trimtab.kernels.sparse.configurations import configuration
-from trimtab.kernels.sparse.gpu_tiles import MERGE, Need, Tile
+from trimtab.kernels.sparse.gpu_tiles import Need, Tile, merge_tile
 
 pytestmark = pytest.mark.integration
 
@@ -39,6 +39,24 @@ def test_no_kernel_spills_where_heads_are_widest(target, kernel):
     assert used.tensor_instructions > 0
 
 
+@pytest.mark.parametrize(
+    ("target", "kernel", "size", "dtype", "block"),
+    [
+        ("sm_80", "forward", (256, 256), "fp32", 64),
+        ("sm_100", "span_dkv", (192, 128), "fp32", 64),
+        ("sm_90", "backward", (128, 128), "fp32", 64),
+        ("gfx942", "forward", (256, 256), "bf16", 128),
+    ],
+)
+def test_no_kernel_spills_in_float32_nor_in_large_blocks(target, kernel, size, dtype, block):
+    to = static_report.TARGETS[target]
+    of = configuration(kernel, to.backend, size, dtype, block)
+    used = static_report.measure(of, target)
+    assert used.spilled_bytes == 0
+    assert used.shared_bytes <= to.shared_bytes
+    assert used.registers <= to.registers_at(of.tile.warps)
+
+
 @pytest.mark.parametrize(("target", "size"), [("sm_80", 128), ("sm_80", 256), ("gfx942", 256)])
 def test_prefill_does_not_spill(target, size):
     to = static_report.TARGETS[target]
@@ -62,6 +80,8 @@ def test_every_kernel_has_a_tile_for_every_size(backend):
             if of.square and d != d_v:
                 continue
             for dtype in configurations.ITEM_BYTES:
+                if configurations.falls_back(kernel, backend, (d, d_v), dtype):
+                    continue
                 assert any(n.startswith(f"{kernel}/{dtype}/d-{d}-{d_v}/") for n in found)
 
 
@@ -85,7 +105,8 @@ def test_what_a_thread_can_have_falls_with_its_program():
 
 def test_the_constants_of_a_kernel_are_those_of_its_launch():
     of = configuration("merge", "cuda", (192, 128), group=3)
-    assert of.tile == MERGE
+    assert of.tile == merge_tile(3, 192)
+    assert merge_tile(16, 256).warps > of.tile.warps
     assert of.constants == {
         "TOP": 16,
         "HEADS": 32,
@@ -101,3 +122,16 @@ def test_the_constants_of_a_kernel_are_those_of_its_launch():
     assert span.types["q"] == "*fp32"
     assert isinstance(span.tile, Tile)
     assert span.constants["KEYS"] == span.tile.columns
+
+
+def test_heads_that_no_backward_tile_holds_are_left_to_torch_with_one_line(caplog):
+    wide, narrow = Need("cuda", 512, 4), Need("cuda", 256, 4)
+    for _ in range(2):
+        assert launch.in_torch("span_backward", wide)
+    (line,) = caplog.messages
+    assert "in torch" in line
+    assert "512 wide" in line
+    assert not launch.in_torch("backward", narrow)
+    assert not launch.in_torch("backward", Need("cuda", 512, 2))
+    with pytest.raises(ValueError, match="backward takes 256 at most with 4 bytes"):
+        gpu_tiles.tile("backward", wide, 16)

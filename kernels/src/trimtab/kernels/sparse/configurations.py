@@ -9,7 +9,16 @@ from importlib import import_module
 from itertools import product
 from typing import Any
 
-from trimtab.kernels.sparse.gpu_tiles import MERGE, Need, Tile, fit_block, padded, tile
+from trimtab.kernels.sparse.gpu_tiles import (
+    IN_TORCH_TOO,
+    Need,
+    Tile,
+    fit_block,
+    has_tile,
+    merge_tile,
+    padded,
+    tile,
+)
 
 HEAD_SIZES = ((64, 64), (128, 128), (192, 128), (256, 256))
 """Dimensions of keys and values."""
@@ -159,13 +168,24 @@ def configuration(
     """A kernel as the launchers start it for these sizes, maybe in smaller blocks."""
     of = KERNELS[kernel]
     if of.tile is None:
-        return Configuration(kernel, backend, head_size, dtype, block, group, MERGE)
-    d, d_v = head_size
-    width = padded(d) + padded(d if of.tile == "select" else d_v)
-    need = Need(backend, width, ITEM_BYTES[dtype])
+        how = merge_tile(group, max(head_size))
+        return Configuration(kernel, backend, head_size, dtype, block, group, how)
+    need = _need(of.tile, backend, head_size, dtype)
     fitting = fit_block(of.tile, need, block) if of.blocks else block
     how = tile(of.tile, need, fitting if of.blocks or of.tile == "select" else 0)
     return Configuration(kernel, backend, head_size, dtype, fitting, group, how)
+
+
+def _need(kernel: str, backend: str, head_size: tuple[int, int], dtype: str) -> Need:
+    d, d_v = head_size
+    width = padded(d) + padded(d if kernel == "select" else d_v)
+    return Need(backend, width, ITEM_BYTES[dtype])
+
+
+def falls_back(kernel: str, backend: str, head_size: tuple[int, int], dtype: str) -> bool:
+    """Whether the launchers do this in torch, for want of a tile."""
+    of = KERNELS[kernel].tile
+    return of in IN_TORCH_TOO and not has_tile(of, _need(of, backend, head_size, dtype))
 
 
 def shipped(backend: str) -> Iterator[Configuration]:
@@ -175,8 +195,9 @@ def shipped(backend: str) -> Iterator[Configuration]:
         blocks = BLOCKS if of.blocks or kernel == "best_blocks" else (64,)
         sizes = [(d, d_v) for d, d_v in HEAD_SIZES if d == d_v or not of.square]
         for head_size, dtype, block in product(sizes, ITEM_BYTES, blocks):
-            one = configuration(kernel, backend, head_size, dtype, block)
-            found[one.name] = one
+            if not falls_back(kernel, backend, head_size, dtype):
+                one = configuration(kernel, backend, head_size, dtype, block)
+                found[one.name] = one
         for group in (1, 16) if of.tile is None else ():
             one = configuration(kernel, backend, HEAD_SIZES[-1], group=group)
             found[one.name] = one

@@ -23,12 +23,15 @@ class Tile:
     """Keys or entries of a tile, where these are no blocks; of an estimate, blocks of a program."""
 
 
-MERGE = Tile(rows=1, warps=4, stages=3)
-
-
 def padded(size: int) -> int:
     """The power of two, at least 16, that a tile needs for a dimension."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def merge_tile(group: int, width: int) -> Tile:
+    """The tile that joins the parts of one query's group, whose values are so wide."""
+    large = (1 << (group - 1).bit_length()) * padded(width) >= 4096
+    return Tile(rows=1, warps=8 if large else 4, stages=3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +65,19 @@ class Rule:
 
 _MAIN = (Rule(384, Tile(64, 4, 2), 128), Rule(512, Tile(64, 8, 2), 128))
 _MAIN_WIDE = (Rule(512, Tile(32, 4, 2), 64),)
-_MAIN_IN_FP32 = (
-    Rule(128, Tile(32, 8, 1), 64),
-    Rule(256, Tile(32, 8, 1), 32),
-    Rule(512, Tile(16, 8, 1), 32),
-)
+_MAIN_IN_FP32 = (Rule(256, Tile(32, 8, 1), 32), Rule(512, Tile(16, 8, 1), 32))
 _ANY = 1 << 30
-_SELECT_WIDE = (Rule(256, Tile(32, 4, 2, 64), _ANY), Rule(512, Tile(32, 8, 2, 32), _ANY))
 _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
     ("forward", "cuda", 2): _MAIN,
-    ("forward", "cuda", 4): _MAIN_IN_FP32,
-    ("forward", "hip", 2): (Rule(512, Tile(64, 4, 2), 128),),
+    ("forward", "cuda", 4): (Rule(128, Tile(64, 8, 1), 64), *_MAIN_IN_FP32),
+    ("forward", "hip", 2): (Rule(384, Tile(64, 4, 2), 128), Rule(512, Tile(32, 4, 2), 128)),
     ("forward", "hip", 4): _MAIN_WIDE,
     ("published", "cuda", 2): (Rule(256, Tile(64, 4, 2), 128), Rule(512, Tile(64, 8, 2), 128)),
-    ("published", "cuda", 4): _MAIN_IN_FP32,
+    ("published", "cuda", 4): (Rule(128, Tile(32, 8, 1), 64), *_MAIN_IN_FP32),
     ("published", "hip", 2): (Rule(512, Tile(64, 4, 2), 128),),
     ("published", "hip", 4): _MAIN_WIDE,
     ("backward", "cuda", 2): (Rule(256, Tile(32, 8, 2), 64), Rule(512, Tile(16, 8, 1), 64)),
-    ("backward", "cuda", 4): (Rule(256, Tile(16, 8, 1), 64), Rule(512, Tile(16, 8, 1), 32)),
+    ("backward", "cuda", 4): (Rule(128, Tile(16, 8, 1), 64), Rule(256, Tile(16, 8, 1), 16)),
     ("backward", "hip", 2): (
         Rule(256, Tile(32, 4, 1), 64),
         Rule(384, Tile(16, 4, 1), 64),
@@ -95,15 +93,27 @@ _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
         Rule(512, Tile(32, 8, 2, 64), 64),
         Rule(512, Tile(32, 4, 2, 64), _ANY),
     ),
-    ("select", "cuda", 4): _SELECT_WIDE,
+    ("select", "cuda", 4): (
+        Rule(128, Tile(32, 8, 1, 32), _ANY),
+        Rule(256, Tile(32, 8, 1, 16), _ANY),
+        Rule(512, Tile(32, 8, 1, 32), _ANY),
+    ),
     ("select", "hip", 2): (Rule(512, Tile(32, 4, 2, 64), _ANY),),
-    ("select", "hip", 4): _SELECT_WIDE,
+    ("select", "hip", 4): (
+        Rule(256, Tile(32, 4, 2, 64), _ANY),
+        Rule(512, Tile(32, 8, 2, 32), _ANY),
+    ),
     ("span", "cuda", 2): (
         Rule(256, Tile(64, 4, 2, 64)),
         Rule(384, Tile(32, 4, 2, 64)),
         Rule(512, Tile(64, 8, 2, 32)),
     ),
-    ("span", "cuda", 4): (Rule(128, Tile(32, 4, 2, 32)), Rule(512, Tile(16, 8, 1, 32))),
+    ("span", "cuda", 4): (
+        Rule(128, Tile(32, 4, 2, 32)),
+        Rule(256, Tile(16, 8, 1, 32)),
+        Rule(384, Tile(32, 8, 1, 32)),
+        Rule(512, Tile(16, 8, 1, 32)),
+    ),
     ("span", "hip", 2): (Rule(256, Tile(64, 4, 2, 64)), Rule(512, Tile(64, 4, 2, 32))),
     ("span", "hip", 4): (Rule(256, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 4, 1, 32))),
     ("prefill", "cuda", 2): (
@@ -126,18 +136,30 @@ _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
     ("span_backward", "cuda", 4): (
         Rule(128, Tile(32, 8, 1, 32)),
         Rule(256, Tile(16, 8, 1, 32)),
-        Rule(512, Tile(16, 8, 1, 16)),
+        Rule(384, Tile(16, 8, 1, 16)),
     ),
     ("span_backward", "hip", 2): (Rule(512, Tile(32, 4, 1, 32)),),
     ("span_backward", "hip", 4): (Rule(256, Tile(32, 4, 1, 32)), Rule(512, Tile(32, 4, 1, 16))),
 }
 """By kernel, backend and bytes of an item, the narrower and the larger blocks first."""
 
+IN_TORCH_TOO = ("backward", "span_backward")
+"""Kernels whose launchers take the way in torch where no tile fits."""
+
+
+def has_tile(kernel: str, need: Need) -> bool:
+    """Whether there is a tile for heads so wide."""
+    return any(need.width <= rule.width for rule in _RULES[kernel, need.backend, need.item_bytes])
+
 
 def _rules(kernel: str, need: Need) -> list[Rule]:
-    found = [r for r in _RULES[kernel, need.backend, need.item_bytes] if need.width <= r.width]
+    rules = _RULES[kernel, need.backend, need.item_bytes]
+    found = [rule for rule in rules if need.width <= rule.width]
     if not found:
-        raise ValueError(f"heads are {need.width} wide, keys and values; {kernel} takes 512")
+        raise ValueError(
+            f"heads are {need.width} wide, keys and values together; on a GPU {kernel} takes"
+            f" {rules[-1].width} at most with {need.item_bytes} bytes a number"
+        )
     return found
 
 

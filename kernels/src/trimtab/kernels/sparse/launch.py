@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab.kernels.sparse import tables
+from trimtab.kernels.sparse import blockwise, tables
 from trimtab.kernels.sparse.chosen import Chosen
-from trimtab.kernels.sparse.gpu_tiles import MERGE, Need, Tile, fit_block, padded, tile
+from trimtab.kernels.sparse.gpu_tiles import (
+    Need,
+    Tile,
+    fit_block,
+    has_tile,
+    merge_tile,
+    padded,
+    tile,
+)
 from trimtab.kernels.sparse.shape import SparseShape
 from trimtab.kernels.sparse.tables import BlockMajor, Queries, Schedule
+
+logger = logging.getLogger(__name__)
 
 
 def interpreted() -> bool:
@@ -25,6 +37,19 @@ def interpreted() -> bool:
 def launched(how: Tile) -> dict[str, int]:
     """What Triton itself is told."""
     return {"num_warps": how.warps, "num_stages": how.stages}
+
+
+@cache
+def in_torch(kernel: str, need: Need) -> bool:
+    """Whether no tile of a kernel holds heads so wide, which is said once."""
+    if has_tile(kernel, need):
+        return False
+    logger.warning(
+        "gradients of attention are computed in torch, not in Triton: no tile of %s holds heads"
+        " %d wide, keys and values together, with %d bytes a number",
+        *(kernel, need.width, need.item_bytes),
+    )
+    return True
 
 
 def of_keys(q: Tensor, k: Tensor) -> dict[str, Any]:
@@ -47,7 +72,8 @@ def of_group(chosen: Chosen) -> dict[str, int]:
     """The constants of kernels that join the parts of one query's group."""
     group = chosen.group
     heads = {"HEADS": chosen.q.shape[1], "GROUP": group, "GROUP_PAD": 1 << (group - 1).bit_length()}
-    return {"TOP": chosen.top, **heads, **launched(MERGE)}
+    how = merge_tile(group, max(chosen.q.shape[-1], chosen.v.shape[-1]))
+    return {"TOP": chosen.top, **heads, **launched(how)}
 
 
 def fitted(kernel: str, chosen: Chosen) -> tuple[Chosen, Tile]:
@@ -144,6 +170,8 @@ def selected_backward(
     """Gradients of queries, keys and values, the same bits at every run."""
     from trimtab.kernels.sparse import triton_selected as kernels
 
+    if in_torch("backward", Need.of(chosen.q, chosen.v)):
+        return blockwise.backward(gradient, out, lse, chosen)
     chosen, how = fitted("backward", chosen)
     q, k, v, blocks = chosen.q, chosen.k, chosen.v, chosen.blocks
     dq = torch.empty_like(q)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.kernels.sparse import spans
 from trimtab.kernels.sparse.gpu_tiles import Need, Tile, tile
-from trimtab.kernels.sparse.launch import launched, of_keys, of_values
+from trimtab.kernels.sparse.launch import in_torch, launched, of_keys, of_values
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, how: Tile) -> dict[str, Any]:
@@ -46,6 +47,8 @@ def backward(
     """Gradients of queries, keys and values, the same bits at every run."""
     from trimtab.kernels.sparse import triton_spans as kernels
 
+    if in_torch("span_backward", Need.of(q, v)):
+        return spans.backward(gradient, q, k, v, out, lse, low, high, scale)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = (gradient.float() * out.float()).sum(-1)
     how = tile("span_backward", Need.of(q, v))

@@ -13,6 +13,8 @@ from trimtab.core.errors import BadInput
 from trimtab.placement.job import TrainingJob
 from trimtab.placement.volumes import Shape, boundary_bytes
 
+TINY = "{layers: 4, hidden: 64, vocab: 100}"
+TIMES = "{unaligned: 2 s, data_aligned: 2 s, pipeline_aligned: 2 s}"
 GPT_7B = Shape(layers=32, hidden=4096, vocab=50257, positions=4096)
 
 
@@ -52,6 +54,52 @@ def test_sharded_parameters_weigh_on_data_parallel_groups() -> None:
         return found.data
 
     assert data(0) == data(1) < data(2) < data(3)
+
+
+def test_a_model_with_fewer_layers_than_chunks_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2,'
+        ' "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,'
+        ' "intermediate_size": 128, "vocab_size": 100, "max_position_embeddings": 64}'
+    )
+    path = tmp_path / "job.yaml"
+    path.write_text("model: config.json\ndata_parallel: 8\npipeline_parallel: 3\n")
+    with pytest.raises(
+        BadInput, match=r"job\.yaml:3: pipeline_parallel is 3, which makes 3 chunks"
+    ):
+        TrainingJob.read(path)
+
+
+def test_experts_have_fewer_replicas_and_tokens_visit_some_of_them() -> None:
+    shape = Shape(
+        layers=4, hidden=64, vocab=100, layer_parameters=1e6, expert_parameters=8e5, experts=8,
+        active_experts=2,
+    )  # fmt: skip
+    found = job(data_parallel=8, expert_parallel=4, shape=shape, zero_stage=0).step_volumes()
+    assert found is not None
+    assert found.expert_data == pytest.approx(2 * 1 / 2 * 2 * 4 * 8e5 / 4)
+    assert found.data == pytest.approx(2 * 7 / 8 * 2 * (4 * 2e5 + 64 * 100))
+    # Forward and backward, to the experts and back: four times two experts' worth of activations.
+    tokens = 4 * 4096 * 2
+    assert found.expert == pytest.approx(4 * 4 * tokens * 64 * 2 * 3 / 4)
+    assert shape.active_parameters == pytest.approx(2e5 + 8e5 / 4)
+
+
+def test_keys_and_values_go_round_as_wide_as_they_are() -> None:
+    def context(**values: int) -> float:
+        shape = Shape(layers=4, hidden=64, vocab=100, **values)
+        found = job(data_parallel=4, context_parallel=2, shape=shape).step_volumes()
+        assert found is not None
+        return found.context
+
+    # Two forward, four backward, for four micro-batches of half a sequence.
+    assert context() == 4 * 6 * 4 * (2 * 2048 * 64)
+    assert context(key_value=16) == context() / 4
+
+
+def test_an_open_job_has_no_volumes_yet() -> None:
+    with pytest.raises(BadInput, match="no data_parallel"):
+        job(shape=GPT_7B, expert_parallel=2).step_volumes()
 
 
 def test_volumes_that_are_given_are_taken() -> None:
@@ -144,7 +192,33 @@ def test_cells_of_the_grid_are_the_nodes(order: str, **degrees: int) -> None:
         ({"data_parallel": 8, "expert_parallel": 3}, ["expert_parallel", "divide"]),
         ({"data_parallel": 8, "alpha": -0.5}, ["alpha"]),
         ({"data_parallel": 8, "alpha": 1.5}, ["alpha"]),
-        ({"data_parallel": 8, "alpha": "nan"}, ["alpha"]),
+        ({"data_parallel": 8, "alpha": "nan"}, ["alpha", "0 ", "1, or auto"]),
+        ({"data_parallel": 8, "alpha": ".nan"}, ["alpha is nan", "0 ", "1, or auto"]),
+        ({"data_parallel": 8, "alpha": "foo"}, ["alpha is 'foo'", "0 ", "1, or auto"]),
+        ({"data_parallel": 8, "alpha": "true"}, ["alpha", "0 ", "1, or auto"]),
+        ({"data_parallel": 8, "alpha": "[0.3]"}, ["alpha", "0 ", "1, or auto"]),
+        (
+            {"data_parallel": 8, "pipeline_parallel": 2, "virtual_stages": 10, "shape": TINY},
+            ["virtual_stages is 10", "20 chunks of 4 layers", "at most 4"],
+        ),
+        (
+            {"data_parallel": 8, "pipeline_parallel": 8, "shape": TINY},
+            ["pipeline_parallel is 8", "8 chunks of 4 layers"],
+        ),
+        ({"data_parallel": 8, "overlap": "{data: 1.5}", "shape": TINY}, ["overlap.data", "1"]),
+        ({"data_parallel": 8, "overlap": "{data: .nan}", "shape": TINY}, ["overlap.data"]),
+        ({"data_parallel": 8, "overlap": "{data: -0.5}", "shape": TINY}, ["overlap.data", "0"]),
+        ({"data_parallel": 8, "overlap": "{data: 0.5}"}, ["overlap", "model, shape or volumes"]),
+        (
+            {"data_parallel": 8, "overlap": "{data: 0.5}", "shape": TINY, "step_times": TIMES},
+            ["overlap", "step_times", "one of them"],
+        ),
+        ({"data_parallel": 8, "step_times": "{unaligned: 2}"}, ["step_times", "missing"]),
+        ({"data_parallel": 8, "step_times": TIMES.replace("2 s", "0")}, ["unaligned", "greater"]),
+        ({"data_parallel": 8, "volumes": "{data: -1}"}, ["volumes.data", "0"]),
+        ({"data_parallel": 8, "volumes": "{data: 1.0e+300}"}, ["volumes.data"]),
+        ({"data_parallel": 8, "flop_per_s": 0}, ["flop_per_s"]),
+        ({"data_parallel": 8, "bandwidth_bytes_per_s": -1}, ["bandwidth_bytes_per_s"]),
         ({"data_parallel": 8, "global_batch": 12}, ["global_batch", "multiple"]),
         ({"data_parallel": 8, "dp": 8}, ["dp"]),
         (
@@ -181,7 +255,10 @@ def test_the_models_shape_is_read_beside_the_job(tmp_path: Path) -> None:
         ' "intermediate_size": 128, "vocab_size": 100, "max_position_embeddings": 64}'
     )
     (tmp_path / "job.yaml").write_text("model: config.json\ndata_parallel: 8\n")
-    shape = TrainingJob.read(tmp_path / "job.yaml").shape
+    found = TrainingJob.read(tmp_path / "job.yaml")
+    shape = found.shape
     assert shape is not None
+    assert shape.key_value == 32
+    assert found.sized(1).shape == shape
     attention, network, norms = 64 * 64 * 2 + 2 * 64 * 32, 3 * 64 * 128, 2 * 64
     assert shape.layer_parameters == attention + network + norms

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
 from trimtab.core.cluster import Cluster
 from trimtab.core.errors import BadInput
@@ -13,6 +15,7 @@ from trimtab.core.plan import Objective, Plan
 from trimtab.placement.job import TrainingJob
 from trimtab.placement.planner import plan_placement
 from trimtab.placement.report import report_page, write_report
+from trimtab.placement.table import plan_table, shown_bytes
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -114,6 +117,67 @@ def test_the_page_needs_no_network_and_is_written_whole(tmp_path):
     assert "$" not in text
 
 
+def test_bytes_between_pods_are_drawn_before_and_after():
+    cluster = cluster_of(3, 4)
+    job = TrainingJob(
+        tensor_parallel=8, pipeline_parallel=2, data_parallel=6, alpha=0.3,
+        volumes={"data": 3e9, "pipeline": 2e9},
+    )  # fmt: skip
+    plan = plan_placement(cluster, job)
+    page = Page(report_page(plan, cluster))
+    facts = plan.details["communication"]
+    drawn = sum(len(to) for when in facts["between"].values() for to in when.values())
+    assert page.count["rect.flow"] == drawn
+    assert page.count["svg.bytes"] == 2
+    # Neighbours by name lie in different pods, and the stages of a row in one.
+    assert "By hostname: 288 GB a step" in page.said
+    data, pipeline = (facts["crossing"]["leaf"][kind]["after"] for kind in ("data", "pipeline"))
+    assert f"By the plan: {shown_bytes(data + pipeline)} a step" in page.said
+    assert "3 GB" in page.said
+    assert any("weight of data spread comes from: given" in said for said in page.said)
+
+
+def test_the_table_tells_bytes_and_where_the_weight_is_from():
+    training = TrainingJob(
+        tensor_parallel=8, pipeline_parallel=2, data_parallel=6,
+        volumes={"data": 3e9, "pipeline": 2e9}, overlap={"data": 0.5},
+    )  # fmt: skip
+    told = printed(plan_placement(cluster_of(3, 4), training))
+    assert re.search(r"data +3 GB +288 GB +", told)
+    assert re.search(r"pipeline +2 GB +0 B +", told)
+    assert "alpha 0.0618: volumes and measured overlap" in told
+    unknown = printed(planned(cluster_of(3, 4), 6, 2))
+    assert "alpha 0.3: given" in unknown
+    assert "bytes are not known" in unknown
+
+
+def printed(plan):
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(plan_table(plan))
+    return console.export_text()
+
+
+def test_without_a_model_the_page_says_that_bytes_are_not_known():
+    cluster = cluster_of(2, 4)
+    page = Page(report_page(planned(cluster, 4, 2), cluster))
+    assert "svg.bytes" not in page.count
+    assert any("How much groups send is not known" in said for said in page.said)
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0.0, "0 B"),
+        (1500.0, "1.5 kB"),
+        (999_999.0, "1 MB"),
+        (3.2e16, "32 PB"),
+        (1e20, "100,000 PB"),
+    ],
+)
+def test_bytes_are_shown_with_three_figures(count, words):
+    assert shown_bytes(count) == words
+
+
 def test_names_are_escaped():
     cluster = cluster_of(2, 4, name="<b>&</b></script>")
     plan = planned(cluster, 4, 2)
@@ -141,5 +205,5 @@ def test_another_planners_plan_and_another_cluster_are_refused():
         BadInput, match="the planner 'fleet'; give a plan of trimtab plan placement"
     ):
         report_page(other, cluster)
-    with pytest.raises(BadInput, match="'n000' is none of net; give the cluster"):
+    with pytest.raises(BadInput, match=r"'n00\d' is none of net; give the cluster"):
         report_page(planned(cluster, 4, 2), cluster_of(2, 4, prefix="m"))

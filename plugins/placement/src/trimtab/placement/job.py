@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+import numpy as np
+import numpy.typing as npt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from trimtab.core.documents import Document, InvalidValue, parse_yaml, read_text, validate
 from trimtab.core.errors import BadInput
 from trimtab.core.model import ModelSpec
-from trimtab.core.units import Bytes
+from trimtab.core.units import Bytes, BytesPerSecond, FlopPerSecond
+from trimtab.placement.measurements import Overlap, StepTimes
 from trimtab.placement.volumes import Shape, TrainingStep, Volumes, step_volumes
 
 Order = Literal["tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp"]
@@ -22,6 +24,25 @@ Order = Literal["tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp"]
 data inside pipe) and Megatron; the second is Megatron's ``--use-tp-pp-dp-mapping``."""
 
 GroupKind = Literal["tensor", "context", "expert", "data", "pipeline"]
+
+Ranks = npt.NDArray[np.int64]
+"""Groups of ranks, each ascending; shape (groups, ranks of a group)."""
+
+_ElementBytes = Annotated[Bytes, Field(gt=0, le=64)]
+
+
+def _weight(value: object) -> object:
+    """A weight as people write it, so that a wrong one is told all that would be right."""
+    number: object = value
+    if isinstance(value, str) and value != "auto":
+        try:
+            number = float(value)
+        except ValueError:
+            number = None
+    known = isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= 1
+    if value == "auto" or known:
+        return number
+    raise ValueError("give a weight from 0 (only pipelines count) to 1, or auto")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +88,11 @@ class TrainingJob(Document):
         model: a Hugging Face ``config.json`` or its folder, relative to the job file.
         shape: the model's shape, where there is no such file.
         volumes: bytes that each rank sends in a step, where they are known better.
+        overlap: measured shares of communication that compute hides, for ``alpha: auto``.
+        step_times: measured with groups aligned and not; ``alpha: auto`` follows from them alone.
+        flop_per_s: of a rank, as achieved; the default is an H800 at two fifths of its peak.
+        bandwidth_bytes_per_s: of a rank to other nodes; the default is the paper's adapter for each
+            device, 400 Gb/s.
         micro_batch: sequences in a micro-batch.
         global_batch: sequences in a step; None for as many micro-batches as keep the pipeline busy.
         sequence_length: tokens of a sequence.
@@ -89,32 +115,29 @@ class TrainingJob(Document):
     model: str | None = None
     shape: Shape | None = None
     volumes: Volumes | None = None
+    overlap: Overlap | None = None
+    step_times: StepTimes | None = None
+    flop_per_s: FlopPerSecond = Field(4e14, ge=1, le=1e20)
+    bandwidth_bytes_per_s: BytesPerSecond = Field(50e9, ge=1, le=1e15)
     micro_batch: PositiveInt = 1
     global_batch: PositiveInt | None = None
     sequence_length: PositiveInt = 4096
     zero_stage: Literal[0, 1, 2, 3] = 1
     virtual_stages: PositiveInt = 1
-    parameter_bytes: Bytes = Field(2.0, gt=0)
-    gradient_bytes: Bytes = Field(2.0, gt=0)
-    activation_bytes: Bytes = Field(2.0, gt=0)
+    parameter_bytes: _ElementBytes = 2.0
+    gradient_bytes: _ElementBytes = 2.0
+    activation_bytes: _ElementBytes = 2.0
     sequence_parallel: bool = True
-    alpha: Literal["auto"] | float = "auto"
+    alpha: Annotated[Literal["auto"] | float, BeforeValidator(_weight)] = "auto"
     spares_per_pod: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingJob:
-        self._check_alpha()
         self._check_parallelism()
         self._check_batch()
+        self._check_layers()
+        self._check_measurements()
         return self
-
-    def _check_alpha(self) -> None:
-        if self.alpha != "auto" and not 0 <= float(self.alpha) <= 1:
-            raise InvalidValue(
-                f"alpha is {self.alpha:g}",
-                at=("alpha",),
-                fix="give a weight from 0 (only pipelines count) to 1, or auto",
-            )
 
     def _check_parallelism(self) -> None:
         if not self.stage_major and self.expert_parallel not in (1, self.context_parallel):
@@ -174,6 +197,35 @@ class TrainingJob(Document):
                 fix=f"make it a multiple of micro_batch x data_parallel, {step}",
             )
 
+    def _check_layers(self) -> None:
+        chunks = self.pipeline_parallel * self.virtual_stages
+        if self.shape is None or chunks <= self.shape.layers:
+            return
+        key = "virtual_stages" if self.virtual_stages > 1 else "pipeline_parallel"
+        raise InvalidValue(
+            f"{key} is {getattr(self, key)}, which makes {chunks} chunks of"
+            f" {self.shape.layers} layers",
+            at=(key,),
+            fix="give each chunk a layer: pipeline_parallel x virtual_stages at most"
+            f" {self.shape.layers}",
+        )
+
+    def _check_measurements(self) -> None:
+        if self.overlap is None:
+            return
+        if self.step_times is not None:
+            raise InvalidValue(
+                "overlap is given beside step_times",
+                at=("overlap",),
+                fix="give one of them: from step_times alone the weight follows",
+            )
+        if self.volumes is None and self.shape is None and self.model is None:
+            raise InvalidValue(
+                "overlap is given and the bytes are not known",
+                at=("overlap",),
+                fix="give model, shape or volumes beside it",
+            )
+
     @classmethod
     def read(cls, path: str | Path) -> TrainingJob:
         """Reads a job file; the shape of its model too.
@@ -185,8 +237,8 @@ class TrainingJob(Document):
         job = validate(cls, data, where=str(path), lines=lines)
         if job.model is None or job.shape is not None:
             return job
-        spec = ModelSpec.from_hf(Path(path).parent / job.model)
-        return job.model_copy(update={"shape": Shape.of(spec)})
+        shape = Shape.of(ModelSpec.from_hf(Path(path).parent / job.model))
+        return validate(cls, data | {"shape": shape.model_dump()}, where=str(path), lines=lines)
 
     @property
     def stage_major(self) -> bool:
@@ -255,22 +307,35 @@ class TrainingJob(Document):
         return math.lcm(*degrees, self.ranks_per_node)
 
     def step_volumes(self) -> Volumes | None:
-        """Bytes that a rank sends in a step, by kind of group; None where no model is given."""
+        """Bytes that a rank sends in a step, by kind of group; None where no model is given.
+
+        Raises:
+            BadInput: the job leaves its replicas to an allocation, and gives no volumes.
+        """
         if self.volumes is not None or self.shape is None:
             return self.volumes
+        if self.data_parallel is None:
+            raise BadInput(
+                "the job has no data_parallel", fix="give it, or order a fixed allocation"
+            )
+        return step_volumes(self.shape, self.training_step)
+
+    @property
+    def training_step(self) -> TrainingStep:
+        """What happens in one step."""
         micro_batches = (
             self.global_batch // (self.micro_batch * self.replicas)
             if self.global_batch
             else 4 * self.pipeline_parallel
         )
-        step = TrainingStep(
+        return TrainingStep(
             tensor_parallel=self.tensor_parallel,
             pipeline_parallel=self.pipeline_parallel,
             data_parallel=self.replicas,
             expert_parallel=self.expert_parallel,
             context_parallel=self.context_parallel,
             micro_batch=self.micro_batch,
-            micro_batches=micro_batches,
+            micro_batches=max(1, micro_batches),
             sequence_length=self.sequence_length,
             zero_stage=self.zero_stage,
             virtual_stages=self.virtual_stages,
@@ -279,7 +344,6 @@ class TrainingJob(Document):
             activation_bytes=self.activation_bytes,
             sequence_parallel=self.sequence_parallel,
         )
-        return step_volumes(self.shape, step)
 
     def groups(self, kind: GroupKind) -> list[list[int]]:
         """All groups of a kind, each the global ranks in their order.
@@ -291,34 +355,36 @@ class TrainingJob(Document):
             raise BadInput(
                 f"there are no {kind!r} groups", fix=f"known are {', '.join(get_args(GroupKind))}"
             )
-        if kind == "expert":
-            experts = self.replicas * self.context_parallel // self.expert_parallel
-            sizes = {
-                "tensor": self.tensor_parallel,
-                "expert": self.expert_parallel,
-                "data": experts,
-                "pipeline": self.pipeline_parallel,
-            }
-        else:
-            sizes = {
-                "tensor": self.tensor_parallel,
-                "context": self.context_parallel,
-                "data": self.replicas,
-                "pipeline": self.pipeline_parallel,
-            }
+        lines = self.expert_lines if kind == "expert" else self.lines(kind)
+        found: list[list[int]] = lines.tolist()
+        return found
+
+    def lines(self, *dimensions: GroupKind) -> Ranks:
+        """All groups of ranks that differ in some of the dimensions but ``expert`` only."""
+        sizes = {
+            "tensor": self.tensor_parallel,
+            "context": self.context_parallel,
+            "data": self.replicas,
+            "pipeline": self.pipeline_parallel,
+        }
         if not self.stage_major:
             sizes["pipeline"], sizes["data"] = sizes.pop("pipeline"), sizes.pop("data")
-        return _groups(list(sizes), list(sizes.values()), kind)
+        # The first dimension is the fastest.
+        names = list(sizes)[::-1]
+        grid = np.arange(self.world_size).reshape(list(sizes.values())[::-1])
+        axes = [axis for axis, name in enumerate(names) if name in dimensions]
+        moved = np.moveaxis(grid, axes, range(-len(axes), 0))
+        return moved.reshape(-1, math.prod(grid.shape[axis] for axis in axes))
 
+    @property
+    def expert_lines(self) -> Ranks:
+        """The expert groups: consecutive ones of the ranks with the same stage and tensor part."""
+        found = self.lines("context", "data").reshape(-1, self.expert_parallel)
+        return found[np.argsort(found[:, 0])]
 
-def _groups(names: Sequence[str], sizes: Sequence[int], kind: str) -> list[list[int]]:
-    """The groups along a dimension of ranks numbered with the first dimension fastest."""
-    at = names.index(kind)
-    stride = math.prod(sizes[:at])
-    span = stride * sizes[at]
-    world = math.prod(sizes)
-    return [
-        list(range(base + offset, base + span, stride))
-        for base in range(0, world, span)
-        for offset in range(stride)
-    ]
+    @property
+    def expert_replica_lines(self) -> Ranks:
+        """The groups of ranks that have the same experts."""
+        replicas = self.lines("context", "data")
+        held = replicas.reshape(len(replicas), -1, self.expert_parallel)
+        return held.transpose(0, 2, 1).reshape(-1, held.shape[1])

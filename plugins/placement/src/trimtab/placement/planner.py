@@ -22,6 +22,7 @@ from trimtab.placement.job import JobGrid, TrainingJob
 from trimtab.placement.layout import HostGrid, lay_out
 from trimtab.placement.search import Front, quick_search, search
 from trimtab.placement.summary import group_spreads
+from trimtab.placement.traffic import communication
 
 Mode = Literal["allocate", "reorder"]
 _SAME = 1e-9
@@ -306,6 +307,7 @@ def _plan(
                 ],
                 "bound": list(solved.front.bound.least_data),
                 "tiers": tiers,
+                "communication": communication(fabric, job, order, alpha, fabric.tier(tier)),
                 "spares": _spares(solved, chosen.grid, order),
                 "moves": moved,
                 "paths": {p.name: list(p.path) for p in fabric.places if p.name in taken},

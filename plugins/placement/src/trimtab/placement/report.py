@@ -19,8 +19,18 @@ from trimtab.core.report_page import fact_boxes, filled
 from trimtab.placement.fabric import Fabric
 from trimtab.placement.job import TrainingJob
 from trimtab.placement.layout import HostGrid
-from trimtab.placement.report_pictures import Cell, colours, front_picture, matrix, tree_picture
+from trimtab.placement.report_pictures import (
+    Cell,
+    between_picture,
+    colours,
+    front_picture,
+    matrix,
+    tree_picture,
+)
 from trimtab.placement.summary import group_spreads
+from trimtab.placement.table import shown_bytes
+from trimtab.placement.traffic import Traffic, traffic
+from trimtab.placement.volumes import Volumes
 
 _MOST_PAIRWISE_RANKS = 20_000
 """Spreads of every kind of group are counted anew for jobs of at most so many ranks."""
@@ -34,6 +44,8 @@ class _Shown:
         after, before: the nodes of the grid, by the plan and by their hostnames.
         domain_of: the domain of each node in the tier that the plan is about.
         colour: of each domain.
+        volumes: what a rank sends; None where the job gives no model.
+        moved: by hostname and by the plan, what goes between domains; None without volumes.
     """
 
     plan: Plan
@@ -44,6 +56,8 @@ class _Shown:
     before: HostGrid
     domain_of: Mapping[str, str]
     colour: Mapping[str, str]
+    volumes: Volumes | None
+    moved: tuple[Traffic, Traffic] | None
 
     @property
     def tier_name(self) -> str:
@@ -77,6 +91,9 @@ def report_page(plan: Plan, cluster: Cluster) -> str:
         domains=escape(_plural(shown.tier_name)),
         matrices=_matrices(shown),
         legend=_legend(shown),
+        traffic_caption=escape(_traffic_caption(shown)),
+        between=_between(shown),
+        volumes=_volume_table(shown),
         network_caption=escape(_network_caption(shown)),
         tree=tree_picture(shown.fabric, _cells(shown.after), shown.tier, shown.colour),
         front_caption=escape(_front_caption(shown)),
@@ -109,6 +126,11 @@ def _shown(plan: Plan, cluster: Cluster) -> _Shown:
         name: path[tier] if tier < len(path) else "network" for name, path in paths.items()
     }
     used = list(dict.fromkeys(domain_of[p.name] for p in fabric.places if p.name in set(order)))
+    volumes = job.step_volumes()
+    moved = None
+    if volumes is not None:
+        before, after = (traffic(fabric, job, o, tier, volumes) for o in (sorted(order), order))
+        moved = before, after
     return _Shown(
         plan,
         job,
@@ -118,6 +140,8 @@ def _shown(plan: Plan, cluster: Cluster) -> _Shown:
         _grid(job, sorted(order)),
         domain_of,
         colours(used),
+        volumes,
+        moved,
     )
 
 
@@ -192,6 +216,55 @@ def _matrices(shown: _Shown) -> str:
         picture = matrix(hosts, shown.domain_of, shown.colour)
         pictures.append(f"<figure><figcaption>{caption}</figcaption>{picture}</figure>")
     return "".join(pictures)
+
+
+def _traffic_caption(shown: _Shown) -> str:
+    if shown.moved is None:
+        return (
+            "How much groups send is not known: give the job's model, shape or volumes to see it."
+        )
+    facts = cast(Mapping[str, Any], shown.plan.details.get("communication", {}))
+    source = facts.get("alpha_from")
+    weight = f" The weight of data spread comes from: {source}." if source else ""
+    return (
+        f"What all ranks send in a step, from each of the {_plural(shown.tier_name)} (rows) to each"
+        f" other (columns); darker is more, and both pictures have one scale. Rings go round groups"
+        f" in the order of ranks.{weight}"
+    )
+
+
+def _between(shown: _Shown) -> str:
+    if shown.moved is None or len(shown.moved[0].domains) == 1:
+        return ""
+    outside = [one.between * ~np.eye(len(one.domains), dtype=bool) for one in shown.moved]
+    most = max(float(sent.max()) for sent in outside)
+    figures = []
+    for name, one, sent in zip(("By hostname", "By the plan"), shown.moved, outside, strict=True):
+        caption = f"{name}: {shown_bytes(sum(one.crossing.values()))} a step"
+        picture = between_picture(sent, one.domains, most, shown_bytes)
+        figures.append(f"<figure><figcaption>{escape(caption)}</figcaption>{picture}</figure>")
+    return "".join(figures)
+
+
+def _volume_table(shown: _Shown) -> str:
+    if shown.volumes is None or shown.moved is None:
+        return ""
+    before, after = shown.moved
+    rows = []
+    for kind, sent_bytes in shown.volumes.model_dump().items():
+        if not sent_bytes:
+            continue
+        was, now = (one.crossing.get(kind, 0.0) for one in (before, after))
+        mark = ' class="better"' if now < was * (1 - 1e-9) else ""
+        rows.append(
+            f"<tr><td>{escape(kind.replace('_', ' '))}</td><td>{shown_bytes(sent_bytes)}</td>"
+            f"<td>{shown_bytes(was)}</td><td{mark}>{shown_bytes(now)}</td></tr>"
+        )
+    head = (
+        "<tr><th>groups</th><th>a rank sends in a step</th>"
+        f"<th>leave a {escape(shown.tier_name)}, by hostname</th><th>by the plan</th></tr>"
+    )
+    return f"<table>{head}{''.join(rows)}</table>"
 
 
 def _legend(shown: _Shown) -> str:

@@ -6,11 +6,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
+import numpy as np
+import numpy.typing as npt
+
 from trimtab.placement.fabric import Fabric, Place
 from trimtab.placement.layout import HostGrid
 
 Cell = tuple[int, int]
 """A node's row and column."""
+
+FloatMatrix = npt.NDArray[np.float64]
 
 _PALETTE = (
     "#4477d6", "#e8873a", "#3fa66b", "#c9518c", "#8a63c9", "#d3b32d", "#2fa5b8", "#a8694a",
@@ -65,6 +70,54 @@ def matrix(hosts: HostGrid, domain_of: Mapping[str, str], colour: Mapping[str, s
                 )
             )
     return _svg(left + columns * width, top + rows * height + 2, parts, "cells")
+
+
+def between_picture(
+    between: FloatMatrix, names: Sequence[str], most: float, shown: Callable[[float], str]
+) -> str:
+    """Bytes from each domain (row) to each other one (column), the darker the more.
+
+    Args:
+        between: bytes a step; the diagonal is what stays inside and is not drawn.
+        names: of the domains.
+        most: bytes of the darkest cell.
+        shown: bytes as text.
+    """
+    count = len(names)
+    pitch = _pitch(count, 460, 64)
+    gap = 1.0 if pitch > 4 else 0.0
+    labelled = pitch >= 12
+    left, top = (98.0, 20.0) if labelled else (4.0, 4.0)
+    parts = []
+    if labelled:
+        parts += [
+            f'<text x="{left - 6}" y="{top + (row + 0.5) * pitch + 4:.1f}" text-anchor="end">'
+            f"{escape(_short(name))}</text>"
+            for row, name in enumerate(names)
+        ]
+        parts.append(f'<text x="{left}" y="12">to the same, in this order</text>')
+    for row, column in np.ndindex(count, count):
+        value = float(between[row, column])
+        x, y = left + column * pitch, top + row * pitch
+        box = f'x="{x:.1f}" y="{y:.1f}" width="{pitch - gap:.1f}" height="{pitch - gap:.1f}"'
+        if row == column or not value:
+            # A picture of hundreds of domains is mostly empty: what says nothing is left out.
+            if labelled:
+                parts.append(f'<rect class="idle" {box}/>')
+            continue
+        opacity = 0.12 + 0.88 * value / most
+        title = f"{names[row]} to {names[column]}: {shown(value)}"
+        parts.append(
+            f'<rect class="flow" {box} fill="var(--accent)" fill-opacity="{opacity:.2f}">'
+            f"<title>{escape(title)}</title></rect>"
+        )
+        if pitch >= 56:
+            tone = "on-dark" if opacity > 0.55 else "strong"
+            parts.append(
+                f'<text class="{tone}" x="{x + pitch / 2:.1f}" y="{y + pitch / 2 + 4:.1f}" '
+                f'text-anchor="middle">{escape(shown(value))}</text>'
+            )
+    return _svg(left + count * pitch, top + count * pitch + 2, parts, "bytes")
 
 
 def _pitch(count: int, room: float, most: float) -> float:

@@ -9,21 +9,42 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from trimtab.core.documents import Document
 from trimtab.core.model import ModelSpec
+from trimtab.core.units import Bytes
+
+_StepBytes = Annotated[Bytes, Field(ge=0, le=1e24)]
+_Parameters = Annotated[float, Field(ge=0, le=1e18)]
+_Size = Annotated[int, Field(gt=0, le=10**9)]
 
 
 class Volumes(Document):
-    """Bytes that one rank sends in one step to its groups of each kind."""
+    """Bytes that one rank sends in one step to its groups of each kind.
 
-    tensor: NonNegativeFloat = 0.0
-    context: NonNegativeFloat = 0.0
-    expert: NonNegativeFloat = 0.0
-    data: NonNegativeFloat = 0.0
-    pipeline: NonNegativeFloat = 0.0
+    Attributes:
+        tensor, context: to its tensor and context groups.
+        expert: tokens to the experts of its group and back.
+        data: gradients and parameters that all replicas share.
+        expert_data: those of its experts, to the replicas of the same experts.
+        pipeline: what a stage in the middle sends to both sides, which is what passes between two
+            stages there and back.
+    """
+
+    tensor: _StepBytes = 0.0
+    context: _StepBytes = 0.0
+    expert: _StepBytes = 0.0
+    data: _StepBytes = 0.0
+    expert_data: _StepBytes = 0.0
+    pipeline: _StepBytes = 0.0
+
+    @property
+    def all_data(self) -> float:
+        """Bytes to data parallel groups of both kinds."""
+        return self.data + self.expert_data
 
 
 class Shape(Document):
@@ -34,17 +55,21 @@ class Shape(Document):
         layer_parameters: of one layer; None for a GPT's ``12 h^2 + 9 h`` (attention and a
             feed-forward network four times as wide).
         expert_parameters: how many of a layer's are its routed experts'.
+        experts: routed experts of a layer; None where a token's work shall count all of them.
         active_experts: routed experts that a token visits.
         positions: rows of a learned position table.
+        key_value: width of a layer's keys, and of its values; None for as wide as ``hidden``.
     """
 
-    layers: PositiveInt
-    hidden: PositiveInt
-    vocab: PositiveInt
-    layer_parameters: NonNegativeFloat | None = None
-    expert_parameters: NonNegativeFloat = 0.0
+    layers: _Size
+    hidden: _Size
+    vocab: _Size
+    layer_parameters: _Parameters | None = None
+    expert_parameters: _Parameters = 0.0
+    experts: PositiveInt | None = None
     active_experts: PositiveInt = 1
     positions: NonNegativeInt = 0
+    key_value: _Size | None = None
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Shape:
@@ -58,7 +83,9 @@ class Shape(Document):
             vocab=spec.vocab,
             layer_parameters=whole / spec.layers,
             expert_parameters=(whole - without) / spec.layers,
+            experts=spec.experts.count if spec.experts else None,
             active_experts=spec.experts.active if spec.experts else 1,
+            key_value=None if spec.latent else spec.kv_heads * spec.head_dim,
         )
 
     @property
@@ -72,6 +99,12 @@ class Shape(Document):
         """The parameters of the first pipeline stage, which has the embedding (equation 12)."""
         tables = self.hidden * (self.vocab + self.positions)
         return tables + self.layers / pipeline_parallel * self.parameters_per_layer
+
+    @property
+    def active_parameters(self) -> float:
+        """Parameters of a layer that a token is multiplied with."""
+        idle = 1 - self.active_experts / self.experts if self.experts else 0.0
+        return self.parameters_per_layer - self.expert_parameters * max(0.0, idle)
 
 
 def boundary_bytes(
@@ -114,8 +147,22 @@ class TrainingStep:
     sequence_parallel: bool = True
 
 
+def micro_batch_flop(shape: Shape, step: TrainingStep) -> float:
+    """FLOP of a rank for one micro-batch, forward and backward; attention is causal.
+
+    Two for each parameter and token forward, twice that backward; tables are left out.
+    """
+    tokens = step.micro_batch * step.sequence_length / step.context_parallel
+    attention = shape.hidden * step.sequence_length
+    layers = shape.layers / step.pipeline_parallel / step.tensor_parallel
+    return 6 * layers * tokens * (shape.active_parameters + attention)
+
+
 def step_volumes(shape: Shape, step: TrainingStep) -> Volumes:
-    """Bytes that a rank sends in a step, by kind of group."""
+    """Bytes that a rank sends in a step, by kind of group.
+
+    Every stage counts as the first, which has the embedding (as in equation 12).
+    """
     activations = boundary_bytes(
         shape,
         micro_batch=step.micro_batch,
@@ -128,36 +175,35 @@ def step_volumes(shape: Shape, step: TrainingStep) -> Volumes:
     # Forward and backward each reduce the activations after attention and after the network.
     tensor = 4 * layers * activations * 2 * _ring(step.tensor_parallel)
     # Keys and values go round forward; they and their gradients backward.
-    context = 6 * layers * own * (step.context_parallel - 1)
+    keys = (shape.key_value or shape.hidden) / shape.hidden
+    context = 6 * layers * own * keys * (step.context_parallel - 1)
     # Tokens go to their experts and come back, forward and backward.
     tokens = 4 * shape.active_experts if shape.expert_parameters else 0
     expert = tokens * layers * passed_on * _ring(step.expert_parallel)
     pipeline = 2 * step.virtual_stages * passed_on if step.pipeline_parallel > 1 else 0.0
+    replicas = step.data_parallel * step.context_parallel
+    experts = layers * shape.expert_parameters
+    shared = max(0.0, shape.stage_parameters(step.pipeline_parallel) - experts)
+    own_experts = experts / step.expert_parallel
+    per_parameter = _data_bytes(step) / step.tensor_parallel
     return Volumes(
         tensor=step.micro_batches * tensor,
         context=step.micro_batches * context,
         expert=step.micro_batches * expert,
-        data=_data(shape, step),
+        data=per_parameter * shared * _ring(replicas),
+        expert_data=per_parameter * own_experts * _ring(replicas // step.expert_parallel),
         pipeline=step.micro_batches * pipeline,
     )
 
 
-def _data(shape: Shape, step: TrainingStep) -> float:
-    """Gradients reduced and parameters gathered.
+def _data_bytes(step: TrainingStep) -> float:
+    """Bytes of a parameter that are reduced and gathered in a step.
 
     A plain all-reduce moves gradients twice, ZeRO gathers parameters instead of the second time.
-    Experts have fewer replicas than the rest.
     """
-    layers = shape.layers / step.pipeline_parallel
-    experts = layers * shape.expert_parameters
-    replicas = step.data_parallel * step.context_parallel
-    shared = shape.stage_parameters(step.pipeline_parallel) - experts
-    parameters = shared * _ring(replicas)
-    parameters += experts / step.expert_parallel * _ring(replicas // step.expert_parallel)
     reductions = step.micro_batches if step.zero_stage >= 2 else 1
     gathered = {0: step.gradient_bytes, 3: 2 * step.micro_batches * step.parameter_bytes}
-    back = gathered.get(step.zero_stage, step.parameter_bytes)
-    return parameters / step.tensor_parallel * (reductions * step.gradient_bytes + back)
+    return reductions * step.gradient_bytes + gathered.get(step.zero_stage, step.parameter_bytes)
 
 
 def _ring(ranks: int) -> float:

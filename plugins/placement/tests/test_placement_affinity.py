@@ -92,34 +92,27 @@ def test_measured_step_times_decide_as_the_paper_says() -> None:
     ("key", "value", "up"),
     [
         ("micro_batch", 2, False),  # a longer window for gradients, more bytes between stages
-        ("global_batch", 2048, None),  # farther from how the measured jobs were run
+        ("global_batch", 2048, False),  # gradients are reduced once, stages send as often again
         ("sequence_length", 8192, False),
         ("zero_stage", 3, True),
-        ("virtual_stages", 2, False),
+        ("virtual_stages", 2, True),  # more sends, and most of them hidden
         ("parameter_bytes", 4.0, True),
         ("gradient_bytes", 4.0, True),
         ("activation_bytes", 1.0, True),
         ("sequence_parallel", False, False),
         ("flop_per_s", 1e14, False),  # more time to hide gradients behind
-        ("bandwidth_bytes_per_s", 400e9, False),  # gradients hide, what fills a pipeline does not
+        ("bandwidth_bytes_per_s", 400e9, False),  # gradients hide, sends between stages do not
         ("expert_parallel", 8, False),  # fewer replicas of each expert
     ],
 )
-def test_each_key_has_its_effect(key: str, value: object, up: bool | None) -> None:
+def test_each_key_has_its_effect(key: str, value: object, up: bool) -> None:
     """On the prediction alone, and on what is made of it and the measured jobs."""
     shape = MIXTURE if key == "expert_parallel" else SHAPE
     base: dict[str, object] = {"shape": shape, "global_batch": 1024}
     usual, changed = job(**base), job(**base | {key: value})
     assert alpha_of(changed) != pytest.approx(alpha_of(usual), abs=1e-4)
-    if up is not None:
-        gained = alpha_of(changed, ()) - alpha_of(usual, ())
-        assert gained > 1e-4 if up else gained < -1e-4
-
-
-def test_fewer_micro_batches_expose_more_of_the_pipeline() -> None:
-    """Of 128 micro-batches 7 fill it, of 8 all but one: the bytes grow, the exposed ones do not."""
-    found = {m: alpha_of(job(shape=SHAPE, global_batch=8 * m), ()) for m in (2, 8, 128)}
-    assert found[2] > found[8] == pytest.approx(found[128])
+    gained = alpha_of(changed, ()) - alpha_of(usual, ())
+    assert gained > 1e-4 if up else gained < -1e-4
 
 
 def test_zero_one_hides_more_than_a_plain_all_reduce() -> None:

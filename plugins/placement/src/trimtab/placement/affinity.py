@@ -11,7 +11,8 @@ distance: a job that is one of the measured has its weight, one a factor of ten 
 predicted weight, and in between they are mixed. The distance is taken between logarithms of three
 ratios: the paper's two, and how far the job's data bytes over its pipeline bytes are from what they
 would be in the usual way (ZeRO 1, elements of two bytes, sequence parallel, four micro-batches for
-each stage, no interleaving), which the paper's ratios do not see.
+each stage, no interleaving), which the paper's ratios do not see. Those jobs ran on two kinds of
+device; that is no part of the distance.
 """
 
 from __future__ import annotations

@@ -32,8 +32,11 @@ _TRIED = 6
 _AWAY = 6
 """Steps for which a pod that a block has lost does not come back."""
 
+_FIRST_WALK = 0.6
+"""Share of the programmes that the first walk may take; it is the longest."""
+
 _PATIENCE = 12
-"""Steps without more rows after which a walk is given up."""
+"""Steps without more rows after which a later walk is given up."""
 
 _WALKS = 60
 """Of blocks of a width at most."""
@@ -96,19 +99,23 @@ class _Search:
     def run(self, blocks: list[Pods], nodes: int) -> PodGrid | None:
         """The pod of each row and block; None where none was found."""
         self.best = blocks
-        for _ in range(_WALKS):
-            grid = self._walk(blocks, nodes)
+        last = (1 - _FIRST_WALK) * self._programmes
+        for walk in range(_WALKS):
+            grid = self._walk(blocks, nodes, last if walk == 0 else None)
             if grid is not None or not self._programmes or len(self._refused) >= _MOST_WHOLE:
                 return grid
             blocks = self._kicked(self.best)
         return None
 
-    def _walk(self, blocks: list[Pods], nodes: int) -> PodGrid | None:
-        """The pod of each row and block if the walk meets a placement."""
+    def _walk(self, blocks: list[Pods], nodes: int, last: float | None) -> PodGrid | None:
+        """The pod of each row and block if the walk meets a placement.
+
+        It goes on until so many programmes are left, or while it brings more rows.
+        """
         self._away.clear()
         most, step, since = 0.0, 0, 0
         fit = self._first_fit(blocks)
-        while fit is not None and since <= _PATIENCE:
+        while fit is not None and (since <= _PATIENCE if last is None else self._programmes > last):
             grid = self._whole(blocks, fit, nodes)
             if grid is not None:
                 return grid

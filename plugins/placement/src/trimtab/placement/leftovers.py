@@ -22,7 +22,7 @@ from trimtab.placement.programme import Programme
 _STEPS = 3000
 """Of listing cuts, and of listing holdings."""
 
-_MOST_SUMMED = 9000
+_MOST_SUMMED = 6500
 """Variables of the programme that does without a list of holdings."""
 
 

@@ -33,7 +33,7 @@ _SAME = 1e-9
 _NODES = 300
 """Of each search tree; a count and not a time, so that every machine finds the same."""
 
-_MANY_NODES = 3000
+_MANY_NODES = 1000
 """Of the search trees that decide what is left possible where nothing else has."""
 
 _MOST_SHAPES = 400
@@ -46,8 +46,11 @@ _FEW_ROUNDS = (40, 80)
 _MOST_PRICED = 6000
 """Rows times capacities up to which columns are priced."""
 
-_EXCHANGES = 3000
+_EXCHANGES = 5000
 """Programmes that are solved for each width of blocks, to exchange the pods of columns."""
+
+_MOST_TURNED = 32
+"""Rows up to which the pods of rows are exchanged too."""
 
 _MOST_LONE = 600
 """Columns times pods up to which columns are placed one by one where rows forbid nothing."""
@@ -251,7 +254,7 @@ def _exchanged(demand: Demand, front: Front, spread: Spread) -> Front:
     """The front with a placement of a spread, reached from those that are wider in one way."""
     turned = [candidate.transposed for candidate in reversed(front.candidates)]
     found = _reached(demand, front.candidates, spread)
-    if found is None:
+    if found is None and demand.rows <= _MOST_TURNED:
         over = _reached(demand.transposed, turned, spread.swapped)
         found = None if over is None else over.transposed
     return front if found is None else Front(tuple(pareto([*front.candidates, found])), front.bound)

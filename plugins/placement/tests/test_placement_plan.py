@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trimtab.core.cluster import Cluster
 from trimtab.core.errors import BadInput, Infeasible
@@ -69,6 +72,18 @@ def test_one_switch_has_no_tiers(tmp_path: Path) -> None:
 
 def test_names_sort_by_their_numbers() -> None:
     assert sorted(["n10", "n2", "m3"], key=natural) == ["m3", "n2", "n10"]
+    long = [f"n{'7' * digits}" for digits in (5000, 4999)]
+    assert sorted(long, key=natural) == long[::-1]
+
+
+def by_integers(name: str) -> list[tuple[int, int, str]]:
+    parts = re.findall(r"\d+|\D+", name, re.ASCII)
+    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts]
+
+
+@given(st.lists(st.text("ab-0129", max_size=8)))
+def test_numbers_in_names_sort_as_integers_do(names: list[str]) -> None:
+    assert sorted(names, key=natural) == sorted(names, key=by_integers)
 
 
 def test_a_plan_gives_each_rank_a_device_of_its_own() -> None:
@@ -188,6 +203,34 @@ def test_expert_groups_stay_in_a_pod() -> None:
     assert tiers["pod"]["expert"]["widest"] == 1  # type: ignore[call-overload, index]
 
 
+@pytest.mark.parametrize("order", ["tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp"])
+def test_only_groups_that_no_pod_holds_are_split(order: str) -> None:
+    """Three pods of 7 hold three blocks of 4 whole; the fourth lies in two of them."""
+    drained = states_of(drained=["n0", "n8", "n16"])
+    experts: dict[str, Any] = {"tensor_parallel": 4, "expert_parallel": 8, "data_parallel": 16}
+    if order == "tp-cp-ep-pp-dp":
+        experts = {"tensor_parallel": 32, "data_parallel": 2, "gpus_per_node": 8}
+    training = job(pipeline_parallel=2, order=order, **experts)
+    plan = plan_placement(tree(3, 2, 4), training, states=drained)
+    tiers: Any = plan.details["tiers"]
+    kind = "expert" if "expert_parallel" in experts else "tensor"
+    assert tiers["pod"][kind] == {"widest": 2, "mean": 1.25}
+    assert plan.details["split_blocks"] == 1
+    assert any("1 of 4 such blocks are split" in warning for warning in plan.warnings)
+    # The bound is that of placements that split all groups: nothing more is proven.
+    assert plan.objective.bound == pytest.approx(0.3 * 3 + 0.7)
+    assert plan.objective.status == "feasible"
+    assert plan.objective.value == pytest.approx(0.3 * 2 + 0.7 * 2)
+
+
+def test_groups_stay_under_leaves_where_leaves_hold_them() -> None:
+    """Leaves of 3 hold one group of 2 each; the third of a pod lies under both."""
+    plan = plan_placement(tree(2, 2, 3), job(tensor_parallel=16, data_parallel=6))
+    tiers: Any = plan.details["tiers"]
+    assert tiers["pod"]["tensor"]["widest"] == 1
+    assert tiers["leaf"]["tensor"]["mean"] == pytest.approx(4 / 3)
+
+
 def test_tensor_groups_wider_than_a_node_are_placed_across_with_a_warning() -> None:
     cluster = tree(3, 2, 4)
     plan = plan_placement(cluster, job(tensor_parallel=16, data_parallel=4, pipeline_parallel=2))
@@ -204,6 +247,17 @@ def test_a_fixed_allocation_is_only_ordered() -> None:
     assert plan.expected["pipeline_spread"].value == 1
 
 
+def test_nodes_are_chosen_among_hosts_where_they_are_given() -> None:
+    cluster = tree(3, 2, 4, n9="busy")
+    hosts = [f"n{i}" for i in range(4, 20)]
+    plan = plan_placement(cluster, job(data_parallel=8), hosts=hosts)
+    assert set(used(plan)) <= set(hosts) - {"n9"}
+    with pytest.raises(Infeasible, match="15 of 16 are free"):
+        plan_placement(cluster, job(data_parallel=16), hosts=hosts)
+    with pytest.raises(BadInput, match="no hosts to choose among"):
+        plan_placement(cluster, job(data_parallel=8), hosts=[])
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -212,6 +266,8 @@ def test_a_fixed_allocation_is_only_ordered() -> None:
         ({"data_parallel": 8, "gpus_per_node": 16}, "0 of 24"),
         ({"data_parallel": 13, "pipeline_parallel": 2}, "needs 26 nodes"),
         ({"data_parallel": 30}, "24 would fit, or take a cluster with 6 more of them"),
+        ({"data_parallel": 10**8}, "needs 100000000 nodes .* 24 of 24 are free"),
+        ({"data_parallel": 10**8, "expert_parallel": 10**8}, "needs 100000000 nodes"),
     ],
 )
 def test_a_job_that_does_not_fit_is_told_what_would(values: dict[str, Any], message: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, cast
 
 import numpy as np
@@ -17,10 +18,12 @@ from trimtab.core.plan import Figure, Objective, Plan, Slot
 from trimtab.placement.affinity import alpha_of
 from trimtab.placement.config import Effort
 from trimtab.placement.fabric import Fabric, Place, State, domains
-from trimtab.placement.grid import Candidate, Demand, PodGrid
+from trimtab.placement.grid import Candidate, Demand, PodGrid, pareto
 from trimtab.placement.job import JobGrid, TrainingJob
 from trimtab.placement.layout import HostGrid, lay_out
-from trimtab.placement.search import Front, quick_search, search
+from trimtab.placement.moves import FewMoves, Room
+from trimtab.placement.search import Front
+from trimtab.placement.split_blocks import BlockFront, search_blocks
 from trimtab.placement.summary import group_spreads
 from trimtab.placement.traffic import communication
 
@@ -34,31 +37,44 @@ class _Pods:
 
     Attributes:
         names: of the pods.
-        places: the nodes that may be taken of each, those that stand free first.
+        places: the nodes that may be taken of each, those that may be without a move first.
+        stays: how many of each may be taken without a move.
         spares: nodes of each that are kept free when the job touches it.
     """
 
     names: tuple[str, ...]
     places: tuple[tuple[Place, ...], ...]
+    stays: tuple[int, ...]
     spares: int
 
-    def demand(self, grid: JobGrid) -> Demand:
-        """The job in units of its blocks."""
-        room = (max(0, len(places) - self.spares) // grid.block for places in self.places)
-        return Demand(grid.rows // grid.block, grid.columns, tuple(room))
+    @property
+    def room(self) -> Room:
+        """The nodes that pods can give, with moves and without."""
+        most = (max(0, len(places) - self.spares) for places in self.places)
+        return Room(tuple(stays - self.spares for stays in self.stays), tuple(most))
 
-    def cut(self, pod: int, most: int) -> _Pods:
-        """With only the first nodes of a pod."""
-        places = list(self.places)
-        places[pod] = places[pod][:most]
-        return replace(self, places=tuple(places))
+    @property
+    def may_move(self) -> bool:
+        """Whether there are nodes that need a move."""
+        return any(len(p) > stays for p, stays in zip(self.places, self.stays, strict=True))
+
+    def given(self, cells: PodGrid) -> list[tuple[Place, ...]]:
+        """The nodes of each pod among which its cells choose: none moves that need not."""
+        used = np.bincount(cells.ravel(), minlength=len(self.names)).tolist()
+        return [
+            places[: max(stays, taken)]
+            for places, stays, taken in zip(self.places, self.stays, used, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class _Solved:
+    """The placement that was chosen, among which others, and how many blocks it splits."""
+
     pods: _Pods
-    grid: JobGrid
     front: Front
+    chosen: Candidate
+    split: int
 
 
 def plan_placement(
@@ -79,7 +95,7 @@ def plan_placement(
         job: what is to be trained, and how it is parallel.
         alpha: the weight of data parallel spread; the job's own by default.
         mode: ``allocate`` chooses nodes; ``reorder`` only orders those in ``hosts``.
-        hosts: an allocation that a scheduler has fixed.
+        hosts: an allocation that a scheduler has fixed; where nodes are chosen, those among which.
         states: of nodes that are not free.
         tier: the domains whose crossing costs; the widest by default.
         effort: how long is looked for better placements and proofs.
@@ -90,23 +106,27 @@ def plan_placement(
     """
     started = time.perf_counter()
     fabric = Fabric.of(cluster, states)
+    if mode == "reorder" and not hosts:
+        raise BadInput("reordering needs the hosts of the allocation", fix="give a hostfile")
+    if hosts is not None:
+        fabric = fabric.only(_checked_hosts(hosts))
     if mode == "reorder":
-        if not hosts:
-            raise BadInput("reordering needs the hosts of the allocation", fix="give a hostfile")
-        _check_twice(hosts)
-        fabric = fabric.only(hosts)
         job = job.sized(len(fabric.places))
+    if job.data_parallel is None:
+        raise BadInput("the job has no data_parallel", fix="give it, or order a fixed allocation")
     weight = _checked(alpha_of(job) if alpha is None else alpha)
-    warnings: list[str] = []
-    request = _Request(fabric, job, weight, fabric.tier(tier), effort)
-    solved = _solve(request, mode, warnings)
-    chosen = solved.front.best(weight)
-    hosts_at = lay_out(solved.pods.places, fabric.tier(tier), solved.grid, chosen.grid, weight)
+    pods = _pods(fabric, job, fabric.tier(tier), mode)
+    solved = _solve(_Request(job, pods, weight, effort))
+    if solved is None:
+        _refuse(fabric, job, pods, mode)
+    warnings = _told(job, solved)
+    cells = solved.chosen.grid
+    hosts_at = lay_out(pods.given(cells), fabric.tier(tier), job.grid.block, cells, weight)
     if mode == "reorder":
         warnings += _left_out(fabric, hosts_at)
-    return _plan(
-        cluster, job, fabric, solved, chosen, hosts_at, weight, tier, mode, warnings, started
-    )
+    if not fabric.tiers:
+        warnings.append("There is no network that tells the nodes apart: any order is as good.")
+    return _plan(cluster, job, fabric, solved, hosts_at, weight, tier, mode, warnings, started)
 
 
 def _checked(alpha: float) -> float:
@@ -117,105 +137,113 @@ def _checked(alpha: float) -> float:
     return alpha
 
 
-def _check_twice(hosts: Sequence[str]) -> None:
-    twice = next((host for host in hosts if list(hosts).count(host) > 1), None)
+def _checked_hosts(hosts: Sequence[str]) -> Sequence[str]:
+    if not hosts:
+        raise BadInput("there are no hosts to choose among", fix="give the names of nodes")
+    twice = next((host for host, times in Counter(hosts).items() if times > 1), None)
     if twice is not None:
         raise BadInput(f"the host {twice!r} is given twice", fix="give each host once")
+    return hosts
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """A job on a fabric, with what is asked of its placement."""
+    """A job on the pods of a fabric, with what is asked of its placement."""
 
-    fabric: Fabric
     job: TrainingJob
+    pods: _Pods
     alpha: float
-    tier: int
     effort: Effort
 
-    def attempt(self, usable: Sequence[State]) -> _Solved | None:
-        """The front on nodes of some states; None where they do not hold the job."""
-        pods, grid = _pods(self.fabric, self.job, self.tier, usable), self.job.grid
-        front = search(pods.demand(grid), (self.alpha,), self.effort)
-        if front is None and grid.block > 1 and grid.stage_major:
-            grid = replace(grid, block=1)
-            front = search(pods.demand(grid), (self.alpha,), self.effort)
-        return None if front is None else _Solved(pods, grid, front)
+    def attempt(self, capacities: Sequence[int], effort: Effort | None = None) -> BlockFront | None:
+        """The front on pods of so many nodes; None where they do not hold the job."""
+        grid = self.job.grid
+        demand = Demand(grid.rows, grid.columns, tuple(capacities))
+        return search_blocks(demand, grid.block, self.alpha, effort or self.effort)
 
-    def value(self, front: Front) -> float:
-        """The objective of the best placement."""
-        return front.best(self.alpha).spread.weighted(self.alpha)
+    def rank(self, found: BlockFront) -> tuple[int, float]:
+        """Placements that split fewer blocks are better, then those of less weighted spread."""
+        return found.split, round(found.front.best(self.alpha).spread.weighted(self.alpha), 9)
 
 
-def _solve(request: _Request, mode: Mode, warnings: list[str]) -> _Solved:
-    """The front on free nodes, or with movable ones where these make the placement better."""
-    fabric, job = request.fabric, request.job
-    if job.data_parallel is None:
-        raise BadInput("the job has no data_parallel", fix="give it, or order a fixed allocation")
-    usable: tuple[State, ...] = ("free", "movable", "busy") if mode == "reorder" else ("free",)
-    solved = request.attempt(usable)
-    if mode == "allocate" and any(place.state == "movable" for place in fabric.places):
-        usable = ("free", "movable")
-        solved = _better(request, solved, request.attempt(usable))
-    if solved is None:
-        _refuse(fabric, job, job.grid, usable)
+def _solve(request: _Request) -> _Solved | None:
+    """The placement without moves, or with moves where these make it better; None without room."""
+    pods, room = request.pods, request.pods.room
+    stays = request.attempt(room.with_moves((0,) * len(room.stays)))
+    if not pods.may_move:
+        if stays is None:
+            return None
+        return _Solved(pods, stays.front, stays.front.best(request.alpha), stays.split)
+    moves = request.attempt(room.most)
+    if moves is None:
+        return None
+    # No placement without moves is better than all with them, so that the bound holds for both.
+    bound = moves.front.bound
+    if stays is not None and request.rank(stays) <= request.rank(moves):
+        chosen = stays.front.best(request.alpha)
+        return _Solved(pods, Front(stays.front.candidates, bound), chosen, stays.split)
+    chosen = _fewest_moves(request, moves)
+    others = (c for c in moves.front.candidates if not c.spread.dominates(chosen.spread))
+    front = Front(tuple(pareto([chosen, *(c for c in others if c.spread != chosen.spread)])), bound)
+    return _Solved(pods, front, chosen, moves.split)
+
+
+def _fewest_moves(request: _Request, best: BlockFront) -> Candidate:
+    """A placement as good as the best one, with as few moves as are found."""
+
+    def solve(capacities: Sequence[int], effort: Effort) -> Front | None:
+        found = request.attempt(capacities, effort)
+        return found.front if found is not None and found.split <= best.split else None
+
+    alpha = request.alpha
+    search = FewMoves(
+        request.pods.room,
+        request.job.grid.nodes,
+        alpha,
+        best.front.best(alpha).spread.weighted(alpha),
+        solve,
+        request.effort,
+    )
+    return search.fewest(best.front.candidates)
+
+
+def _pods(fabric: Fabric, job: TrainingJob, tier: int, mode: Mode) -> _Pods:
+    """The pods with the nodes that a job may have: all that are not drained of an allocation."""
+    usable = {"free", "movable", "busy"} if mode == "reorder" else {"free", "movable"}
+    may = [p for p in fabric.places if p.state in usable and p.gpus >= job.ranks_per_node]
+    moves = {p.name for p in may if mode == "allocate" and p.state == "movable"}
+    # The sort is stable, so that each kind is in the fabric's order.
+    found = {
+        name: tuple(sorted(places, key=lambda place: place.name in moves))
+        for name, places in domains(may, tier).items()
+    }
+    stays = (sum(p.name not in moves for p in places) for places in found.values())
+    return _Pods(tuple(found), tuple(found.values()), tuple(stays), job.spares_per_pod)
+
+
+def _told(job: TrainingJob, solved: _Solved) -> list[str]:
+    """What a reader should know of groups that lie across nodes or pods."""
+    told = []
     if job.tensor_parallel > job.gpus_per_node:
-        warnings.append(
+        told.append(
             f"tensor_parallel is {job.tensor_parallel} on nodes of {job.gpus_per_node} devices:"
             " tensor groups are placed across nodes."
         )
-    if solved.grid.block < job.grid.block:
-        warnings.append(
-            f"no placement keeps the {job.grid.block} nodes of each tensor, context or expert"
-            " group in one domain: some are split."
+    if solved.split:
+        grid = job.grid
+        told.append(
+            f"the {grid.block} nodes of a tensor, context or expert group should be in one domain:"
+            f" {solved.split} of {grid.nodes // grid.block} such blocks are split between domains,"
+            " as few as can be."
         )
-    return solved
+    return told
 
 
-def _better(request: _Request, stays: _Solved | None, moves: _Solved | None) -> _Solved | None:
-    """The placement with moved jobs only where it is better; then with as few moves as found."""
-    if moves is None:
-        return stays
-    if stays is not None and request.value(stays.front) <= request.value(moves.front) + _SAME:
-        return stays
-    return _fewest_moves(request, moves)
-
-
-def _fewest_moves(request: _Request, solved: _Solved) -> _Solved:
-    """Takes movable nodes away, pod after pod, as long as the value stays."""
-    target = request.value(solved.front) + _SAME
-    for pod, places in enumerate(solved.pods.places):
-        low = sum(place.state == "free" for place in places)
-        high = len(places)
-        while low < high:
-            middle = (low + high) // 2
-            pods = solved.pods.cut(pod, middle)
-            front = quick_search(pods.demand(solved.grid))
-            if front is not None and request.value(front) <= target:
-                solved, high = _Solved(pods, solved.grid, front), middle
-            else:
-                low = middle + 1
-    return solved
-
-
-def _pods(fabric: Fabric, job: TrainingJob, tier: int, usable: Sequence[State]) -> _Pods:
-    may = [
-        place
-        for place in fabric.places
-        if place.state in usable and place.gpus >= job.ranks_per_node
-    ]
-    # The sort is stable: nodes that stand free go first, each kind in the fabric's order.
-    found = {
-        name: tuple(sorted(places, key=lambda place: place.state != "free"))
-        for name, places in domains(may, tier).items()
-    }
-    return _Pods(tuple(found), tuple(found.values()), job.spares_per_pod)
-
-
-def _refuse(fabric: Fabric, job: TrainingJob, grid: JobGrid, usable: Sequence[State]) -> NoReturn:
+def _refuse(fabric: Fabric, job: TrainingJob, pods: _Pods, mode: Mode) -> NoReturn:
     """Raises why the job does not fit, and what would."""
+    grid = job.grid
     able = [place for place in fabric.places if place.gpus >= job.ranks_per_node]
-    room = sum(place.state in usable for place in able)
+    room = sum(map(len, pods.places))
     kept = f" with {job.spares_per_pod} spares in each pod" if job.spares_per_pod else ""
     rows = room // grid.columns
     per_row = job.ranks_per_node / (job.tensor_parallel * job.context_parallel)
@@ -231,7 +259,7 @@ def _refuse(fabric: Fabric, job: TrainingJob, grid: JobGrid, usable: Sequence[St
         relaxation = more
     drained = [repr(place.name) for place in able if place.state == "drained"]
     # Of a whole cluster these are many, and not what a reader looks for.
-    fixed = "busy" in usable and drained
+    fixed = mode == "reorder" and drained
     without = f" ({', '.join(drained)} drained)" if fixed else ""
     raise Infeasible(
         f"the job needs {grid.nodes} nodes of {job.ranks_per_node} devices{kept},"
@@ -250,7 +278,6 @@ def _plan(
     job: TrainingJob,
     fabric: Fabric,
     solved: _Solved,
-    chosen: Candidate,
     hosts_at: HostGrid,
     alpha: float,
     tier: str | None,
@@ -258,12 +285,15 @@ def _plan(
     warnings: list[str],
     started: float,
 ) -> Plan:
+    chosen, pods = solved.chosen, solved.pods
     value, bound = chosen.spread.weighted(alpha), solved.front.bound.least(alpha)
     proven = value <= bound + _SAME
-    order = node_order(hosts_at, solved.grid)
+    order = node_order(hosts_at, job.grid)
     tiers = group_spreads(fabric, job, order)
     taken = set(order)
-    moved = sorted({p.name for p in fabric.places if p.state == "movable"} & taken)
+    spares = _spares(pods, chosen.grid, order)
+    needed = taken.union(*spares.values())
+    moved = sorted({p.name for p in fabric.places if p.state == "movable"} & needed)
     if moved:
         warnings.append(f"{len(moved)} nodes must be cleared of jobs that may move.")
     return Plan(
@@ -293,8 +323,9 @@ def _plan(
                 "mode": mode,
                 "alpha": alpha,
                 "tier": (tier or fabric.tiers[0]) if fabric.tiers else None,
-                "grid": _grid_facts(solved.grid),
-                "pods": _pod_facts(solved, chosen.grid),
+                "grid": _grid_facts(job.grid),
+                "split_blocks": solved.split,
+                "pods": _pod_facts(pods, chosen.grid),
                 "cells": chosen.grid.tolist(),
                 "front": [
                     {
@@ -308,7 +339,7 @@ def _plan(
                 "bound": list(solved.front.bound.least_data),
                 "tiers": tiers,
                 "communication": communication(fabric, job, order, alpha, fabric.tier(tier)),
-                "spares": _spares(solved, chosen.grid, order),
+                "spares": spares,
                 "moves": moved,
                 "paths": {p.name: list(p.path) for p in fabric.places if p.name in taken},
             },
@@ -329,20 +360,21 @@ def _grid_facts(grid: JobGrid) -> dict[str, object]:
     return {"rows": grid.rows, "columns": grid.columns, "block": grid.block}
 
 
-def _pod_facts(solved: _Solved, cells: PodGrid) -> list[dict[str, object]]:
-    used = np.bincount(cells.ravel(), minlength=len(solved.pods.names)) * solved.grid.block
+def _pod_facts(pods: _Pods, cells: PodGrid) -> list[dict[str, object]]:
+    used = np.bincount(cells.ravel(), minlength=len(pods.names)).tolist()
+    known = zip(pods.names, pods.places, pods.stays, used, strict=True)
     return [
-        {"name": name, "free": len(places), "used": int(taken)}
-        for name, places, taken in zip(solved.pods.names, solved.pods.places, used, strict=True)
+        {"name": name, "free": stays, "movable": len(places) - stays, "used": taken}
+        for name, places, stays, taken in known
     ]
 
 
-def _spares(solved: _Solved, cells: PodGrid, order: Sequence[str]) -> dict[str, list[str]]:
+def _spares(pods: _Pods, cells: PodGrid, order: Sequence[str]) -> dict[str, list[str]]:
     taken = set(order)
     return {
-        solved.pods.names[pod]: [
-            place.name for place in solved.pods.places[pod] if place.name not in taken
-        ][: solved.pods.spares]
+        pods.names[pod]: [place.name for place in pods.places[pod] if place.name not in taken][
+            : pods.spares
+        ]
         for pod in np.unique(cells)
-        if solved.pods.spares
+        if pods.spares
     }

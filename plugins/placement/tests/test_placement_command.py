@@ -8,7 +8,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from trimtab.core.benchmark import Options
-from trimtab.core.errors import TrimtabError
+from trimtab.core.errors import BadInput, Infeasible, TrimtabError
 from trimtab.core.plan import Plan
 from trimtab.placement import bench, plugin
 
@@ -74,6 +74,57 @@ def test_quick_effort_leaves_open_what_full_effort_finds(tmp_path: Path) -> None
         objective = Plan.read(plan).objective
         found[effort] = objective.value, objective.status
     assert found == {"quick": (2.5, "feasible"), "full": (2.0, "optimal")}
+
+
+def test_nodes_are_chosen_among_the_hosts_that_are_given(tmp_path: Path) -> None:
+    names = {f"n{i:02d}" for i in range(24)} - {"n00", "n05", "n09", "n13", "n22"}
+    (tmp_path / "hosts").write_text("".join(f"{n} slots=8\n" for n in sorted(names)))
+    plan = json.loads(example("--json", "--hosts", str(tmp_path / "hosts")))
+    assert {slot["node"] for slot in plan["ranks"]} < names
+    few = sorted(names)[:15]
+    (tmp_path / "hosts").write_text("\n".join(few))
+    with pytest.raises(Infeasible, match="needs 16 nodes of 8 devices, and 15 of 15 are free"):
+        example("--hosts", str(tmp_path / "hosts"))
+
+
+@pytest.mark.parametrize("mode", ["allocate", "reorder"])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("n02 slots=4", r"hosts:17: the host 'n02' has slots=4, and the job 8 ranks .*slots=8"),
+        ("n02 slots=many", r"hosts:17: 'slots=many' is no count"),
+        ("n03 slots=8", r"hosts:17: the host 'n03' is given twice"),
+        ("nobody", r"the host 'nobody' is no node of the cluster"),
+    ],
+)
+def test_hostfiles_that_contradict_the_job_are_refused(
+    tmp_path: Path, mode: str, line: str, message: str
+) -> None:
+    names = [f"n{i:02d}" for i in (3, 17, 6, 0, 9, 10, 12, 14, 15, 16, 1, 4, 18, 19, 23, 20)]
+    (tmp_path / "hosts").write_text("".join(f"{n} slots=16\n" for n in names) + line)
+    with pytest.raises(BadInput, match=message):
+        example("--mode", mode, "--hosts", str(tmp_path / "hosts"))
+
+
+def test_a_hostfile_without_hosts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("# n00 slots=8\n")
+    with pytest.raises(BadInput, match="hosts: there is no host"):
+        example("--hosts", str(tmp_path / "hosts"))
+
+
+@pytest.mark.parametrize("before", [None, "an earlier page"])
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, before: str | None) -> None:
+    plan, page = tmp_path / "plan.json", tmp_path / "page.html"
+    with pytest.raises(BadInput):
+        example("--out", str(plan), "--report", str(tmp_path / "no" / "page.html"))
+    assert list(tmp_path.iterdir()) == []
+    if before is not None:
+        page.write_text(before)
+    with pytest.raises(BadInput):
+        example("--out", str(tmp_path / "no" / "plan.json"), "--report", str(page))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ([before] if before else [])
+    example("--out", str(plan), "--report", str(page))
+    assert sorted(tmp_path.iterdir()) == [page, plan]
 
 
 @pytest.mark.parametrize(

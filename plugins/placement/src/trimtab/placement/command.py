@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -10,6 +12,7 @@ import typer
 from trimtab.placement.config import Effort
 
 if TYPE_CHECKING:
+    from trimtab.core.cluster import Cluster
     from trimtab.core.plan import Plan
 
 Mode = Literal["allocate", "reorder"]
@@ -23,9 +26,12 @@ def placement(
         None, help="Weight of data parallel spread, 0 to 1; else the job's own."
     ),
     mode: Mode = typer.Option(
-        "allocate", help="allocate: choose nodes; reorder: only order those of --hosts."
+        "allocate",
+        help="allocate: choose nodes, among --hosts if given; reorder: only order all --hosts.",
     ),
-    hosts: Path | None = typer.Option(None, help="A hostfile, or one host a line."),
+    hosts: Path | None = typer.Option(
+        None, help="A hostfile, or one host a line: the only nodes that may have ranks."
+    ),
     tier: str | None = typer.Option(None, help="Domains whose crossing costs; else the widest."),
     effort: Effort = typer.Option(
         "full", help="quick: strips and packings in under a second; full: until nothing helps."
@@ -42,35 +48,118 @@ def placement(
     from trimtab.placement.job import TrainingJob
     from trimtab.placement.planner import plan_placement
 
-    network = read_topology(cluster)
+    network, training = read_topology(cluster), TrainingJob.read(job)
+    listed = None if hosts is None else _hosts(hosts)
+    if listed is not None:
+        sized = training.sized(len(listed)) if mode == "reorder" else training
+        _check_slots(listed, sized.ranks_per_node)
     plan = plan_placement(
         network,
-        TrainingJob.read(job),
+        training,
         alpha=alpha,
         mode=mode,
-        hosts=None if hosts is None else _hosts(hosts),
+        hosts=None if listed is None else [host.name for host in listed],
         states=states_of(busy, drained, movable),
         tier=tier,
         effort=effort,
     )
-    if out is not None:
-        plan.write(out)
-    if report is not None:
-        from trimtab.placement.report import write_report
-
-        write_report(plan, network, report)
+    _write(plan, network, out, report)
     if json_:
         typer.echo(plan.model_dump_json(indent=2))
     else:
         _show(plan, out)
 
 
-def _hosts(path: Path) -> list[str]:
-    """The first word of each line that is not empty."""
-    from trimtab.core.documents import read_lines
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """A line of a hostfile.
 
-    lines = (line.split("#", 1)[0].split() for _, line in read_lines(path))
-    return [words[0] for words in lines if words]
+    Attributes:
+        name: of the host.
+        slots: processes that may run on it; None where the file does not say.
+        where: the file and the line.
+    """
+
+    name: str
+    slots: int | None
+    where: str
+
+
+def _hosts(path: Path) -> list[_Host]:
+    """The hosts of a file, each the first word of a line, with its ``slots=COUNT`` if it has any.
+
+    Raises:
+        BadInput: there are none, one comes twice, or its slots are no number.
+    """
+    from trimtab.core.documents import read_lines
+    from trimtab.core.errors import BadInput
+
+    found: dict[str, _Host] = {}
+    for number, line in read_lines(path):
+        words, where = line.split("#", 1)[0].split(), f"{path}:{number}"
+        if not words:
+            continue
+        name, slots = words[0], None
+        if name in found:
+            raise BadInput(f"the host {name!r} is given twice", where=where, fix="give it once")
+        for word in words[1:]:
+            key, _, count = word.partition("=")
+            if key == "slots":
+                if not (count.isascii() and count.isdigit()):
+                    raise BadInput(f"{word!r} is no count", where=where, fix="write slots=COUNT")
+                slots = int(count)
+        found[name] = _Host(name, slots, where)
+    if not found:
+        raise BadInput("there is no host", where=str(path), fix="add a line for each host")
+    return list(found.values())
+
+
+def _check_slots(hosts: Sequence[_Host], ranks: int) -> None:
+    """Refuses hosts that may not run as many processes as the job has ranks on each node.
+
+    Raises:
+        BadInput: it names the host and its line.
+    """
+    from trimtab.core.errors import BadInput
+
+    for host in hosts:
+        if host.slots is not None and host.slots < ranks:
+            raise BadInput(
+                f"the host {host.name!r} has slots={host.slots}, and the job {ranks} ranks on"
+                " each node",
+                where=host.where,
+                fix=f"write slots={ranks}, leave the host out, or lower the job's gpus_per_node",
+            )
+
+
+def _write(plan: Plan, network: Cluster, out: Path | None, report: Path | None) -> None:
+    """Writes the page and the plan, or neither.
+
+    Raises:
+        BadInput: a file cannot be written.
+    """
+    if report is None:
+        if out is not None:
+            plan.write(out)
+        return
+    from trimtab.core.documents import write_atomic
+    from trimtab.core.errors import BadInput
+    from trimtab.placement.report import report_page
+
+    page, target = report_page(plan, network), report.resolve()
+    is_new = not target.exists()
+    before = target.read_bytes() if target.is_file() else None
+    write_atomic(report, page)
+    try:
+        if out is not None:
+            plan.write(out)
+    except BadInput:
+        # What went into a pipe or a device is gone.
+        if is_new:
+            target.unlink(missing_ok=True)
+        elif before is not None:
+            write_atomic(target, before)
+        raise
 
 
 def _show(plan: Plan, out: Path | None) -> None:

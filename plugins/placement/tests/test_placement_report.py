@@ -145,7 +145,7 @@ def test_the_table_tells_bytes_and_where_the_weight_is_from():
     told = printed(plan_placement(cluster_of(3, 4), training))
     assert re.search(r"data +3 GB +288 GB +", told)
     assert re.search(r"pipeline +2 GB +0 B +", told)
-    assert "alpha 0.0618: volumes and measured overlap" in told
+    assert "alpha 0.062: volumes and measured overlap" in told
     unknown = printed(planned(cluster_of(3, 4), 6, 2))
     assert "alpha 0.3: given" in unknown
     assert "bytes are not known" in unknown

@@ -129,8 +129,7 @@ def weight_of(job: TrainingJob, measured: Sequence[Measured] = PUBLISHED) -> Wei
     predicted = _predicted(found)
     shared = job.shape is not None and job.volumes is None and job.overlap is None
     if not shared or not measured:
-        hidden = "measured overlap" if job.overlap else "predicted overlap"
-        return Weight(predicted, f"volumes and {hidden}")
+        return Weight(predicted, f"volumes and {_hidden(job)}")
     nearest, distance = _nearest(job, measured)
     trust = max(0.0, 1 - distance / _REACH)
     if not trust:
@@ -139,6 +138,13 @@ def weight_of(job: TrainingJob, measured: Sequence[Measured] = PUBLISHED) -> Wei
         trust * nearest.alpha + (1 - trust) * predicted,
         f"{trust:.0%} of {nearest.name}, the rest volumes and predicted overlap",
     )
+
+
+def _hidden(job: TrainingJob) -> str:
+    """What the prediction knows of the communication that compute hides."""
+    if job.overlap is not None:
+        return "measured overlap"
+    return "predicted overlap" if job.shape else "no overlap, since no model is given"
 
 
 def _predicted(found: Exposures) -> float:

@@ -196,7 +196,10 @@ def _facts(shown: _Shown) -> str:
         (f"{objective.value:g}", f"weighted spread, {proof}"),
         (f"{old_pipeline} → {pipeline}", f"{tiers} of the widest pipeline group"),
         (f"{old_data} → {data}", f"{tiers} of the widest data parallel group"),
-        (f"{float(cast(Any, shown.plan.details.get('alpha', 0.5))):g}", "weight of data spread"),
+        (
+            f"{round(float(cast(Any, shown.plan.details.get('alpha', 0.5))), 3):g}",
+            "weight of data spread",
+        ),
     ]
     return fact_boxes(facts)
 

@@ -42,7 +42,7 @@ def _communication(details: Mapping[str, Any]) -> list[RenderableType]:
     facts = details.get("communication")
     if facts is None:
         return []
-    weight = f"alpha {details['alpha']:.3g}: {facts['alpha_from']}"
+    weight = f"alpha {round(details['alpha'], 3):g}: {facts['alpha_from']}"
     if facts["volumes"] is None:
         return [weight, "bytes are not known: the job gives no model, shape or volumes"]
     sent = Table("groups", title="bytes of a step", box=None)

@@ -1,22 +1,36 @@
 """The network as a tree of domains: which nodes share a leaf, which leaves a pod.
 
-A switch's level is its distance from the nearest node. The domains of a tier are what stays joined
-when the switches above it are taken away, so several rails or spines of one domain are one domain.
+A cable leads up, from its first end to its second; nodes are below all switches. The core is the
+switches that have none above them. The domains of the widest tier are what stays joined when the
+core is taken away, so several rails or spines of one pod are one pod; those of the next tier are
+what stays joined when the switches right below the core go too, and so on. What counts for a switch
+is its longest way up: a further cable, as from a leaf to the core, takes it out of no domain.
+
+Trees need not be even. A node whose switches are all taken away stays with those that hang on the
+same ones: a rack right below the core is a domain in each tier, and so is a node, or are several,
+on the core itself.
+
+A cable that would close a circle leads the other way. Where cables so read lead up from what has no
+node below, or up two ways that never meet, all are read the other way round; where that does not
+help either, `heights` tells which end is the upper one.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections import Counter, deque
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import networkx as nx
+from networkx.utils import UnionFind
 
 from trimtab.core.cluster import Cluster
 from trimtab.core.documents import nearest
 from trimtab.core.errors import BadInput
+from trimtab.core.topology.heights import heights
 
 State = Literal["free", "busy", "drained", "movable"]
 """``movable`` nodes run a job that may be moved: they are taken only where it helps."""
@@ -161,54 +175,193 @@ def _check_reachable(cluster: Cluster) -> None:
 
 def _partitions(cluster: Cluster) -> list[dict[str, str]]:
     """The domain of each node in each tier, the widest first; tiers that tell nothing left out."""
-    levels = _levels(cluster)
+    hierarchy = _Hierarchy.of(cluster)
     found: list[dict[str, str]] = []
     sizes = {len(cluster.nodes), 1}
-    for top in range(1, max(levels.values()) + 1):
-        domain = _components(cluster, levels, top)
+    for domain in hierarchy.partitions():
         count = len(set(domain.values()))
         if count not in sizes:
             sizes.add(count)
-            found.insert(0, domain)
+            found.append(domain)
+    # Lone nodes beside all others say nothing of these.
+    while len(found) > 1 and _shared(found[0]) < 2 <= _shared(found[1]):
+        found.pop(0)
     return found
 
 
-def _levels(cluster: Cluster) -> dict[str, int]:
-    """The distance of each switch and node from the nearest node."""
-    levels = {node.name: 0 for node in cluster.nodes}
-    waiting = deque(levels)
-    while waiting:
-        near = waiting.popleft()
-        for far in cluster.graph.neighbors(near):
-            if far not in levels:
-                levels[far] = levels[near] + 1
-                waiting.append(far)
-    return levels
+def _shared(domain: Mapping[str, str]) -> int:
+    """How many domains have several nodes."""
+    return sum(count > 1 for count in Counter(domain.values()).values())
 
 
-def _components(cluster: Cluster, levels: Mapping[str, int], top: int) -> dict[str, str]:
-    """The component of each node without what lies above a level.
+_Up = dict[str, set[str]]
+"""The switches right above each switch."""
 
-    A cable between two equals counts as a switch above them.
+
+@dataclass(frozen=True, slots=True)
+class _Hierarchy:
+    """A network from its core down.
+
+    Attributes:
+        nodes: their names.
+        ranks: the longest way up from each switch; 0 for those of the core.
+        cables: two ends, and how many ranks can be taken away at most while these are joined.
     """
-    graph: nx.Graph[str] = nx.Graph()
-    graph.add_nodes_from(name for name, level in levels.items() if level <= top)
-    for a, b in cluster.graph.edges:
-        if a in levels and b in levels:
-            height = max(levels[a], levels[b]) + (levels[a] == levels[b])
-            if height <= top:
-                graph.add_edge(a, b)
-    domain: dict[str, str] = {}
-    for component in nx.connected_components(graph):
-        name = _component_name(component, levels)
-        domain.update((member, name) for member in component if levels[member] == 0)
-    return domain
+
+    nodes: tuple[str, ...]
+    ranks: Mapping[str, int]
+    cables: tuple[tuple[str, str, int], ...]
+
+    @classmethod
+    def of(cls, cluster: Cluster) -> _Hierarchy:
+        """That of a cluster's links."""
+        nodes = {node.name for node in cluster.nodes}
+        above: defaultdict[str, set[str]] = defaultdict(set)
+        between: list[tuple[str, str]] = []
+        cables: list[tuple[str, str, int]] = []
+        for link in cluster.links:
+            lower, upper = (link.b, link.a) if link.b in nodes else (link.a, link.b)
+            if lower not in nodes:
+                between.append((lower, upper))
+            elif upper not in nodes:
+                above[lower].add(upper)
+            else:
+                cables.append((lower, upper, len(cluster.switches)))
+        leaves = set().union(*above.values())
+        up = _upward(cluster, between, leaves)
+        level = _siblings(up, leaves) | _meshed(cluster, up)
+        ranks = _ranks(up, level)
+        for node, switches in above.items():
+            last = max(ranks[switch] for switch in switches)
+            for switch in switches:
+                rank = ranks[switch]
+                cables.append((node, switch, rank if rank < last else len(cluster.switches)))
+        for lower, uppers in up.items():
+            for upper in uppers:
+                rank = min(ranks[lower], ranks[upper])
+                # Counts as a switch above them, but joins what the core's switches do not.
+                equal = (lower, upper) in level and ranks[lower] == ranks[upper] != 1
+                cables.append((lower, upper, rank - equal))
+        return cls(tuple(node.name for node in cluster.nodes), ranks, tuple(cables))
+
+    def partitions(self) -> list[dict[str, str]]:
+        """The domain of each node with 0, 1, ... ranks taken away."""
+        depth = max(self.ranks.values(), default=0) + 1
+        joining: defaultdict[int, list[tuple[str, str]]] = defaultdict(list)
+        for a, b, most in self.cables:
+            joining[min(most, depth)].append((a, b))
+        joined: UnionFind[str] = UnionFind((*self.nodes, *self.ranks))
+        found = []
+        for taken in range(depth, -1, -1):
+            for a, b in joining[taken]:
+                joined.union(a, b)
+            found.append(self._named(joined, taken))
+        return found[::-1]
+
+    def _named(self, joined: UnionFind[str], taken: int) -> dict[str, str]:
+        """Domains by the first of their highest switches that are left; by a lone node on none."""
+        members = Counter(joined[node] for node in self.nodes)
+        first: dict[str, tuple[bool, int, str]] = {}
+        for switch in sorted(self.ranks, key=natural):
+            rank, root = self.ranks[switch], joined[switch]
+            if root in members and (rank < taken, rank) < first.get(root, (True, math.inf))[:2]:
+                first[root] = (rank < taken, rank, switch)
+        domain = {}
+        for node in self.nodes:
+            root = joined[node]
+            gone, rank, switch = first.get(root, (True, 0, node))
+            domain[node] = node if gone and rank == 0 and members[root] == 1 else switch
+        return domain
 
 
-def _component_name(component: Collection[str], levels: Mapping[str, int]) -> str:
-    """The first of its highest switches."""
-    highest = max(levels[member] for member in component)
-    return min((m for m in component if levels[m] == highest), key=natural)
+def _upward(cluster: Cluster, between: Sequence[tuple[str, str]], leaves: Collection[str]) -> _Up:
+    """Which switches are above which: second ends, or all first ones, or what heights say.
+
+    Ends do not say it where a switch has nothing below, or two ways up that do not meet again.
+    """
+    used = nx.Graph(between)
+    while stubs := [s for s in used if used.degree(s) < 2 and s not in leaves]:
+        used.remove_nodes_from(stubs)
+    bridges = {frozenset(bridge) for bridge in nx.bridges(used)} if used else set()
+    given = _without_circles(between)
+    for pairs in (given, [(b, a) for a, b in given]):
+        lowest = {lower for lower, _ in pairs} - {upper for _, upper in pairs}
+        ways = Counter(lower for lower, upper in pairs if frozenset((lower, upper)) in bridges)
+        if (lowest & set(used)) <= set(leaves) and max(ways.values(), default=0) < 2:
+            break
+    else:
+        height = heights(((k.a, k.b) for k in cluster.links), {n.name for n in cluster.nodes})
+        order = {s: (height.get(s, 0), i) for i, s in enumerate(cluster.switches)}
+        pairs = [(a, b) if order[a] < order[b] else (b, a) for a, b in between]
+    up: _Up = {switch: set() for switch in cluster.switches}
+    for lower, upper in pairs:
+        up[lower].add(upper)
+    return up
+
+
+def _without_circles(between: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The cables, those turned that would lead back to where earlier ones lead up from."""
+    if nx.is_directed_acyclic_graph(nx.DiGraph(between)):
+        return list(between)
+    graph = nx.DiGraph()
+    for lower, upper in between:
+        back = upper in graph and lower in graph and nx.has_path(graph, upper, lower)
+        graph.add_edge(*((upper, lower) if back else (lower, upper)))
+    return list(graph.edges)
+
+
+def _siblings(up: _Up, leaves: Collection[str]) -> set[tuple[str, str]]:
+    """Cables between equals: with one switch above both, and as much below both without them."""
+    below: _Up = {switch: set() for switch in up}
+    for lower, uppers in up.items():
+        for upper in uppers:
+            below[upper].add(lower)
+    height: dict[str, int] = {}
+    level: set[tuple[str, str]] = set()
+    for switch in _from_below(up):
+        beside = {lower for lower in below[switch] if up[lower] & up[switch]}
+        lowers = (height[lower] + 1 for lower in below[switch] - beside)
+        own = max((int(switch in leaves), *lowers))
+        highest = max((height[lower] for lower in beside), default=0)
+        height[switch] = highest + 1 if highest > own else own
+        level |= {(lower, switch) for lower in beside if height[lower] == height[switch]}
+    return level
+
+
+def _meshed(cluster: Cluster, up: _Up) -> set[tuple[str, str]]:
+    """The cables of a mesh that stands for a core: triangles of equally high switches on top."""
+    near: _Up = {switch: set(uppers) for switch, uppers in up.items()}
+    for lower, uppers in up.items():
+        for upper in uppers:
+            near[upper].add(lower)
+    triangles = [(a, b) for a, uppers in up.items() for b in uppers if near[a] & near[b]]
+    if not triangles:
+        return set()
+    height = heights(((k.a, k.b) for k in cluster.links), {n.name for n in cluster.nodes})
+    level = nx.Graph()
+    for a, b in triangles:
+        if any(height.get(a) == height.get(b) == height.get(c) for c in near[a] & near[b]):
+            level.add_edge(a, b)
+    found: set[tuple[str, str]] = set()
+    for mesh in nx.connected_components(level):
+        if all(up[switch] <= mesh for switch in mesh):
+            found |= {(a, b) for a in mesh for b in up[a] if level.has_edge(a, b)}
+    return found
+
+
+def _ranks(up: _Up, level: Collection[tuple[str, str]]) -> dict[str, int]:
+    ranks: dict[str, int] = {}
+    for switch in reversed(_from_below(up)):
+        above = [ranks[upper] for upper in up[switch] if (switch, upper) not in level]
+        ranks[switch] = max(above, default=-1) + 1
+    return ranks
+
+
+def _from_below(up: _Up) -> list[str]:
+    graph = nx.DiGraph()
+    graph.add_nodes_from(up)
+    graph.add_edges_from((lower, upper) for lower, uppers in up.items() for upper in uppers)
+    return list(nx.topological_sort(graph))
 
 
 def states_of(

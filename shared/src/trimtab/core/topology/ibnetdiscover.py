@@ -1,19 +1,20 @@
 """The text of ``ibnetdiscover``: an InfiniBand fabric as its subnet manager sees it.
 
-A switch's height is its distance from the nearest host. Several cables between the same two are one
-link with their bandwidths summed; a link is as fast as the slower of what its two ends say.
+Several cables between the same two are one link with their bandwidths summed; a link is as fast as
+the slower of what its two ends say. Which end is the upper one, `heights` tells.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trimtab.core.documents import shown
 from trimtab.core.errors import BadInput
 from trimtab.core.topology.draft import Cable, Draft, Host
+from trimtab.core.topology.heights import heights
 
 _HEAD = re.compile(r'(Switch|Ca|Rt)\s+\d+\s+"([^"]+)"\s*#\s*"([^"]*)"')
 _PORT = re.compile(
@@ -75,7 +76,7 @@ def draft_of_fabric(text: str, source: str) -> Draft:
     points = _points(text, source)
     names = _names(points)
     bandwidth, where = _summed(_cables(points), names)
-    heights = _heights(bandwidth, {n for k, n in names.items() if points[k].kind == "Ca"})
+    height = heights(bandwidth, {n for k, n in names.items() if points[k].kind == "Ca"})
     draft = Draft(source)
     for identity, point in points.items():
         name = names[identity]
@@ -85,7 +86,7 @@ def draft_of_fabric(text: str, source: str) -> Draft:
         else:
             draft.add_switch(name, point.where)
     for (a, b), rate in bandwidth.items():
-        lower, upper = sorted((a, b), key=lambda name: heights.get(name, 0))
+        lower, upper = sorted((a, b), key=lambda name: height.get(name, 0))
         draft.join(Cable(lower, upper, where[a, b], rate))
     return draft
 
@@ -193,20 +194,3 @@ def _summed(
         total[first, second] = None if rate is None or before is None else before + rate
         where.setdefault((first, second), ends[0].where)
     return total, where
-
-
-def _heights(links: Mapping[tuple[str, str], object], hosts: set[str]) -> dict[str, int]:
-    """The distance of each point from the nearest host."""
-    near: defaultdict[str, list[str]] = defaultdict(list)
-    for a, b in links:
-        near[a].append(b)
-        near[b].append(a)
-    heights = dict.fromkeys(sorted(hosts), 0)
-    waiting = deque(heights)
-    while waiting:
-        point = waiting.popleft()
-        for other in near[point]:
-            if other not in heights:
-                heights[other] = heights[point] + 1
-                waiting.append(other)
-    return heights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.core.cluster import Cluster
+from trimtab.core.cluster import Cluster, Node
 from trimtab.core.errors import BadInput
+from trimtab.core.node_names import NODE_NAME_RULE, is_node_name
+from trimtab.core.plan import Slot
 from trimtab.core.units import parse_bytes, parse_bytes_per_s, parse_flop_per_s, parse_seconds
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "clusters"
@@ -49,6 +52,8 @@ def written(tmp_path: Path, text: str) -> Path:
          "no quantity; write 5 us, 2 ms or seconds."),
         (NODES + "- {name: n0, device: L4}\n", ":4: nodes[2].name: the name 'n0' is given twice; "
          "give each node and switch a name of its own."),
+        (NODES + "- {name: gpu/0, device: L4}\n", ":4: nodes[2].name: 'gpu/0' is no host's name; "
+         f"{NODE_NAME_RULE}."),
         (NODES + "switches: [s, n1]\n", ":4: switches[1]: the name 'n1' is given twice; "
          "give each node and switch a name of its own."),
         (NODES + LINK.replace("b: n1", "b: n9"), ":5: links[0].b: 'n9' is no node or switch; "
@@ -182,6 +187,8 @@ def test_a_hostfile_becomes_hosts_on_one_switch(tmp_path):
         ("a slots=1\na slots=2\n", ":2: the host 'a' is given twice; sum its slots on one line."),
         ("a slots=none\n", ":1: slots is 'none'; give a number from 1."),
         ("a slots=0\n", ":1: slots is '0'; give a number from 1."),
+        (f"a slots={'7' * 5000}\n", f":1: slots is '{'7' * 59}…; give a number from 1."),
+        ("a slots=1\nb/0 slots=1\n", f":2: 'b/0' is no host's name; {NODE_NAME_RULE}."),
         ("a b c\n", ":1: 'a b c' is no host; write HOST slots=COUNT."),
         ("# nothing\n", ": there is no host; add HOST slots=COUNT."),
     ],
@@ -192,6 +199,33 @@ def test_a_fault_in_a_hostfile_is_placed(tmp_path, text, expected):
     with pytest.raises(BadInput) as caught:
         Cluster.from_hostfile(path)
     assert str(caught.value) == f"{path}{expected}"
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("n1", True),
+        ("gpu-node_3.example.com", True),
+        ("0", True),
+        ("n" * 253, True),
+        ("n" * 254, False),
+        ("", False),
+        ("gpu/0", False),
+        ("nöde", False),
+        ("a b", False),
+        ("a\n", False),
+        ("٣", False),
+        ("-n", False),
+        ("user@host", False),
+        ("n[1-2]", False),
+        ("fe80::1", False),
+    ],
+)
+def test_clusters_and_plans_take_the_same_names(name, allowed):
+    assert is_node_name(name) == allowed
+    for made in (lambda: Node(name=name, device="cpu"), lambda: Slot(node=name, device=0)):
+        with nullcontext() if allowed else pytest.raises(ValueError, match="1 validation error"):
+            made()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import select
 import stat
@@ -258,7 +259,7 @@ def test_lines_are_read_one_at_a_time_with_their_numbers(tmp_path):
         list(read_lines(path))
 
 
-keys = st.text("abcdefgh", min_size=1, max_size=8)
+keys = st.text("abcdefgh", min_size=1, max_size=8) | st.sampled_from("abcd")
 scalars = st.none() | st.booleans() | st.integers() | st.text(max_size=20) | st.floats(-1e9, 1e9)
 plain = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4)
@@ -287,6 +288,20 @@ def test_text_is_data_or_bad_input_and_nothing_else(text):
     for parse in (parse_yaml, parse_json):
         with suppress(BadInput):
             parse(text, where="f")
+
+
+def pruned(data, keys):
+    if isinstance(data, list):
+        return [pruned(item, keys) for item in data]
+    if isinstance(data, dict):
+        return {key: pruned(value, keys) for key, value in data.items() if key not in keys}
+    return data
+
+
+@given(plain, st.sets(st.sampled_from("abcd")))
+def test_keys_are_left_out_wherever_they_stand(data, without):
+    text = json.dumps(data)
+    assert parse_json(text, where="f", without=without) == pruned(json.loads(text), without)
 
 
 def test_writing_replaces_the_whole_file_and_keeps_its_mode(tmp_path):

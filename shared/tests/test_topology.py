@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
+import shutil
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 from textwrap import dedent
@@ -17,7 +20,8 @@ from hypothesis import strategies as st
 
 from trimtab.core.cluster import Cluster
 from trimtab.core.errors import BadInput, Unsupported
-from trimtab.core.topology import Assumed, expand, fold, read_topology, write_cluster
+from trimtab.core.topology import Assumed, expand, fold, read_topology, reading, write_cluster
+from trimtab.core.topology.kubernetes import SHRINK
 from trimtab.core.topology.measured import Measurement, tiers_of
 
 GB = 1e9
@@ -249,8 +253,24 @@ def test_slurm_yaml_tree_and_block(tmp_path: Path) -> None:
         ("SwitchName=a Nodes=n1 LinkSpeed=fast\n", "LinkSpeed is 'fast'; give a positive number"),
         ("SwitchName=a\n", "/given: there is no host"),
         ("SwitchName= Nodes=n1\n", "/given:1: a switch or block has no name"),
-        ("SwitchName=n1 Nodes=n1\n", "'n1' is below itself"),
-        ("SwitchName=a Nodes=b\nSwitchName=b Nodes=c\n", "/given:2: 'b' is a switch and a host"),
+        (
+            "SwitchName=n1 Nodes=n1\n",
+            "/given:1: 'n1' is a switch and a host (the switch at {}/given:1); rename one of them",
+        ),
+        (
+            "SwitchName=a Nodes=b\nSwitchName=b Nodes=c\n",
+            "/given:1: 'b' is a switch and a host (the switch at {}/given:2)",
+        ),
+        (
+            "BlockName=b1 Nodes=a[1-2]\nBlockName=b2 Nodes=b[2-3]\n",
+            "/given:2: 'b2' is a switch and a host (the switch at {}/given:2)",
+        ),
+        (
+            "BlockName=x Nodes=y\nBlockName=y Nodes=z\n",
+            "/given:2: 'y' is a switch and a host (the host at {}/given:1)",
+        ),
+        ("SwitchName=a Nodes=n1\nSwitchName=b Nodes=n/2\n", "/given:2: 'n/2' is no host's name"),
+        (f"BlockName=a Nodes=n1\nBlockSizes={'4' * 5000}\n", "/given:2: a block size is '4444"),
         ("SwitchName=a Nodes=n1\nBlockName=b Nodes=n2\n", "there are switches and blocks"),
         ("BlockName=a Nodes=n1\nBlockSizes=4,6\n", "the block size 6 follows 4; give a multiple"),
         ("BlockName=a Nodes=n1\nBlockSizes=many\n", "/given:2: a block size is 'many'"),
@@ -323,6 +343,11 @@ def test_instances_of_several_fabrics_are_joined(tmp_path: Path) -> None:
             "/given:10: 'a' lies in 's1' (at /given:3) and in 's2'; put it into one",
         ),
         (instances(("i1", ["a", "a"])), "'a' is below itself"),
+        (instances(("i1", ["i2"]), ("i2", ["a"])), "'i2' is a switch and a host (the switch at "),
+        (
+            json.dumps({"instances": [{"id": "i1"}, {"id": "i/2"}]}, indent=1),
+            "/given:6: 'i/2' is no host's name; use at most 253 ASCII letters, digits, ",
+        ),
         ('{"instances": [{"network_layers": []}]}', "an instance has no id"),
         ('{"instances": {"a": 1}}', "instances is a mapping of length 1; give a list"),
         ('{"instances": [3]}', "instances[0] is 3; give a mapping"),
@@ -386,6 +411,36 @@ def test_kubernetes_tiers_states_and_devices(tmp_path: Path) -> None:
     assert read(tmp_path, yaml.safe_dump(json.loads(text))) == cluster
 
 
+def wordy(name: str, labels: dict[str, str], **more: Any) -> dict[str, Any]:
+    """A node with what a kubelet and controllers write besides."""
+    found = node(name, labels, **more)
+    found["metadata"]["annotations"] = {"volumes.kubernetes.io/managed": "true"}
+    found["metadata"]["managedFields"] = [{"manager": "kubelet", "fieldsV1": {"f:status": {}}}]
+    found["spec"]["taints"] = [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}]
+    found["status"]["capacity"] = found["status"]["allocatable"]
+    found["status"]["images"] = [{"names": ["registry.k8s.io/pause:3.9"], "sizeBytes": 1}]
+    return found
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+def test_what_the_filter_for_large_lists_keeps_is_the_same_cluster(tmp_path: Path) -> None:
+    labels = {TIER + "0": "l1", ZONE: "z", "nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"}
+    items = [
+        wordy("w1", labels),
+        wordy("w2", labels, gpus="4"),
+        wordy("w3", labels, unschedulable=True),
+        wordy("w4", labels, ready="Unknown"),
+        wordy("control", {}, gpus=None),
+        {"kind": "Node", "metadata": {"name": "bare"}},
+    ]
+    text = nodes(*items)
+    done = subprocess.run(shlex.split(SHRINK), input=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) < len(text) / 2
+    assert read(tmp_path, done.stdout) == read(tmp_path, text)
+    assert "taints" in done.stdout
+
+
 def test_kubernetes_cloud_labels_count_from_the_other_end(tmp_path: Path) -> None:
     text = nodes(
         node("a", {AWS + "1": "n1", AWS + "2": "n2", AWS + "3": "n3", AWS + "4": "n4", ZONE: "z"}),
@@ -428,6 +483,11 @@ def test_a_node_may_lack_the_widest_tiers_but_none_between(tmp_path: Path) -> No
             ":32: the node 'b' has no label fabric.topograph.run/tier-0, which others have",
         ),
         (nodes(node("a", {}, gpus="eight")), "nvidia.com/gpu is 'eight'; give a whole number"),
+        (
+            nodes(node("a", {}), node("nöde", {})),
+            "/given:31: 'nöde' is no host's name; use at most",
+        ),
+        (nodes(node("a", {}, gpus="9" * 5000)), "nvidia.com/gpu is '9999"),
         ('{"items": [{"metadata": {}}]}', "items[0].metadata.name is None; give text"),
         ('{"items": 7}', "items is 7; give a list"),
         ('{"items": []}', "there is no host"),
@@ -628,6 +688,8 @@ def test_a_description_of_one_word_is_the_host(tmp_path: Path) -> None:
         (FABRIC.replace("[22]\t", "[21]\t"), "/given:14: port 21 of 'S-b8cef60300000001' is given"),
         ('vendid=0x2c9\n[1] "S-1"[1]\n', "/given:2: a port comes before any switch"),
         (FABRIC + 'Ca\t1 "H-0c42a10300a10004"\t# "x"\n', "'H-0c42a10300a10004' is given twice"),
+        (f'Switch\t1 "S-1"\t# "x"\n[{"1" * 5000}] "H-1"[1]\n', "/given:2: '[1111"),
+        ('Ca\t1 "H-1"\t# "a/b mlx5_0"\n', "/given:1: 'a/b' is no host's name; use at most"),
         ('vendid=0x2c9\nSwitch\t41 "S-1"\t# "x" lid 1\n', "there is no host"),
     ],
 )
@@ -718,6 +780,11 @@ def test_one_measured_host_needs_no_network(tmp_path: Path) -> None:
         ("host,a,b\na,,-1\nb,1,\n", "from 'a' to 'b' it is -1.0; give a positive number"),
         ("host,a,a\na,,1\na,1,\n", "the host 'a' is given twice"),
         ('host,a,b\na,,"1\nb,1,\n', "/given: this is no CSV: "),
+        ("\nhost,a b,c/d\na b,,1\nc/d,1,\n", "/given:2: hosts[0]: 'a b' is no host's name; use"),
+        (
+            '{"hosts": [\n"a",\n"c/d"],\n"bandwidth_bytes_per_s": [[null, 1], [1, null]]}',
+            "/given:3: hosts[1]: 'c/d' is no host's name; use",
+        ),
         (
             '{"hosts": ["a", "b"], "bandwidth_bytes_per_s": [[null, null], [1, null]]}',
             "from 'a' to 'b' it is None; give a positive number",
@@ -749,7 +816,9 @@ def test_clusters_and_hostfiles_are_read_as_ever(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("text", [FABRIC, SYSTEM, GRAPHS, TREE_CONF, nodes(node("é", {}))])
+@pytest.mark.parametrize(
+    "text", [FABRIC, SYSTEM, GRAPHS, TREE_CONF, nodes(node("a", {"rack": "é"}))]
+)
 def test_any_imported_cluster_is_written_and_read_back(tmp_path: Path, text: str) -> None:
     cluster = read(tmp_path, text)
     write_cluster(cluster, tmp_path / "cluster.yaml")
@@ -833,9 +902,23 @@ def test_a_damaged_file_is_read_or_refused_and_never_a_fault(
 def test_too_large_a_file_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "huge"
     with path.open("wb") as file:
-        file.truncate(65 * 2**20)
-    with pytest.raises(BadInput, match="larger than 67,108,864 bytes"):
+        file.truncate(257 * 2**20)
+    with pytest.raises(BadInput, match="larger than 268,435,456 bytes; give a smaller one; jq -c"):
         read_topology(path)
+
+
+def test_each_format_has_a_limit_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = nodes(node("a", {}), node("b", {}))
+    monkeypatch.setattr(reading, "MAX_TOPOLOGY_BYTES", len(text) - 1)
+    assert len(read(tmp_path, f"\n {text}").nodes) == 2
+    conf = "SwitchName=a Nodes=n1\n".ljust(len(text), "#")
+    assert "bytes and no JSON; give a smaller one" in refused(tmp_path, conf)
+    monkeypatch.setattr(reading, "MAX_CLUSTER_VALUES", 20)
+    assert "more than 20 values" in refused(tmp_path, yaml.safe_dump(json.loads(text)))
+    monkeypatch.setattr(reading, "MAX_JSON_MARKS", 10)
+    assert "there are more than 10 values; give a smaller file" in refused(tmp_path, text)
 
 
 def test_import_writes_what_it_read(tmp_path: Path, site: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,13 +25,14 @@ from trimtab.core.documents import (
     validate,
 )
 from trimtab.core.errors import BadInput
+from trimtab.core.node_names import NODE_NAME_RULE, is_node_name
 from trimtab.core.units import Bytes, BytesPerSecond, Seconds
 
 MAX_BANDWIDTH_BYTES_PER_S = 10e12
 """Above what any link does; a larger figure is bits taken for bytes, or a wrong prefix."""
 
 MAX_CLUSTER_VALUES = 1_000_000
-"""Keys and values of the largest cluster file: some fifty thousand nodes with a link each."""
+"""Keys and values of the largest cluster file: some sixty thousand nodes with a link each."""
 
 
 def _plausible(bandwidth_bytes_per_s: float | None) -> float | None:
@@ -60,7 +62,7 @@ class Node(Document):
     """A machine with ``count`` devices of one kind.
 
     Attributes:
-        name: unique in the cluster.
+        name: unique in the cluster, and a name that launchers and schedulers take.
         device: the name of a device profile.
         count: how many devices it has.
         usd_per_hour: rent of the whole node; None for the sum of its devices' rents.
@@ -69,13 +71,20 @@ class Node(Document):
         labels: whatever the user wants to select nodes by, such as a zone.
     """
 
-    name: str = Field(min_length=1)
+    name: str
     device: str
     count: PositiveInt = 1
     usd_per_hour: float | None = Field(None, ge=0)
     memory_bytes: Bytes | None = Field(None, gt=0)
     inside: InsideLink = InsideLink()
     labels: Mapping[str, str] = Field(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _known_everywhere(cls, name: str) -> str:
+        if not is_node_name(name):
+            raise InvalidValue(f"{shown(name)} is no host's name", fix=NODE_NAME_RULE)
+        return name
 
 
 class Link(Document):
@@ -385,7 +394,9 @@ def _hostfile_node(content: str, device_name: str, where: str) -> Node:
     name, *rest = content.split()
     if len(rest) != 1 or not rest[0].startswith("slots="):
         raise BadInput(f"{shown(content)} is no host", where=where, fix=fix)
+    if not is_node_name(name):
+        raise BadInput(f"{shown(name)} is no host's name", where=where, fix=NODE_NAME_RULE)
     slots = rest[0].removeprefix("slots=")
-    if not slots.isdecimal() or int(slots) < 1:
+    if not re.fullmatch(r"0*[1-9]\d{0,8}", slots, re.ASCII):
         raise BadInput(f"slots is {shown(slots)}", where=where, fix="give a number from 1")
     return Node(name=name, device=device_name, count=int(slots))

@@ -13,7 +13,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,8 +78,15 @@ def read_json(path: str | Path, model: type[M]) -> M:
     return validate(model, data, where=str(path), lines=lambda: json_lines(text))
 
 
-def read_text(path: str | Path, *, max_bytes: int = MAX_FILE_BYTES) -> str:
+def read_text(
+    path: str | Path, *, max_bytes: int = MAX_FILE_BYTES, smaller: str = "give a smaller one"
+) -> str:
     """Reads a UTF-8 file of at most ``max_bytes`` bytes that is not empty.
+
+    Args:
+        path: the file.
+        max_bytes: of the file.
+        smaller: what would be right instead of a larger one.
 
     Raises:
         BadInput: it is missing, a folder, unreadable, empty, too large or not UTF-8.
@@ -94,7 +101,7 @@ def read_text(path: str | Path, *, max_bytes: int = MAX_FILE_BYTES) -> str:
         raise BadInput(
             f"the file is larger than {max_bytes:,} bytes",
             where=str(path),
-            fix="give a smaller one",
+            fix=smaller,
         )
     try:
         text = content.decode("utf-8-sig")
@@ -105,7 +112,7 @@ def read_text(path: str | Path, *, max_bytes: int = MAX_FILE_BYTES) -> str:
             where=f"{path}:{line}",
             fix="give a UTF-8 text file",
         ) from None
-    if not text.strip():
+    if not text or text.isspace():
         raise BadInput("the file is empty", where=str(path))
     return text
 
@@ -156,10 +163,16 @@ def unreadable(path: str | Path, error: OSError) -> BadInput:
     return BadInput(f"the file cannot be read ({error.strerror or error})", where=str(path))
 
 
-def parse_json(text: str, *, where: str, finite: bool = True) -> Any:
+def parse_json(text: str, *, where: str, finite: bool = True, without: Container[str] = ()) -> Any:
     """Plain data from JSON text; a repeated key is refused, and NaN and infinity if ``finite``.
 
     The line of a fault is given when the text has several.
+
+    Args:
+        text: the JSON.
+        where: the place it comes from, for the message.
+        finite: whether NaN and infinity are refused.
+        without: keys that are left out wherever they stand, to save memory.
 
     Raises:
         BadInput: the text is no JSON.
@@ -171,6 +184,8 @@ def parse_json(text: str, *, where: str, finite: bool = True) -> Any:
             keys = [key for key, _ in items]
             twice = next(key for key in keys if keys.count(key) > 1)
             raise BadInput(f"the key {twice!r} is given twice", where=where, fix="give it once")
+        for key in [key for key in mapping if key in without]:
+            del mapping[key]
         return mapping
 
     def constant(name: str) -> float:

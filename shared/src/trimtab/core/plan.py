@@ -27,6 +27,7 @@ from trimtab.core.documents import (
     shown,
     write_atomic,
 )
+from trimtab.core.node_names import MAX_NODE_NAME, NODE_NAME_PATTERN
 from trimtab.core.solve.certificate import Certificate, relative_gap
 
 PLAN_VERSION = 1
@@ -90,7 +91,7 @@ class Objective(Document):
 class Slot(Document):
     """One device of one node."""
 
-    node: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    node: str = Field(pattern=NODE_NAME_PATTERN, max_length=MAX_NODE_NAME)
     device: NonNegativeInt
 
 

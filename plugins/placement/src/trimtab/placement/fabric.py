@@ -141,10 +141,15 @@ def domains(places: Iterable[Place], tier: int) -> dict[str, list[Place]]:
     return found
 
 
-def natural(name: str) -> tuple[tuple[int, int, str], ...]:
-    """A sort key that puts ``node2`` before ``node10``."""
-    parts = re.findall(r"\d+|\D+", name)
-    return tuple((0, int(p), p) if p.isdecimal() else (1, 0, p) for p in parts)
+def natural(name: str) -> tuple[tuple[int, int, str, str], ...]:
+    """A sort key that puts ``node2`` before ``node10``, whatever the length of the number."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    return tuple(
+        (0, len(number := part.lstrip("0")), number, part)
+        if "0" <= part[0] <= "9"
+        else (1, 0, part, "")
+        for part in parts
+    )
 
 
 def _tier_names(count: int) -> tuple[str, ...]:

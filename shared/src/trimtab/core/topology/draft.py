@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import networkx as nx
 
 from trimtab.core.cluster import MAX_BANDWIDTH_BYTES_PER_S, Cluster, InsideLink
-from trimtab.core.documents import validate
+from trimtab.core.documents import shown, validate
 from trimtab.core.errors import BadInput
+from trimtab.core.node_names import NODE_NAME_RULE, is_node_name
 from trimtab.core.topology.assumptions import MAX_HOSTS, Assumed
 
 ROOT = "network"
@@ -60,8 +61,12 @@ class Draft:
         """Adds a node.
 
         Raises:
-            BadInput: there is one of this name, or there are too many.
+            BadInput: there is a node or switch of this name, it is no name, or there are too many.
         """
+        if not is_node_name(name):
+            raise BadInput(f"{shown(name)} is no host's name", where=host.where, fix=NODE_NAME_RULE)
+        if name in self.switches:
+            raise _both(name, host.where, f"the switch at {self.switches[name]}")
         if name in self.hosts:
             raise BadInput(
                 f"the host {name!r} is given twice, first at {self.hosts[name].where}",
@@ -76,8 +81,10 @@ class Draft:
         """Adds a switch.
 
         Raises:
-            BadInput: there is one of this name, or there are too many.
+            BadInput: there is a switch or node of this name, or there are too many.
         """
+        if name in self.hosts:
+            raise _both(name, where, f"the host at {self.hosts[name].where}")
         if name in self.switches:
             raise BadInput(
                 f"the switch {name!r} is given twice, first at {self.switches[name]}",
@@ -123,15 +130,10 @@ class Draft:
         """The cluster, with assumed figures where none are known.
 
         Raises:
-            BadInput: there is no host, a switch has a host's name, or switches lead in circles.
+            BadInput: there is no host, or switches lead in circles.
         """
         if not self.hosts:
             raise BadInput("there is no host", where=self.source, fix="give at least one")
-        for switch, where in self.switches.items():
-            if switch in self.hosts:
-                raise BadInput(
-                    f"{switch!r} is a switch and a host", where=where, fix="rename one of them"
-                )
         carried = self._bandwidths(assumed)
         data = {
             "name": name,
@@ -187,6 +189,12 @@ class Draft:
                 where=where,
                 fix="put each below another that is nearer the core",
             ) from None
+
+
+def _both(name: str, where: str, other: str) -> BadInput:
+    return BadInput(
+        f"{name!r} is a switch and a host ({other})", where=where, fix="rename one of them"
+    )
 
 
 def draft_of_paths(

@@ -18,7 +18,7 @@ from trimtab.core.topology.heights import heights
 
 _HEAD = re.compile(r'(Switch|Ca|Rt)\s+\d+\s+"([^"]+)"\s*#\s*"([^"]*)"')
 _PORT = re.compile(
-    r'\[(\d+)\](?:\[ext \d+\])?(?:\([0-9a-fA-F]+\))?\s+"([^"]+)"\[(\d+)\](?:\[ext \d+\])?'
+    r'\[(\d{1,9})\](?:\[ext \d+\])?(?:\([0-9a-fA-F]+\))?\s+"([^"]+)"\[(\d{1,9})\](?:\[ext \d+\])?'
 )
 _SPEED = re.compile(r"\b(\d{1,2})x([A-Z]+\d*)\s*$")
 _ADAPTER = re.compile(

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from trimtab.core.documents import KeyPath, LineMap, dotted, json_lines, place, shown
+from trimtab.core.documents import (
+    MAX_FILE_BYTES,
+    KeyPath,
+    LineMap,
+    dotted,
+    json_lines,
+    place,
+    shown,
+)
 from trimtab.core.errors import BadInput
 
 
@@ -20,7 +28,7 @@ class Places:
 
     @cached_property
     def _lines(self) -> LineMap | None:
-        return json_lines(self.text)
+        return json_lines(self.text) if len(self.text) <= MAX_FILE_BYTES else None
 
     def at(self, *path: str | int) -> str:
         """The file and the line of a key; without a line in documents too large to look in."""

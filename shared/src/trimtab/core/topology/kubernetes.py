@@ -18,6 +18,16 @@ from trimtab.core.topology.draft import Draft, Host, draft_of_paths, known_devic
 from trimtab.core.topology.json_places import Places, text_of
 from trimtab.core.topology.topograph import DOMAIN_LABEL
 
+UNREAD = frozenset(("images", "annotations", "managedFields"))
+"""Keys of a node that say nothing here and make up most of it."""
+
+SHRINK = (
+    "jq -c '.items[] |= {metadata: (.metadata | {name, labels}),"
+    " spec: (.spec | {unschedulable, taints}),"
+    " status: (.status | {capacity, allocatable, conditions})}'"
+)
+"""A command that keeps of ``kubectl get nodes -o json`` what is read, and taints and capacities."""
+
 ZONE = "topology.kubernetes.io/zone"
 PRODUCT = "nvidia.com/gpu.product"
 
@@ -82,7 +92,7 @@ def _gpus(node: Mapping[str, Any], where: str) -> int | None:
     for key in ("nvidia.com/gpu", "amd.com/gpu"):
         value = allocatable.get(key) if isinstance(allocatable, dict) else None
         if value is not None:
-            if not str(value).isdecimal() or int(value) > 1024:
+            if not re.fullmatch(r"\d{1,9}", str(value), re.ASCII) or int(value) > 1024:
                 raise BadInput(f"{key} is {shown(value)}", where=where, fix="give a whole number")
             return int(value)
     return None

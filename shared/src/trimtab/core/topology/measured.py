@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from trimtab.core.cluster import MAX_BANDWIDTH_BYTES_PER_S
 from trimtab.core.documents import Document, InvalidValue, shown, validate
 from trimtab.core.errors import BadInput
+from trimtab.core.node_names import NODE_NAME_RULE, is_node_name
 from trimtab.core.topology.draft import Cable, Draft, Host
 from trimtab.core.units import parse_bytes_per_s
 
@@ -50,7 +51,12 @@ class Measurement(Document):
     def _square(self) -> Measurement:
         twice = next((name for name in self.hosts if self.hosts.count(name) > 1), None)
         if twice is not None:
-            raise InvalidValue(f"the host {twice!r} is given twice", at=("hosts",))
+            raise InvalidValue(f"the host {shown(twice)} is given twice", at=("hosts",))
+        for index, name in enumerate(self.hosts):
+            if not is_node_name(name):
+                raise InvalidValue(
+                    f"{shown(name)} is no host's name", at=("hosts", index), fix=NODE_NAME_RULE
+                )
         for key, matrix in (
             ("bandwidth_bytes_per_s", self.bandwidth_bytes_per_s),
             ("latency_s", self.latency_s),
@@ -229,7 +235,7 @@ def measurement_of_csv(text: str, source: str) -> Measurement:
             raise BadInput(f"the row has {len(row) - 1} values for {len(hosts)} hosts", where=where)
         matrix.append([_cell(cell, where, i == index) for i, cell in enumerate(row[1:])])
     data = {"hosts": hosts, "bandwidth_bytes_per_s": matrix}
-    return validate(Measurement, data, where=source)
+    return validate(Measurement, data, where=source, lines={("hosts",): rows[0][0]})
 
 
 def _rows(text: str, source: str) -> list[list[str]]:

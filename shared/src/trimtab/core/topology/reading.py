@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from trimtab.core.cluster import Cluster
+from trimtab.core.cluster import MAX_CLUSTER_VALUES, Cluster
 from trimtab.core.documents import json_lines, parse_json, parse_yaml, read_text, validate
 from trimtab.core.errors import BadInput
 from trimtab.core.topology import ibnetdiscover, kubernetes, measured, nccl, slurm, topograph
@@ -16,6 +16,12 @@ from trimtab.core.topology.json_places import Places
 from trimtab.core.topology.safe_xml import parse_xml
 
 MAX_TOPOLOGY_BYTES = 64 * 2**20
+
+MAX_JSON_BYTES = 256 * 2**20
+"""A node of Kubernetes with its list of images has 13 kB and more; reading takes twice the file."""
+
+MAX_JSON_MARKS = 2**24
+"""Commas and brackets of the largest JSON: each may be a value of some 100 bytes in memory."""
 
 FORMATS = (
     "a trimtab cluster (YAML)",
@@ -32,6 +38,7 @@ FORMATS = (
 _CONF = re.compile(r"(SwitchName|BlockName|BlockSizes)\s*=", re.I)
 _FABRIC = re.compile(r'(vendid=0x|(Switch|Ca|Rt)\s+\d+\s+")')
 _HOSTFILE = re.compile(r"\S+\s+slots=")
+_BEGINNING = re.compile(r"\s*(\S)")
 _CLUSTER = re.compile(r"^nodes\s*:", re.M)
 _TABLE = re.compile(r"[^,:{}]*(,[^,:{}]+)+")
 
@@ -48,17 +55,43 @@ def read_topology(path: str | Path, assumed: Assumed | None = None) -> Cluster:
         Unsupported: it is of a known format and says nothing that a cluster could be made of.
     """
     source, given = str(path), assumed or Assumed()
-    text = read_text(path, max_bytes=MAX_TOPOLOGY_BYTES)
+    text = _text(path)
     found = _found(text, source, path, given)
     return found if isinstance(found, Cluster) else found.cluster(Path(path).name, given)
 
 
+def _text(path: str | Path) -> str:
+    smaller = f"give a smaller one; {kubernetes.SHRINK} keeps of Kubernetes nodes what is read"
+    text = read_text(path, max_bytes=MAX_JSON_BYTES, smaller=smaller)
+    if len(text) > MAX_TOPOLOGY_BYTES and not _is_json(text):
+        raise BadInput(
+            f"the file is larger than {MAX_TOPOLOGY_BYTES:,} bytes and no JSON",
+            where=str(path),
+            fix="give a smaller one",
+        )
+    return text
+
+
+def _is_json(text: str) -> bool:
+    beginning = _BEGINNING.match(text)
+    return beginning is not None and beginning[1] in "{["
+
+
+def _json(text: str, source: str) -> Any:
+    if len(text) > MAX_JSON_MARKS and sum(map(text.count, ",[{")) > MAX_JSON_MARKS:
+        raise BadInput(
+            f"there are more than {MAX_JSON_MARKS:,} values",
+            where=source,
+            fix="give a smaller file",
+        )
+    return parse_json(text, where=source, without=kubernetes.UNREAD)
+
+
 def _found(text: str, source: str, path: str | Path, assumed: Assumed) -> Draft | Cluster:
-    beginning = text.lstrip()[:1]
-    if beginning == "<":
+    if _is_json(text):
+        return _of_data(_json(text, source), Places(text, source), path)
+    if text.lstrip()[:1] == "<":
         return _of_xml(text, source)
-    if beginning in "{[":
-        return _of_data(parse_json(text, where=source), Places(text, source), path)
     line = _first_line(text)
     if _CONF.match(line):
         return slurm.draft_of_conf(text, source, assumed)
@@ -108,7 +141,7 @@ def _of_data(data: Any, places: Places, path: str | Path) -> Draft | Cluster:
 
 
 def _of_yaml(text: str, source: str, path: str | Path, assumed: Assumed) -> Draft | Cluster:
-    data, lines = parse_yaml(text, where=source)
+    data, lines = parse_yaml(text, where=source, max_nodes=MAX_CLUSTER_VALUES)
     topologies = isinstance(data, list) and data and isinstance(data[0], dict)
     if topologies and "topology" in data[0]:
         return slurm.draft_of_yaml(data, lines, source, assumed)

@@ -154,11 +154,12 @@ def _switch(said: Mapping[str, str], where: str) -> _Said:
 def _sizes(values: Sequence[object], where: str) -> list[int]:
     sizes = []
     for value in values:
-        if not str(value).strip().isdecimal() or not 0 < int(str(value)) <= 2**31:
+        given = str(value).strip()
+        if not re.fullmatch(r"\d{1,10}", given, re.ASCII) or not 0 < int(given) <= 2**31:
             raise BadInput(
                 f"a block size is {shown(value)}", where=where, fix="give a number of nodes"
             )
-        sizes.append(int(str(value)))
+        sizes.append(int(given))
     return sizes
 
 

@@ -12,6 +12,8 @@ from textwrap import dedent
 
 import pytest
 
+from trimtab.core.emitters import emit
+from trimtab.core.folders import write_folder
 from trimtab.core.plan import Objective, Plan, Slot
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -74,7 +76,10 @@ def plan(tmp_path: Path) -> str:
 
 
 def start(words: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "trimtab.cli", "launch", *words]
+    return begin([sys.executable, "-m", "trimtab.cli", "launch", *words], environment)
+
+
+def begin(command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
@@ -122,6 +127,32 @@ def test_torchrun_numbers_nodes_in_the_plans_order(environment, plan, free_port)
         f"rank 2 of 4 on {FIRST} local 0 None",
         f"rank 3 of 4 on {FIRST} local 1 None",
     ]
+
+
+def emitted(plan: str, target: str, folder: Path) -> str:
+    """The script that starts a plan by a launcher alone."""
+    write_folder(folder, emit(Plan.read(plan), target))
+    return str(folder / "launch.sh")
+
+
+def test_emitted_scripts_number_ranks_in_the_plans_order(
+    environment, plan, free_port, tmp_path
+) -> None:
+    expected = [
+        f"rank 0 of 4 on {SECOND} local 0 None",
+        f"rank 1 of 4 on {SECOND} local 1 None",
+        f"rank 2 of 4 on {FIRST} local 0 None",
+        f"rank 3 of 4 on {FIRST} local 1 None",
+    ]
+    script = emitted(plan, "torchrun", tmp_path / "torchrun")
+    words = [script, "--master-port", free_port, WORKER, "show"]
+    nodes = [
+        begin(words, {**environment, "TRIMTAB_HOST": host, "HOST_NAME": host})
+        for host in (FIRST, SECOND)
+    ]
+    assert shown(*nodes) == expected
+    script = emitted(plan, "deepspeed", tmp_path / "deepspeed")
+    assert shown(begin([script, "--no_ssh_check", WORKER, "show"], environment)) == expected
 
 
 def test_srun_numbers_tasks_in_the_plans_order(environment, plan) -> None:

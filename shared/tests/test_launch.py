@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -284,16 +285,16 @@ def test_deepspeed_gets_a_hostfile_in_the_plans_order(launchers, prepare, hostfi
 
 def test_hosts_that_the_order_leaves_out_are_told(launchers, prepare, hostfile, tmp_path):
     command = ["deepspeed", "-H", str(hostfile), "t.py"]
-    assert prepare(command, {}, {"c": 2}).idle == ("a", "b")
+    assert prepare(command, {"TRIMTAB_HOST": "c"}, {"c": 2}).idle == ("a", "b")
     assert prepare(command, {}, {"c": 2, "a": 2, "b": 2}).idle == ()
     allocation = {"SLURM_JOB_NODELIST": "n[1-3]"}
     assert prepare(["srun", "t.py"], allocation, {"n3": 1, "n1": 1}).idle == ("n2",)
     assert launch.prepare(["deepspeed", "t.py"], allocation).idle == ()
     ended = launchers.trimtab("launch", "--plan", str(tmp_path / "order"), "--", *command)
     assert ended.returncode == 2  # n1 and n3 are in no line of the hostfile
-    (tmp_path / "order").write_text("c slots=2\n")
+    (tmp_path / "order").write_text("c slots=2\na slots=2\n")
     ended = launchers.trimtab("launch", "--plan", str(tmp_path / "order"), "--", *command)
-    assert ended.stderr.endswith("\ntrimtab: a, b are left without a rank.\n")
+    assert ended.stderr.endswith("\ntrimtab: b is left without a rank.\n")
 
 
 def test_a_plan_is_hostfile_enough(launchers, prepare):
@@ -312,7 +313,10 @@ def test_an_order_that_is_there_already_changes_nothing(launchers, prepare, host
 
 @pytest.mark.parametrize(
     ("order", "sentence"),
-    [({"a": 2, "z": 1}, "'z', which has no line there"), ({"a": 3}, "'a', which has slots=2")],
+    [
+        ({"a": 2, "z": 1}, "'z', which has no line there"),
+        ({"a": 3, "b": 2}, "'a', which has slots=2"),
+    ],
 )
 def test_a_hostfile_without_room(launchers, prepare, hostfile, order, sentence):
     with pytest.raises(BadInput, match=sentence):
@@ -326,7 +330,7 @@ def test_a_hostfile_without_room(launchers, prepare, hostfile, order, sentence):
 def test_a_hostfile_that_deepspeed_would_refuse(launchers, prepare, hostfile, line, sentence):
     hostfile.write_text(f"{hostfile.read_text()}{line}\n")
     with pytest.raises(BadInput, match=sentence):
-        prepare(["deepspeed", f"--hostfile={hostfile}", "t.py"], {}, {"c": 1})
+        prepare(["deepspeed", f"--hostfile={hostfile}", "t.py"], {}, {"c": 1, "a": 1})
 
 
 @pytest.mark.parametrize(
@@ -350,15 +354,50 @@ def test_torchrun_gets_this_nodes_place(launchers, prepare, own, rank):
         ("torchrun --nproc_per_node 4 t.py", {}, {"a": 2, "b": 2}, "--nproc-per-node is 4"),
         ("torchrun t.py", {}, {"a": 2, "b": 1}, "torchrun needs as many on every host"),
         ("torchrun --standalone t.py", {}, {"a": 2, "b": 2}, "--standalone is for one host, and"),
-        ("torchrun --rdzv-backend=etcd-v2 t.py", {}, {"a": 2}, "--rdzv-backend etcd-v2 numbers"),
-        ("torchrun --rdzv-backend c10d --nnodes 3:4 t.py", {}, {"a": 2, "b": 2}, "--nnodes is 3:4"),
-        ("torchrun t.py", {"PET_RDZV_BACKEND": "c10d", "PET_NNODES": "3"}, {"a": 2}, "is 3, where"),
-        ("torchrun t.py", {"TRIMTAB_HOST": "z"}, {"a": 2}, "'z', is not one host of the plan"),
-        ("deepspeed --launcher slurm t.py", {}, {"a": 2}, "leaves the order of the hosts to Slurm"),
+        (
+            "torchrun --rdzv-backend=etcd-v2 t.py",
+            {"TRIMTAB_HOST": "a"},
+            {"a": 2},
+            "--rdzv-backend etcd-v2 numbers",
+        ),
+        (
+            "torchrun --rdzv-backend c10d --nnodes 1:3 t.py",
+            {"TRIMTAB_HOST": "a"},
+            {"a": 2, "b": 2},
+            "--nnodes is 1:3, where the plan has 2; give 2, or leave it out",
+        ),
+        (
+            "torchrun t.py",
+            {"TRIMTAB_HOST": "a", "PET_RDZV_BACKEND": "c10d", "PET_NNODES": "3"},
+            {"a": 2},
+            "is 3, where",
+        ),
+        *(
+            (command, {"TRIMTAB_HOST": "z"}, {"a": 2}, "'z', is not one host of the plan; set")
+            for command in (
+                "torchrun t.py",
+                "torchrun --rdzv-backend c10d --rdzv-endpoint a:1 t.py",
+                "torchrun --standalone t.py",
+                "deepspeed t.py",
+            )
+        ),
+        (
+            "deepspeed --no_ssh --node_rank 0 t.py",
+            {"TRIMTAB_HOST": "z"},
+            {"a": 2, "b": 2},
+            "'z', is not one host of the plan; set TRIMTAB_HOST to one of a, b",
+        ),
+        (
+            "deepspeed --launcher slurm t.py",
+            {},
+            {"a": 2, "b": 2},
+            "leaves the order of the hosts to Slurm",
+        ),
         ("srun -n 3 t.py", {}, {"a": 2}, "--ntasks is 3, where the plan has 2"),
         ("srun -N2 t.py", {}, {"a": 2}, "--nodes is 2, where the plan has 1"),
         ("srun -m block t.py -m arbitrary", {}, {"a": 2}, "--distribution is block, which numbers"),
         ("srun --nodelist=a t.py", {}, {"a": 2}, "--nodelist contradicts the plan's list"),
+        ("srun -F file t.py", {}, {"a": 2}, "-F contradicts the plan's list"),
         ("srun --mpi=none torchrun t.py", {}, {"a": 2}, "srun would start torchrun once for each"),
         ("srun t.py", {"SLURM_JOB_NODELIST": "b[1-3]"}, {"a": 2}, "'a' is not in this allocation"),
         (
@@ -381,19 +420,31 @@ def test_an_order_that_cannot_be_given(launchers, prepare, command, environment,
 
 
 @pytest.mark.parametrize(
-    ("given_as", "nodes"), [("", "--nnodes 2 "), ("--nnodes 2 ", ""), ("--nnodes=1:3 ", "")]
+    ("given_as", "nodes"), [("", "--nnodes 2 "), ("--nnodes 2 ", ""), ("--nnodes=2:2 ", "")]
 )
 def test_the_dynamic_rendezvous_is_replaced_by_ours(launchers, prepare, given_as, nodes):
     command = f"torchrun {given_as}--rdzv-backend c10d --rdzv-conf read_timeout=9 t.py".split()
-    parsed = launcher_command.parse(prepare(command, {}, {"b": 2, "a": 2}).command)
+    here = {"TRIMTAB_HOST": "a"}
+    parsed = launcher_command.parse(prepare(command, here, {"b": 2, "a": 2}).command)
     conf = parsed.option("--rdzv-conf")
     assert conf is not None
     settings = dict(entry.split("=") for entry in conf.split(","))
     assert Path(settings.pop("plan")).read_text() == "b slots=2\na slots=2\n"
-    assert settings == {"read_timeout": "9"}
+    assert settings == {"read_timeout": "9", "strict": "true"}
     words = " ".join(parsed.words).replace(conf, "CONF")
     ours = f"--rdzv-backend trimtab --rdzv-conf CONF {nodes}--nproc-per-node 2"
     assert words == f"torchrun {ours} {given_as}t.py"
+
+
+@pytest.mark.parametrize(
+    ("conf", "environment"), [(["--rdzv-conf", "strict=0"], {}), ([], {"TRIMTAB_STRICT": "0"})]
+)
+def test_a_rendezvous_that_shall_only_warn(launchers, prepare, conf, environment):
+    command = ["torchrun", "--rdzv-backend", "c10d", *conf, "t.py"]
+    prepared = prepare(command, {"TRIMTAB_HOST": "a", **environment}, {"b": 2, "a": 2})
+    passed = launcher_command.parse(prepared.command).option("--rdzv-conf")
+    assert passed is not None
+    assert "strict=true" not in passed
 
 
 @pytest.mark.parametrize(
@@ -410,8 +461,121 @@ def test_more_hosts_than_deepspeed_lets_pdsh_start_at_once(launchers, prepare, g
     assert parsed.option("--launcher-args") == (passed.strip() or None)
 
 
+def test_more_hosts_than_deepspeed_can_name_to_pdsh(launchers, prepare):
+    order = {f"n{number:05}": 8 for number in range(12_000)}
+    with pytest.raises(Unsupported, match=r"12,000 hosts to pdsh in one argument; give --launcher"):
+        prepare(["deepspeed", "t.py"], {}, order)
+    command = ["deepspeed", "--launcher", "openmpi", "t.py"]
+    parsed = launcher_command.parse(prepare(command, {}, order).command)
+    assert parsed.option("--launcher-args") is None
+    written = parsed.option("--hostfile")
+    assert written is not None
+    assert Path(written).read_text().splitlines()[-1] == "n11999 slots=8"
+
+
+# What DeepSpeed's options choose of a hostfile. The order leaves out "b" and half of "c".
+
+ORDER = {"c": 2, "a": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--include c@a@b", "--include names 'b', which the plan does not"),
+        ("--include=c", "--include leaves out 'a', where the plan has ranks; leave it out"),
+        ("-ic:0@a", "--include chooses other devices of 'c' than the plan"),
+        ("--i c:2,3@a", "--include chooses other devices of 'c' than the plan"),
+        ("--incl c:x", "--include has 'c:x', which is no host with devices; write HOST@HOST:0,1"),
+        ("--exclude a", "--exclude leaves out 'a', where the plan has ranks; leave it out, or"),
+        ("-e b@c:1,3", "--exclude leaves out devices of 'c', where the plan has ranks"),
+        ("--num_nodes 1", "--num_nodes is 1, where the plan has 2; give 2, or leave it out"),
+        ("--num_nodes=3", "--num_nodes is 3, where the plan has 2"),
+        ("--num_gpus 1", "--num_gpus is 1, where the plan has 2; give 2, or leave it out"),
+        ("--num_accelerators +4", "--num_gpus is 4, where the plan has 2"),
+    ],
+)
+@pytest.mark.parametrize("has_file", [True, False])
+def test_options_of_deepspeed_that_contradict_the_order(
+    launchers, prepare, hostfile, options, sentence, has_file
+):
+    file = ["-H", str(hostfile)] if has_file else []
+    with pytest.raises(BadInput, match=re.escape(sentence)):
+        prepare(["deepspeed", *file, *options.split(), "t.py"], {}, ORDER)
+    hostfile.write_text("c slots=2\na slots=2\n")  # the plan's order already
+    with pytest.raises(BadInput, match=re.escape(sentence)):
+        prepare(["deepspeed", *file, *options.split(), "t.py"], {}, ORDER)
+
+
+def test_devices_that_differ_between_hosts_are_no_one_number(launchers, prepare):
+    with pytest.raises(BadInput, match="is 2, where the plan has 1 or 2; leave it out"):
+        prepare(["deepspeed", "--num_gpus", "2", "t.py"], {}, {"a": 2, "b": 1})
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--include a@c:0,1", "--include a:0,1,1@c", "--num_nodes 2 --num_gpus 2", "--num_nodes -1"],
+)
+def test_options_of_deepspeed_that_say_what_the_plan_says(launchers, prepare, hostfile, options):
+    command = ["deepspeed", "-H", str(hostfile), *options.split(), "t.py"]
+    parsed = launcher_command.parse(prepare(command, {}, ORDER).command)
+    assert " ".join(parsed.options[2:]) == options
+
+
+def test_excluding_what_the_plan_leaves_out_is_said_by_the_hostfile(launchers, prepare, hostfile):
+    command = ["deepspeed", "-H", str(hostfile), "--exclude", "b@c:2,3", "t.py"]
+    parsed = launcher_command.parse(prepare(command, {}, ORDER).command)
+    assert parsed.options[0] == "--hostfile"
+    assert len(parsed.options) == 2
+    prepared = prepare(command, {}, {"a": 2, "c": 2})
+    assert prepared.command == tuple(command)  # where DeepSpeed's own order is the plan's
+    assert prepared.idle == ("b",)
+
+
+@pytest.mark.parametrize(
+    ("options", "hosts"),
+    [
+        ("", {"a": 2, "b": 2, "c": 4}),
+        ("--include c:1,3@a", {"a": 2, "c": 2}),
+        ("--include b@b:1", {"b": 1}),
+        ("--exclude a@c:0", {"b": 2, "c": 3}),
+        ("--exclude a:0,1@a", {"b": 2, "c": 4}),
+        ("--num_nodes 2", {"a": 2, "b": 2}),
+        ("--num_gpus 1", {"a": 1, "b": 1, "c": 1}),
+        ("--num_nodes 9 --num_gpus=2", {"a": 2, "b": 2, "c": 2}),
+        ("--num_nodes 0 --num_gpus x", {"a": 2, "b": 2, "c": 4}),
+    ],
+)
+def test_the_hosts_at_hand_are_those_that_deepspeed_would_use(hostfile, options, hosts):
+    command = launcher_command.parse(["deepspeed", "-H", str(hostfile), *options.split(), "t.py"])
+    assert deepspeed.hosts(command) == hosts
+    assert list(deepspeed.hosts(command)) == list(hosts)
+
+
+def test_deepspeed_on_every_node_by_itself_gets_its_place(launchers, prepare, hostfile):
+    command = ["deepspeed", "-H", str(hostfile), "--no_ssh", "--node_rank=0", "t.py"]
+    prepared = prepare(command, {"TRIMTAB_HOST": "a"}, ORDER)
+    parsed = launcher_command.parse(prepared.command)
+    assert parsed.option("--node-rank") == "1"
+    assert "DS_ENV_FILE" not in prepared.environment
+    assert prepared.environment["TRIMTAB_PLAN"]
+
+
+def test_one_host_is_this_machine_unless_deepspeed_is_forced_to_go_there(launchers, prepare):
+    assert prepare(["deepspeed", "t.py"], {"TRIMTAB_HOST": "a.cluster"}, {"a": 2})
+    assert prepare(["deepspeed", "t.py"], {"TRIMTAB_HOST": "b"}, {"localhost": 2})
+    forced = ["deepspeed", "--force_multi", "t.py"]
+    assert "DS_ENV_FILE" in prepare(forced, {"TRIMTAB_HOST": "b"}, {"a": 2}).environment
+
+
+def test_hosts_of_deepspeed_are_looked_for_in_the_allocation_without_a_hostfile(launchers, prepare):
+    inside = {"SLURM_JOB_NODELIST": "n[1-2]"}
+    assert prepare(["deepspeed", "t.py"], inside, {"n2": 1, "n1": 1})
+    with pytest.raises(BadInput, match="'n3' is not in this allocation"):
+        prepare(["deepspeed", "t.py"], inside, {"n2": 1, "n3": 1})
+
+
 def test_standalone_with_one_host_gets_its_number_of_ranks(launchers, prepare):
-    prepared = prepare(["torchrun", "--standalone", "t.py"], {}, {"a": 3})
+    prepared = prepare(["torchrun", "--standalone", "t.py"], {"TRIMTAB_HOST": "a"}, {"a": 3})
     assert " ".join(prepared.command) == "torchrun --nproc-per-node 3 --standalone t.py"
 
 
@@ -491,6 +655,15 @@ def test_a_plugin_sees_and_orders_the_hosts(lays, hostfile, tmp_path):
     assert written.read_text() == "c slots=4\nb slots=2\na slots=2\n"
     exported = Path(shown["env"]["DS_ENV_FILE"])
     assert exported.read_text().splitlines() == ["OTHER=kept", "MOOD=two words", "SEEN=none"]
+
+
+def test_without_an_order_the_options_of_deepspeed_are_the_users_own(lays, hostfile, tmp_path):
+    block = config(tmp_path, {"lays": {"mood": "calm"}})
+    command = ["deepspeed", "-H", str(hostfile), "--include", "b@c:1", "t.py", "--deepspeed", block]
+    prepared = launch.prepare(command, {})
+    assert prepared.command == tuple(command)
+    assert prepared.idle == ()
+    assert "MOOD=calm" in Path(prepared.environment["DS_ENV_FILE"]).read_text().splitlines()
 
 
 def test_a_value_that_cannot_reach_other_hosts(lays, hostfile, tmp_path):

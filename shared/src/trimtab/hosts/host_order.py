@@ -84,6 +84,25 @@ def _indices(names: Sequence[str]) -> dict[str, int]:
     return {name: at for at, name in enumerate(names) if times[name] == 1}
 
 
+def own_place(order: Sequence[str], environment: Mapping[str, str]) -> int:
+    """The index of this machine in an order; a lone ``localhost`` is any machine.
+
+    Raises:
+        BadInput: it is not one host of the order.
+    """
+    if list(order) == ["localhost"]:
+        return 0
+    own = own_host(environment)
+    place = lookup(order)(own)
+    if place is None:
+        more = ", …" if len(order) > 20 else ""
+        raise BadInput(
+            f"this machine, {own!r}, is not one host of the plan",
+            fix=f"set {HOST_VARIABLE} to one of {', '.join(order[:20])}{more}",
+        )
+    return place
+
+
 def new_ranks(order: Sequence[str], hosts: Sequence[str]) -> list[int]:
     """The rank that an order gives each of the hosts that are there.
 

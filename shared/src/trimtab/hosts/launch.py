@@ -65,11 +65,16 @@ def prepare(
     request = LaunchRequest(parsed.launcher, parsed.words, environment, given)
     if plan is not None:
         request = changed(request, _planned(plan))
+    is_ordered = plan is not None
     for plugin, options in plugins:
         change = plugin.launch(options, request)
         if change is not None:
             request = changed(request, change)
-    return _applied(request, given, environment)
+            is_ordered = is_ordered or bool(change.hosts)
+    if not is_ordered:
+        return _applied(request, None, environment)
+    listed = deepspeed.listed(parsed) if parsed.launcher == "deepspeed" else {}
+    return replace(_applied(request, given, environment), idle=_idle(request, listed))
 
 
 def changed(request: LaunchRequest, change: LaunchChange) -> LaunchRequest:
@@ -92,13 +97,14 @@ def _planned(plan: Path) -> LaunchChange:
 
 
 def _applied(
-    request: LaunchRequest, given: Mapping[str, int], environment: Mapping[str, str]
+    request: LaunchRequest, given: Mapping[str, int] | None, environment: Mapping[str, str]
 ) -> Launch:
     """The launch with the order of hosts and the new variables told to the launcher.
 
     Args:
         request: the launch after all plugins.
-        given: the slots of the launcher's own hostfile.
+        given: the ranks of each host that the launcher would start by itself; None where neither
+            a plan nor a plugin orders the hosts.
         environment: what the environment was before the plugins.
     """
     parsed = launcher_command.parse(request.command)
@@ -106,26 +112,33 @@ def _applied(
     if parsed.launcher == "srun" and request.hosts:
         final |= slurm.variables(request.hosts)
     added = {name: value for name, value in final.items() if environment.get(name) != value}
-    if list(request.hosts.items()) != list(given.items()):
-        parsed = _with_hosts(parsed, request)
-    if parsed.launcher == "deepspeed" and added and len(request.hosts) > 1:
+    if given is not None:
+        parsed = _with_hosts(parsed, request, given)
+    remote = request.hosts and not deepspeed.starts_here(parsed, request.hosts)
+    if parsed.launcher == "deepspeed" and added and remote:
         final = deepspeed.exporting(final, added)
-    return Launch(parsed.words, final, _idle(request, given))
+    return Launch(parsed.words, final)
 
 
-def _idle(request: LaunchRequest, given: Mapping[str, int]) -> tuple[str, ...]:
-    """The hosts at hand that the order leaves out."""
+def _idle(request: LaunchRequest, listed: Mapping[str, int]) -> tuple[str, ...]:
+    """The hosts of the launcher's hostfile, else of the allocation, that the order leaves out."""
     if not request.hosts:
         return ()
     place_of = host_order.lookup(list(request.hosts))
-    at_hand = given or slurm.allocated(request.environment)
+    at_hand = listed or slurm.allocated(request.environment)
     return tuple(host for host in at_hand if place_of(host) is None)
 
 
-def _with_hosts(parsed: LauncherCommand, request: LaunchRequest) -> LauncherCommand:
-    slurm.check_allocation(request.hosts, request.environment)
+def _with_hosts(
+    parsed: LauncherCommand, request: LaunchRequest, given: Mapping[str, int]
+) -> LauncherCommand:
+    """The command with the order of hosts, where that is one for these hosts."""
+    hosts, environment = request.hosts, request.environment
+    slurm.check_allocation(hosts, environment)
     if parsed.launcher == "deepspeed":
-        return deepspeed.with_hosts(parsed, request.hosts)
+        is_here = deepspeed.starts_here(parsed, hosts)
+        place = host_order.own_place(list(hosts), environment) if is_here else None
+        return deepspeed.with_hosts(parsed, hosts, given, place)
     if parsed.launcher == "torchrun":
-        return torch.with_hosts(parsed, request.hosts, request.environment)
-    return slurm.with_hosts(parsed, request.hosts)
+        return torch.with_hosts(parsed, hosts, environment)
+    return slurm.with_hosts(parsed, hosts)

@@ -159,10 +159,14 @@ class LauncherCommand:
             value: the new value.
             as_: the spelling to write.
         """
+        return replace(self, options=(as_, value, *self.without_option(names).options))
+
+    def without_option(self, names: Sequence[str]) -> LauncherCommand:
+        """The command without an option, given by its spellings."""
         kept = [
             word for words in _groups(self) if not _means(_name(words[0]), names) for word in words
         ]
-        return replace(self, options=(as_, value, *kept))
+        return replace(self, options=tuple(kept))
 
     def with_arguments(self, arguments: Sequence[str]) -> LauncherCommand:
         """The command with options put before the launcher's own ones."""
@@ -255,5 +259,5 @@ def _name(word: str) -> str:
 
 def _means(name: str, names: Sequence[str]) -> bool:
     """Whether a name is one of an option's spellings, or the first letters of one."""
-    abbreviates = len(name) > 3 and name not in WHOLE
+    abbreviates = len(name) > 2 and name not in WHOLE
     return any(name == known or (abbreviates and known.startswith(name)) for known in names)

@@ -1,31 +1,42 @@
 """DeepSpeed's launcher: the order of its hosts, and the variables that reach all of them.
 
 The launcher numbers the ranks by walking its hostfile, so a hostfile in another order is all
-that a placement needs.
+that a placement needs. It starts the hosts itself: whether they can be reached is its to say.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from trimtab.core.cache import keep
-from trimtab.core.deepspeed_launcher import PDSH_FAN_OUT
+from trimtab.core.deepspeed_launcher import PDSH_FAN_OUT, fits_pdsh
 from trimtab.core.documents import read_lines
 from trimtab.core.errors import BadInput, Unsupported
+from trimtab.hosts.deepspeed.selection import EXCLUDE, check_selection, selected
 from trimtab.hosts.launcher_command import LauncherCommand
 
 DEFAULT_HOSTFILE = "/job/hostfile"
 
 _HOSTFILE = ("-H", "--hostfile")
 _MASTER = ("--master-addr",)
+_NODE_RANK = ("--node-rank",)
 _ARGUMENTS = ("--launcher-args",)
 _ENVIRONMENT_FILE = "DS_ENV_FILE"
 
 
 def hosts(command: LauncherCommand) -> dict[str, int]:
+    """The ranks of each host that the launcher would use, in its order; empty without a hostfile.
+
+    Raises:
+        BadInput: the hostfile is one that the launcher would refuse.
+    """
+    return selected(command, listed(command))
+
+
+def listed(command: LauncherCommand) -> dict[str, int]:
     """The slots of each host of the launcher's hostfile, in its order; empty without a hostfile.
 
     Raises:
@@ -35,33 +46,60 @@ def hosts(command: LauncherCommand) -> dict[str, int]:
     return read_hostfile(path) if path is not None else {}
 
 
-def with_hosts(command: LauncherCommand, ranks: Mapping[str, int]) -> LauncherCommand:
+def starts_here(command: LauncherCommand, hosts: Collection[str]) -> bool:
+    """Whether the launcher starts ranks on this machine alone, whatever their host is called."""
+    told = command.option("--force-multi") is not None or len(hosts) > 1
+    return _is_without_ssh(command) or not told
+
+
+def with_hosts(
+    command: LauncherCommand, ranks: Mapping[str, int], given: Mapping[str, int], place: int | None
+) -> LauncherCommand:
     """The command with a hostfile of its own, so that ranks are numbered in its order.
 
     Args:
         command: the launcher's command.
         ranks: how many ranks each host gets, in rank order.
+        given: those that the command as it is would start; the same need no other hostfile.
+        place: the index of this machine, where the launcher starts ranks here alone.
 
     Raises:
-        BadInput: the launcher's present hostfile lacks a host, or slots of one.
-        Unsupported: the hosts are started by Slurm, which sorts them.
+        BadInput: the options contradict the order, or the launcher's present hostfile lacks a
+            host, or slots of one.
+        Unsupported: the hosts are started by Slurm, which sorts them, or are too many.
     """
-    runner = command.option("--launcher") or "pdsh"
+    runner = (command.option("--launcher") or "pdsh").lower()
     if runner == "slurm":
         raise Unsupported(
             "deepspeed --launcher slurm leaves the order of the hosts to Slurm",
             fix="write trimtab launch --plan PLAN -- srun …, or leave --launcher out",
         )
+    check_selection(command, ranks)
+    if runner == "pdsh" and not fits_pdsh({host: range(count) for host, count in ranks.items()}):
+        raise Unsupported(
+            f"DeepSpeed cannot name {len(ranks):,} hosts to pdsh in one argument",
+            fix="give --launcher openmpi --launcher_args '--map-by slot', or launch with srun",
+        )
+    if place is not None and _is_without_ssh(command):
+        command = command.with_option(_NODE_RANK, str(place), as_="--node_rank")
+    if list(ranks.items()) == list(given.items()):
+        return command
     _check_slots(_hostfile(command), ranks)
     text = "".join(f"{host} slots={slots}\n" for host, slots in ranks.items())
     ordered = command.with_option(_HOSTFILE, str(keep(text, "hostfile")), as_="--hostfile")
+    ordered = ordered.without_option(EXCLUDE)  # of what the hostfile has no longer
     if command.option(*_MASTER) is not None:
         ordered = ordered.with_option(_MASTER, next(iter(ranks)), as_="--master_addr")
     if runner == "pdsh" and len(ranks) > PDSH_FAN_OUT:
-        given = command.option(*_ARGUMENTS)
-        wide = " ".join([*([given] if given else []), f"-f {len(ranks)}"])
+        passed = command.option(*_ARGUMENTS)
+        wide = " ".join([*([passed] if passed else []), f"-f {len(ranks)}"])
         ordered = ordered.with_option(_ARGUMENTS, wide, as_="--launcher_args")
     return ordered
+
+
+def _is_without_ssh(command: LauncherCommand) -> bool:
+    """Whether the launcher runs on every node by itself."""
+    return command.option("--no-ssh") is not None
 
 
 def _check_slots(hostfile: Path | None, ranks: Mapping[str, int]) -> None:

@@ -15,7 +15,7 @@ from trimtab.hosts.launcher_command import LAUNCHERS, LauncherCommand
 _DISTRIBUTION = ("-m", "--distribution")
 _TASKS = ("-n", "--ntasks")
 _NODES = ("-N", "--nodes")
-_LISTS = ("-w", "--nodelist", "-x", "--exclude")
+_LISTS = ("-w", "--nodelist", "-F", "--nodefile", "-x", "--exclude")
 
 
 def variables(ranks: Mapping[str, int]) -> dict[str, str]:

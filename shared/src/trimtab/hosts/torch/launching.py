@@ -6,12 +6,12 @@ one (c10d) sorts them by name, so that ours (`trimtab.hosts.torch.rendezvous`) t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from trimtab.core.cache import keep
 from trimtab.core.errors import BadInput, Unsupported
-from trimtab.hosts.host_order import lookup, own_host
-from trimtab.hosts.job_variables import HOST_VARIABLE
+from trimtab.hosts.host_order import own_place
+from trimtab.hosts.job_variables import STRICT_VARIABLE
 from trimtab.hosts.launcher_command import LauncherCommand
 
 BACKEND = "trimtab"
@@ -19,6 +19,9 @@ BACKEND = "trimtab"
 
 PLAN_SETTING = "plan"
 """The key in ``--rdzv-conf`` of the plan or hostfile that our rendezvous orders the nodes by."""
+
+STRICT_SETTING = "strict"
+"""The key in ``--rdzv-conf`` of whether our rendezvous refuses nodes that differ from the plan."""
 
 _REPLACEABLE = ("c10d", BACKEND)
 
@@ -45,11 +48,20 @@ def with_hosts(
     processes = str(next(iter(ranks.values())))
     _check_number("nproc-per-node", processes, command, environment)
     command = _with(command, "--nproc-per-node", processes)
-    if _is_standalone(command, environment):
-        return _alone(command, ranks)
+    is_standalone = _is_standalone(command, environment)
+    if is_standalone and len(ranks) > 1:
+        raise BadInput(
+            f"--standalone is for one host, and the plan has {len(ranks)}",
+            fix="leave it out, so that the nodes get the order of the plan",
+        )
+    if not is_standalone:
+        _check_number("nnodes", str(len(ranks)), command, environment)
+    place = own_place(list(ranks), environment)
+    if is_standalone:
+        return command
     rendezvous = _value(command, environment, "rdzv-backend") or "static"
     if rendezvous == "static":
-        return _numbered(command, ranks, environment)
+        return _numbered(command, list(ranks), place)
     if rendezvous in _REPLACEABLE:
         return _sorted(command, ranks, environment)
     raise Unsupported(
@@ -58,28 +70,8 @@ def with_hosts(
     )
 
 
-def _alone(command: LauncherCommand, ranks: Mapping[str, int]) -> LauncherCommand:
-    if len(ranks) > 1:
-        raise BadInput(
-            f"--standalone is for one host, and the plan has {len(ranks)}",
-            fix="leave it out, so that the nodes get the order of the plan",
-        )
-    return command
-
-
-def _numbered(
-    command: LauncherCommand, ranks: Mapping[str, int], environment: Mapping[str, str]
-) -> LauncherCommand:
+def _numbered(command: LauncherCommand, hosts: Sequence[str], place: int) -> LauncherCommand:
     """The command for the static rendezvous, with the first host as the master."""
-    hosts = list(ranks)
-    _check_number("nnodes", str(len(hosts)), command, environment)
-    own = own_host(environment)
-    place = lookup(hosts)(own)
-    if place is None:
-        raise BadInput(
-            f"this machine, {own!r}, is not one host of the plan",
-            fix=f"set {HOST_VARIABLE} to one of {', '.join(hosts[:20])}",
-        )
     command = _with(command, "--master-addr", hosts[0])
     command = _with(command, "--node-rank", str(place))
     return _with(command, "--nnodes", str(len(hosts)))
@@ -88,27 +80,20 @@ def _numbered(
 def _sorted(
     command: LauncherCommand, ranks: Mapping[str, int], environment: Mapping[str, str]
 ) -> LauncherCommand:
-    """The command for the dynamic rendezvous, which then sorts the nodes by the order."""
-    nodes = _value(command, environment, "nnodes")
-    least, colon, most = (nodes or str(len(ranks))).partition(":")
-    if not _within(len(ranks), least, most if colon else least):
-        raise BadInput(
-            f"--nnodes is {nodes}, where the plan has {len(ranks)}",
-            fix=f"give {len(ranks)}, or leave it out",
-        )
-    if nodes is None:
+    """The command for the dynamic rendezvous, which then sorts the nodes by the order.
+
+    It refuses nodes that differ from the order, unless it is told whether to.
+    """
+    if _value(command, environment, "nnodes") is None:
         command = _with(command, "--nnodes", str(len(ranks)))
     order = keep("".join(f"{host} slots={slots}\n" for host, slots in ranks.items()), "hostfile")
-    settings = _value(command, environment, "rdzv-conf")
-    ours = f"{PLAN_SETTING}={order.absolute()}"
-    command = _with(command, "--rdzv-conf", f"{settings},{ours}" if settings else ours)
+    given = _value(command, environment, "rdzv-conf")
+    settings = [*(given.split(",") if given else []), f"{PLAN_SETTING}={order.absolute()}"]
+    told = {setting.partition("=")[0].strip() for setting in settings}
+    if STRICT_SETTING not in told and STRICT_VARIABLE not in environment:
+        settings.append(f"{STRICT_SETTING}=true")
+    command = _with(command, "--rdzv-conf", ",".join(settings))
     return _with(command, "--rdzv-backend", BACKEND)
-
-
-def _within(planned: int, least: str, most: str) -> bool:
-    """Whether a range has room for the planned number; one that is none is torchrun's to judge."""
-    numbers = least.isdecimal() and most.isdecimal()
-    return not numbers or int(least) <= planned <= int(most)
 
 
 def _is_standalone(command: LauncherCommand, environment: Mapping[str, str]) -> bool:
@@ -121,7 +106,7 @@ def _check_number(
 ) -> None:
     """Whether the command leaves a number open or gives the planned one."""
     given = _value(command, environment, name)
-    if given not in (None, planned):
+    if given not in (None, planned, f"{planned}:{planned}"):
         raise BadInput(
             f"--{name} is {given}, where the plan has {planned}",
             fix=f"give {planned}, or leave it out",

@@ -25,7 +25,7 @@ from torch.distributed.elastic.rendezvous import (
 from trimtab.core.errors import BadInput
 from trimtab.hosts.host_order import difference, new_ranks, own_host, read_order
 from trimtab.hosts.job_variables import PLAN_VARIABLE, STRICT_VARIABLE
-from trimtab.hosts.torch.launching import BACKEND, PLAN_SETTING
+from trimtab.hosts.torch.launching import BACKEND, PLAN_SETTING, STRICT_SETTING
 
 log = logging.getLogger("trimtab")
 
@@ -34,7 +34,8 @@ class PlannedRendezvous(RendezvousHandler):
     """A rendezvous that gives the nodes their ranks in a plan's order.
 
     Nodes that the plan does not name come after the others, and planned ones may be missing: then
-    it warns, or refuses where ``strict`` in ``--rdzv-conf`` or ``TRIMTAB_STRICT`` is set.
+    it warns, or refuses where ``strict`` in ``--rdzv-conf`` or ``TRIMTAB_STRICT`` is set, as
+    ``trimtab launch`` does.
 
     Args:
         inner: the rendezvous that brings the nodes together.
@@ -49,7 +50,7 @@ class PlannedRendezvous(RendezvousHandler):
         self._backend = parameters.backend
         self._local_address = parameters.local_addr
         self._strict = parameters.get_as_bool(
-            "strict", os.environ.get(STRICT_VARIABLE, "0") not in ("", "0")
+            STRICT_SETTING, os.environ.get(STRICT_VARIABLE, "0") not in ("", "0")
         )
         self._order = order
 

@@ -461,6 +461,16 @@ def test_more_hosts_than_deepspeed_lets_pdsh_start_at_once(launchers, prepare, g
     assert parsed.option("--launcher-args") == (passed.strip() or None)
 
 
+def test_as_many_hosts_in_the_plans_order_already(launchers, prepare, hostfile):
+    order = {f"n{number}": 1 for number in range(1025)}
+    hostfile.write_text("".join(f"{host} slots=1\n" for host in order))
+    parsed = launcher_command.parse(
+        prepare(["deepspeed", "-H", str(hostfile), "t.py"], {}, order).command
+    )
+    assert parsed.option("-H", "--hostfile") == str(hostfile)
+    assert parsed.option("--launcher-args") == "-f 1025"
+
+
 def test_more_hosts_than_deepspeed_can_name_to_pdsh(launchers, prepare):
     order = {f"n{number:05}": 8 for number in range(12_000)}
     with pytest.raises(Unsupported, match=r"12,000 hosts to pdsh in one argument; give --launcher"):

@@ -18,7 +18,8 @@ class LaunchRequest:
         command: the command as it will run, with the changes of the plugins asked before.
         environment: the environment it will run in, likewise.
         hosts: how many ranks each machine gets, in the order in which the machines get them: those
-            of the plan, else of the launcher's hostfile; empty where neither names any.
+            of the plan, else those that the launcher's options choose of its hostfile; empty where
+            neither names any.
     """
 
     launcher: Launcher

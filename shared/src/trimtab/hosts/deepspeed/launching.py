@@ -68,33 +68,38 @@ def with_hosts(
             host, or slots of one.
         Unsupported: the hosts are started by Slurm, which sorts them, or are too many.
     """
+    runner = _runner(command, ranks)
+    check_selection(command, ranks)
+    if place is not None and _is_without_ssh(command):
+        command = command.with_option(_NODE_RANK, str(place), as_="--node_rank")
+    if runner == "pdsh" and len(ranks) > PDSH_FAN_OUT:
+        passed = command.option(*_ARGUMENTS)
+        wide = " ".join([*([passed] if passed else []), f"-f {len(ranks)}"])
+        command = command.with_option(_ARGUMENTS, wide, as_="--launcher_args")
+    if list(ranks.items()) == list(given.items()):
+        return command
+    _check_slots(_hostfile(command), ranks)
+    if command.option(*_MASTER) is not None:
+        command = command.with_option(_MASTER, next(iter(ranks)), as_="--master_addr")
+    text = "".join(f"{host} slots={slots}\n" for host, slots in ranks.items())
+    ordered = command.with_option(_HOSTFILE, str(keep(text, "hostfile")), as_="--hostfile")
+    return ordered.without_option(EXCLUDE)  # of hosts that the hostfile has no longer
+
+
+def _runner(command: LauncherCommand, ranks: Mapping[str, int]) -> str:
+    """What starts the hosts, if that keeps their order and can start so many."""
     runner = (command.option("--launcher") or "pdsh").lower()
     if runner == "slurm":
         raise Unsupported(
             "deepspeed --launcher slurm leaves the order of the hosts to Slurm",
             fix="write trimtab launch --plan PLAN -- srun …, or leave --launcher out",
         )
-    check_selection(command, ranks)
     if runner == "pdsh" and not fits_pdsh({host: range(count) for host, count in ranks.items()}):
         raise Unsupported(
             f"DeepSpeed cannot name {len(ranks):,} hosts to pdsh in one argument",
             fix="give --launcher openmpi --launcher_args '--map-by slot', or launch with srun",
         )
-    if place is not None and _is_without_ssh(command):
-        command = command.with_option(_NODE_RANK, str(place), as_="--node_rank")
-    if list(ranks.items()) == list(given.items()):
-        return command
-    _check_slots(_hostfile(command), ranks)
-    text = "".join(f"{host} slots={slots}\n" for host, slots in ranks.items())
-    ordered = command.with_option(_HOSTFILE, str(keep(text, "hostfile")), as_="--hostfile")
-    ordered = ordered.without_option(EXCLUDE)  # of what the hostfile has no longer
-    if command.option(*_MASTER) is not None:
-        ordered = ordered.with_option(_MASTER, next(iter(ranks)), as_="--master_addr")
-    if runner == "pdsh" and len(ranks) > PDSH_FAN_OUT:
-        passed = command.option(*_ARGUMENTS)
-        wide = " ".join([*([passed] if passed else []), f"-f {len(ranks)}"])
-        ordered = ordered.with_option(_ARGUMENTS, wide, as_="--launcher_args")
-    return ordered
+    return runner
 
 
 def _is_without_ssh(command: LauncherCommand) -> bool:

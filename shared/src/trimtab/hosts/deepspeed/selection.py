@@ -31,15 +31,13 @@ def selected(command: LauncherCommand, slots: Mapping[str, int]) -> dict[str, in
     included, excluded = _named(command, _INCLUDE), _named(command, EXCLUDE)
     counts = {host: len(numbers) for host, numbers in devices.items()}
     if included is not None:
-        counts = {
-            host: len(included[host]) or count for host, count in counts.items() if host in included
-        }
+        chosen = {host: len(set(included[host])) for host in counts if host in included}
+        counts = {host: number or counts[host] for host, number in chosen.items()}
     elif excluded is not None:
         kept = {host: _without(devices[host], excluded.get(host)) for host in devices}
         counts = {host: len(numbers) for host, numbers in kept.items() if numbers}
     hosts, each = _number(command, _HOSTS), _number(command, _DEVICES)
-    chosen = list(counts)[:hosts] if hosts else list(counts)
-    return {host: each or counts[host] for host in chosen}
+    return {host: each or counts[host] for host in list(counts)[:hosts]}
 
 
 def check_selection(command: LauncherCommand, ranks: Mapping[str, int]) -> None:

@@ -209,6 +209,15 @@ def test_a_further_cable_only_joins_domains(cables: list[Cable], data: st.DataOb
     assert all(any(old <= new for new in after) for old in before)
 
 
+def test_a_crowded_core_is_no_mesh_with_what_is_below() -> None:
+    """Nodes and a leaf have cables of their own to the core, beside those to a spine with nodes."""
+    cables = [*hang("core", "pod", "rack1", "rack2"), *rack("pod", 2), ("leaf", "pod")]
+    cables += [*rack("leaf", 2), *rack("rack1", 2), *rack("rack2", 2), *rack("core", 2)]
+    further = [("leaf", "core"), ("n-leaf-0", "core"), ("n-leaf-1", "core")]
+    assert sizes(cables)[0] == [2, 2, 2, 4]
+    assert sizes([*cables, *further])[0] == [2, 2, 2, 4]
+
+
 @settings(max_examples=12, deadline=None)
 @given(trees(most_racks=2), st.data())
 def test_a_further_cable_never_makes_the_optimum_worse(

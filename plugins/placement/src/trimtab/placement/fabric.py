@@ -334,7 +334,10 @@ def _siblings(up: _Up, leaves: Collection[str]) -> set[tuple[str, str]]:
 
 
 def _meshed(cluster: Cluster, up: _Up) -> set[tuple[str, str]]:
-    """The cables of a mesh that stands for a core: triangles of equally high switches on top."""
+    """The cables of a mesh that stands for a core: triangles of equally high switches on top.
+
+    Either all of them have switches below, or none has.
+    """
     near: _Up = {switch: set(uppers) for switch, uppers in up.items()}
     for lower, uppers in up.items():
         for upper in uppers:
@@ -349,7 +352,8 @@ def _meshed(cluster: Cluster, up: _Up) -> set[tuple[str, str]]:
             level.add_edge(a, b)
     found: set[tuple[str, str]] = set()
     for mesh in nx.connected_components(level):
-        if all(up[switch] <= mesh for switch in mesh):
+        lowers = [bool(near[switch] - mesh) for switch in mesh]
+        if all(up[switch] <= mesh for switch in mesh) and (all(lowers) or not any(lowers)):
             found |= {(a, b) for a in mesh for b in up[a] if level.has_edge(a, b)}
     return found
 

@@ -113,8 +113,9 @@ def search(demand: Demand, alphas: Sequence[float], effort: Effort = "full") -> 
     Returns:
         None where the pods do not hold the job. Which pod is named before which does not matter.
     """
-    order = np.argsort(demand.capacities, kind="stable")[::-1]
-    ordered = replace(demand, capacities=tuple(np.array(demand.capacities)[order].tolist()))
+    room = np.array(demand.capacities)
+    order = np.argsort(-room, kind="stable")
+    ordered = replace(demand, capacities=tuple(room[order].tolist()))
     front = _search(ordered, alphas, effort)
     if front is None:
         return None

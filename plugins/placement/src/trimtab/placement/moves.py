@@ -21,8 +21,8 @@ _MOST_SHARES = 400
 _MOST_CELLS_IN_PODS = 400
 """Cells times pods up to which a share is searched in full where strips do not settle it."""
 
-_FEWEST_SEARCHES, _MOST_SEARCHED = 30, 20_000
-"""Searches for a plan, and cells of all of them together, of which the greater allows more."""
+_FEWEST_SEARCHES, _MOST_SEARCHED = 10, 4_000_000
+"""Searches for a plan, and cells times pods of all of them together; the greater of both counts."""
 
 _NEVER = 1e12
 
@@ -163,7 +163,8 @@ class FewMoves:
         # Pods of the same sizes in another order are the same question.
         capacities = tuple(sorted((min(n, self.cells) for n in nodes if n), reverse=True))
         if capacities not in self._known:
-            if self._searches >= max(_FEWEST_SEARCHES, _MOST_SEARCHED // self.cells):
+            size = self.cells * len(self.room.stays)
+            if self._searches >= max(_FEWEST_SEARCHES, _MOST_SEARCHED // size):
                 return None
             self._searches += 1
             self._known[capacities] = self._searched(capacities)

@@ -6,13 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from trimtab.core.cluster import Cluster
-from trimtab.core.documents import validate, write_atomic
+from trimtab.core.documents import validate
 from trimtab.core.errors import BadInput
 from trimtab.core.plan import Plan
 from trimtab.core.report_page import fact_boxes, filled
@@ -64,23 +63,16 @@ class _Shown:
         return self.fabric.tiers[self.tier] if self.fabric.tiers else "network"
 
 
-def write_report(plan: Plan, cluster: Cluster, path: str | Path) -> None:
-    """Writes the page of a plan, whole or not at all.
+def report_page(plan: Plan, cluster: Cluster) -> str:
+    """The page of a plan as HTML.
 
     Args:
         plan: a plan of the placement planner.
         cluster: the cluster it was made for.
-        path: of the HTML file.
 
     Raises:
-        BadInput: the plan is another planner's, its nodes are not the cluster's, or the file cannot
-            be written.
+        BadInput: the plan is another planner's, or its nodes are not the cluster's.
     """
-    write_atomic(path, report_page(plan, cluster))
-
-
-def report_page(plan: Plan, cluster: Cluster) -> str:
-    """The page of a plan as HTML; the arguments and errors are those of `write_report`."""
     shown = _shown(plan, cluster)
     return filled(
         "trimtab.placement",

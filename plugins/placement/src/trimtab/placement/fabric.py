@@ -336,7 +336,7 @@ def _siblings(up: _Up, leaves: Collection[str]) -> set[tuple[str, str]]:
 def _meshed(cluster: Cluster, up: _Up) -> set[tuple[str, str]]:
     """The cables of a mesh that stands for a core: triangles of equally high switches on top.
 
-    Either all of them have switches below, or none has.
+    Either all of them have switches below, or none has; and no other switch beside is as high.
     """
     near: _Up = {switch: set(uppers) for switch, uppers in up.items()}
     for lower, uppers in up.items():
@@ -352,8 +352,10 @@ def _meshed(cluster: Cluster, up: _Up) -> set[tuple[str, str]]:
             level.add_edge(a, b)
     found: set[tuple[str, str]] = set()
     for mesh in nx.connected_components(level):
-        lowers = [bool(near[switch] - mesh) for switch in mesh]
-        if all(up[switch] <= mesh for switch in mesh) and (all(lowers) or not any(lowers)):
+        others = {switch: near[switch] - mesh for switch in mesh}
+        alike = all(others.values()) or not any(others.values())
+        apart = all(height.get(s) != height.get(o) for s, beside in others.items() for o in beside)
+        if alike and apart and all(up[switch] <= mesh for switch in mesh):
             found |= {(a, b) for a in mesh for b in up[a] if level.has_edge(a, b)}
     return found
 

@@ -234,7 +234,7 @@ class _Hierarchy:
                 cables.append((lower, upper, len(cluster.switches)))
         leaves = set().union(*above.values())
         up = _upward(cluster, between, leaves)
-        level = _siblings(up, leaves) | _meshed(cluster, up)
+        level = _siblings(up, leaves) | _meshed(cluster, up, leaves)
         ranks = _ranks(up, level)
         for node, switches in above.items():
             last = max(ranks[switch] for switch in switches)
@@ -333,10 +333,10 @@ def _siblings(up: _Up, leaves: Collection[str]) -> set[tuple[str, str]]:
     return level
 
 
-def _meshed(cluster: Cluster, up: _Up) -> set[tuple[str, str]]:
+def _meshed(cluster: Cluster, up: _Up, leaves: Collection[str]) -> set[tuple[str, str]]:
     """The cables of a mesh that stands for a core: triangles of equally high switches on top.
 
-    Either all of them have switches below, or none has; and no other switch beside is as high.
+    All of them have switches below or none has, likewise nodes, and none beside is as high.
     """
     near: _Up = {switch: set(uppers) for switch, uppers in up.items()}
     for lower, uppers in up.items():
@@ -353,7 +353,7 @@ def _meshed(cluster: Cluster, up: _Up) -> set[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
     for mesh in nx.connected_components(level):
         others = {switch: near[switch] - mesh for switch in mesh}
-        alike = all(others.values()) or not any(others.values())
+        alike = len({(bool(others[switch]), switch in leaves) for switch in mesh}) == 1
         apart = all(height.get(s) != height.get(o) for s, beside in others.items() for o in beside)
         if alike and apart and all(up[switch] <= mesh for switch in mesh):
             found |= {(a, b) for a in mesh for b in up[a] if level.has_edge(a, b)}

@@ -304,7 +304,7 @@ def test_a_further_cable_takes_nothing_apart(cable: Cable) -> None:
         assert tiers([*cables, (cable[1], cable[0])]) == tiers(cables)
 
 
-def clos(pods: int, leaves: int, nodes: int, rails: int, cores: int) -> list[Cable]:
+def clos_cables(pods: int, leaves: int, nodes: int, rails: int, cores: int) -> list[Cable]:
     """Rails of a pod as leaves, a spine of each pod for each core."""
     cables: list[Cable] = []
     for p in range(pods):
@@ -319,7 +319,7 @@ def clos(pods: int, leaves: int, nodes: int, rails: int, cores: int) -> list[Cab
 
 
 def test_rails_and_several_spines_are_one_pod() -> None:
-    whole = clos(3, 2, 4, 2, 3)
+    whole = clos_cables(3, 2, 4, 2, 3)
     assert sizes(whole) == [[8] * 3, [4] * 6]
     broken = [c for c in whole if c != ("spine2-0", "core0")]
     assert sizes(broken) == sizes(whole)
@@ -335,7 +335,7 @@ def test_leaves_below_several_spines() -> None:
     assert sizes([*cables, ("n-store", "spine1")]) == [[1, 3, 3, 3, 3]]
 
 
-@pytest.mark.parametrize("cables", [even(), clos(3, 2, 4, 2, 3), even(4, 3, 2)])
+@pytest.mark.parametrize("cables", [even(), clos_cables(3, 2, 4, 2, 3), even(4, 3, 2)])
 def test_ends_may_be_given_in_any_order_where_depth_is_even(cables: list[Cable]) -> None:
     assert tiers([(b, a) for a, b in cables]) == tiers(cables)
     core = next(b for _, b in cables if b.startswith("core"))
@@ -376,7 +376,7 @@ def test_files_of_uneven_depth(tmp_path: Path) -> None:
 
 def test_ibnetdiscover_with_hosts_on_high_switches(tmp_path: Path) -> None:
     """Nothing in the file says what is above: a login node on a core hides no pod."""
-    cables = [*clos(3, 2, 6, 1, 2), ("nlogin", "core0"), ("nstore", "spine1-1")]
+    cables = [*clos_cables(3, 2, 6, 1, 2), ("nlogin", "core0"), ("nstore", "spine1-1")]
     cables = [c for c in cables if c[0] not in {f"n2-1-{i}" for i in range(1, 6)}]
     path = tmp_path / "ib.txt"
     path.write_text(discovered(cables))

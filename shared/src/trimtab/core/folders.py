@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,9 +65,21 @@ def _move(made: Path, folder: Path, names: Sequence[str]) -> None:
 
 @contextmanager
 def _unstopped() -> Iterator[None]:
-    """Holds back signals that would stop this process until the block has ended."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    """Holds back signals that would stop this process until the block has ended.
+
+    They reach Python's main thread alone, whichever thread of the process gets them: to block them
+    in one thread would not do.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {stop: signal.signal(stop, lambda number, _: came.append(number)) for stop in _STOPS}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for stop, handler in before.items():
+            # None stands for a handler that is not Python's, which cannot be put back.
+            signal.signal(stop, signal.SIG_DFL if handler is None else handler)
+    for stop in came[:1]:
+        signal.raise_signal(stop)

@@ -81,5 +81,5 @@ def _unstopped() -> Iterator[None]:
         for stop, handler in before.items():
             # None stands for a handler that is not Python's, which cannot be put back.
             signal.signal(stop, signal.SIG_DFL if handler is None else handler)
-    for stop in came[:1]:
-        signal.raise_signal(stop)
+    for number in came[:1]:
+        signal.raise_signal(number)

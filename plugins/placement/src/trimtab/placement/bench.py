@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise, repeat
+from itertools import accumulate, islice, pairwise, repeat
 from multiprocessing import get_context
 from statistics import mean
 
@@ -19,10 +19,12 @@ from trimtab.core.benchmark import Benchmark, Case, Options, Progress
 from trimtab.core.solve import Limits
 from trimtab.placement.arnold import arnold, solve_arnold
 from trimtab.placement.grid import Candidate, Demand
+from trimtab.placement.launch_bench import launch_cases
 from trimtab.placement.packing import RANK_ORDERS, laid, packings, random_fit
 from trimtab.placement.queue_bench import queue_cases
 from trimtab.placement.real_bench import real_cases
 from trimtab.placement.search import Front, search
+from trimtab.placement.step_bench import step_cases
 
 ALPHAS = tuple(tenth / 10 for tenth in range(11))
 _PAPERS_BASELINES: Mapping[str, Sequence[str]] = {
@@ -39,6 +41,9 @@ _UNEVEN_DRAWS = 10
 _TIMED_ALPHA = 0.3
 _MOST_PUBLISHED = 2000
 """Nodes up to which the published programme is worth building."""
+
+_MOST_MODELLED = 1300
+"""Nodes up to which the flows of a step are modelled."""
 
 
 def _even(nodes: int, pods: int) -> tuple[int, ...]:
@@ -293,8 +298,15 @@ def run(options: Options, progress: Progress) -> list[Case]:
 
 
 def more_cases(options: Options, progress: Progress) -> list[Case]:
-    """The cases of the queue and of real jobs."""
-    return [*queue_cases(options, progress), *real_cases(options, progress)]
+    """The cases of modelled steps, launches, the queue and real jobs."""
+    small = (demand for demand in fragmented(options.seed, 40) if demand.cells <= _MOST_MODELLED)
+    demands = islice(small, 2 if options.quick else 10)
+    return [
+        *step_cases(list(demands), options.seed),
+        *launch_cases(options, progress),
+        *queue_cases(options, progress),
+        *real_cases(options, progress),
+    ]
 
 
 BENCHMARK = Benchmark(

@@ -21,6 +21,7 @@ from trimtab.placement.exchange import exchanged
 from trimtab.placement.grid import Candidate, Demand, Spread, pareto
 from trimtab.placement.leftovers import may_touch
 from trimtab.placement.lone_columns import lone_columns
+from trimtab.placement.neighbours import beside_their_like
 from trimtab.placement.packing import packings
 from trimtab.placement.paired_columns import may_pair
 from trimtab.placement.priced_columns import priced_columns
@@ -119,7 +120,9 @@ def search(demand: Demand, alphas: Sequence[float], effort: Effort = "full") -> 
     front = _search(ordered, alphas, effort)
     if front is None:
         return None
-    named = (replace(found, grid=order[found.grid]) for found in front.candidates)
+    named = (
+        replace(found, grid=order[beside_their_like(found.grid)]) for found in front.candidates
+    )
     return Front(tuple(named), front.bound)
 
 

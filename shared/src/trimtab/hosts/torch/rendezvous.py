@@ -53,6 +53,7 @@ class PlannedRendezvous(RendezvousHandler):
             STRICT_SETTING, os.environ.get(STRICT_VARIABLE, "0") not in ("", "0")
         )
         self._order = order
+        self._host = own_host()
 
     @classmethod
     def of(cls, parameters: RendezvousParameters) -> PlannedRendezvous:
@@ -94,7 +95,7 @@ class PlannedRendezvous(RendezvousHandler):
     def _planned_rank(self, found: RendezvousInfo) -> int:
         """This node's rank; the store is that of one round, so a restart finds nothing old."""
         store = PrefixStore(BACKEND, found.store)
-        store.set(str(found.rank), own_host())
+        store.set(str(found.rank), self._host)
         if found.rank == 0:
             store.set("ranks", json.dumps(self._numbered(store, found.world_size)))
         answer = json.loads(_read(store, "ranks", "the first node"))

@@ -266,6 +266,7 @@ def test_nodes_are_chosen_among_hosts_where_they_are_given() -> None:
         ({"data_parallel": 8, "gpus_per_node": 16}, "0 of 24"),
         ({"data_parallel": 13, "pipeline_parallel": 2}, "needs 26 nodes"),
         ({"data_parallel": 30}, "24 would fit, or take a cluster with 6 more of them"),
+        ({"data_parallel": 32, "expert_parallel": 16}, "data_parallel 16 would fit"),
         ({"data_parallel": 10**8}, "needs 100000000 nodes .* 24 of 24 are free"),
         ({"data_parallel": 10**8, "expert_parallel": 10**8}, "needs 100000000 nodes"),
     ],

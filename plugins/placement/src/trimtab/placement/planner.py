@@ -6,13 +6,14 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, cast
 
 import numpy as np
 
 from trimtab.core.cluster import Cluster
-from trimtab.core.documents import digest
+from trimtab.core.documents import digest, validate
 from trimtab.core.errors import BadInput, Infeasible
 from trimtab.core.plan import Figure, Objective, Plan, Slot
 from trimtab.placement.affinity import alpha_of
@@ -29,6 +30,8 @@ from trimtab.placement.traffic import communication
 
 Mode = Literal["allocate", "reorder"]
 _SAME = 1e-9
+_FEWER = 64
+"""Replicas by which a job is made smaller to find one that fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +250,7 @@ def _refuse(fabric: Fabric, job: TrainingJob, pods: _Pods, mode: Mode) -> NoRetu
     kept = f" with {job.spares_per_pod} spares in each pod" if job.spares_per_pod else ""
     rows = room // grid.columns
     per_row = job.ranks_per_node / (job.tensor_parallel * job.context_parallel)
-    replicas = math.floor(rows * per_row) if job.stage_major else 0
+    replicas = _most_replicas(job, math.floor(rows * per_row)) if job.stage_major else 0
     more = f"free {grid.nodes - room} more"
     if len(able) < grid.nodes:
         more = f"take a cluster with {grid.nodes - len(able)} more of them"
@@ -266,6 +269,15 @@ def _refuse(fabric: Fabric, job: TrainingJob, pods: _Pods, mode: Mode) -> NoRetu
         f" and {room} of {len(fabric.places)} are free{without}",
         relaxation=relaxation,
     )
+
+
+def _most_replicas(job: TrainingJob, most: int) -> int:
+    """At most so many replicas that the job's other degrees allow; 0 where a few fewer do not."""
+    for replicas in range(most, max(0, most - _FEWER), -1):
+        with suppress(BadInput):
+            validate(TrainingJob, job.model_dump() | {"data_parallel": replicas}, where="job")
+            return replicas
+    return 0
 
 
 def _left_out(fabric: Fabric, hosts_at: HostGrid) -> list[str]:

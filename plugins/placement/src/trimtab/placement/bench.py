@@ -20,7 +20,7 @@ from trimtab.core.solve import Limits
 from trimtab.placement.arnold import arnold, solve_arnold
 from trimtab.placement.grid import Candidate, Demand
 from trimtab.placement.launch_bench import launch_cases
-from trimtab.placement.packing import RANK_ORDERS, laid, packings, random_fit
+from trimtab.placement.packing import RANK_ORDERS, packings, random_grids
 from trimtab.placement.queue_bench import queue_cases
 from trimtab.placement.real_bench import real_cases
 from trimtab.placement.search import Front, search
@@ -36,7 +36,6 @@ _PAPERS_BASELINES: Mapping[str, Sequence[str]] = {
         "topology-aware",
     ),
 }
-_RANDOM_DRAWS = 5
 _UNEVEN_DRAWS = 10
 _TIMED_ALPHA = 0.3
 _MOST_PUBLISHED = 2000
@@ -122,12 +121,9 @@ def _solved(demand: Demand, seed: int) -> _Instance:
 def _baselines(demand: Demand, seed: int) -> dict[str, tuple[float, ...]]:
     found = {c.method: _weighted(c) for c in packings(demand)}
     for order in RANK_ORDERS:
-        draws = []
-        for draw in range(_RANDOM_DRAWS):
-            taken = random_fit(demand, seed + draw)
-            if taken is not None:
-                built = Candidate.built(demand, laid(demand, taken, order), "random-fit")
-                draws += [_weighted(built)] if built is not None else []
+        grids = random_grids(demand, seed, order)
+        built = (Candidate.built(demand, grid, "random-fit") for grid in grids)
+        draws = [_weighted(candidate) for candidate in built if candidate is not None]
         found[f"random-fit {order}"] = tuple(mean(values) for values in zip(*draws, strict=True))
     published = [arnold(demand, alpha) for alpha in ALPHAS]
     turned = [arnold(demand.transposed, 1 - alpha) for alpha in ALPHAS]

@@ -75,23 +75,20 @@ class Spread:
         return Spread(self.data, self.pipeline)
 
 
-def _most_distinct(lines: PodGrid) -> int:
-    """The most distinct entries in any line (first axis) of a grid."""
-    ordered = np.sort(lines, axis=1)
-    changes: PodGrid = np.sum(np.diff(ordered, axis=1) != 0, axis=1)
-    return int(changes.max(initial=0)) + 1
+def distinct(lines: PodGrid) -> PodGrid:
+    """How many different entries each line (first axis) of a grid has."""
+    counts: PodGrid = np.count_nonzero(np.diff(np.sort(lines, axis=1), axis=1), axis=1) + 1
+    return counts
 
 
 def spread_of(grid: PodGrid) -> Spread:
     """Counts a grid's spreads, whatever made it."""
-    return Spread(_most_distinct(grid), _most_distinct(grid.T))
+    return Spread(int(distinct(grid).max()), int(distinct(grid.T).max()))
 
 
 def touches(grid: PodGrid) -> int:
     """Sum of all rows' and columns' spreads; breaks ties between equal widest groups."""
-    rows, columns = np.sort(grid, axis=1), np.sort(grid.T, axis=1)
-    cuts = np.count_nonzero(np.diff(rows, axis=1)) + np.count_nonzero(np.diff(columns, axis=1))
-    return int(cuts + sum(grid.shape))
+    return int(distinct(grid).sum() + distinct(grid.T).sum())
 
 
 def fits(demand: Demand, grid: PodGrid) -> bool:

@@ -16,6 +16,7 @@ from trimtab.placement.grid import Candidate, Demand, PodGrid
 
 RankOrder = Literal["pp", "dp"]
 RANK_ORDERS: tuple[RankOrder, ...] = ("pp", "dp")
+_RANDOM_DRAWS = 5
 Taken = npt.NDArray[np.int64]
 """The pod of each node taken, in the order of taking; shape (cells,)."""
 
@@ -132,6 +133,12 @@ def laid(demand: Demand, taken: Taken, order: RankOrder) -> PodGrid:
     if order == "pp":
         return taken.reshape(demand.rows, demand.columns)
     return taken.reshape(demand.columns, demand.rows).T
+
+
+def random_grids(demand: Demand, seed: int, order: RankOrder) -> list[PodGrid]:
+    """Those of some random fits, with seeds that follow one another."""
+    draws = (random_fit(demand, seed + draw) for draw in range(_RANDOM_DRAWS))
+    return [laid(demand, taken, order) for taken in draws if taken is not None]
 
 
 PACKINGS: Mapping[str, Callable[[Demand], Taken | None]] = {

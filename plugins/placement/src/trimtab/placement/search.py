@@ -143,7 +143,7 @@ def _refined(demand: Demand, front: Front, alphas: Sequence[float]) -> Front:
         while spread := next(_open(demand, front, alpha, done), None):
             if spread not in priced:
                 priced.add(spread)
-                front = _priced(demand, front, spread, _NODES)
+                front = _paired(demand, front, spread) or _priced(demand, front, spread, _NODES)
             elif spread not in tried:
                 tried.add(spread)
                 front = _widened(demand, front, spread)
@@ -213,11 +213,17 @@ def _tightened(demand: Demand, front: Front, pipeline: int) -> Front:
     )
 
 
-def _priced(demand: Demand, front: Front, spread: Spread, nodes: int) -> Front:
-    """The bound with what pairs of pods and prices say of a spread, of columns and of rows."""
+def _paired(demand: Demand, front: Front, spread: Spread) -> Front | None:
+    """The bound where a spread asks for columns of two pods and there are none such; else None."""
+    if spread.data != 2 or not _is_small(demand) or may_pair(demand, nodes=_NODES):
+        return None
     bound = front.bound
-    if spread.data == 2 and _is_small(demand) and not may_pair(demand, nodes=_NODES):
-        return Front(front.candidates, bound.raised(len(bound.least_data), spread.data + 1))
+    return Front(front.candidates, bound.raised(len(bound.least_data), spread.data + 1))
+
+
+def _priced(demand: Demand, front: Front, spread: Spread, nodes: int) -> Front:
+    """The bound with what prices say of a spread, of columns and of rows."""
+    bound = front.bound
     pipeline = _least_pipeline(demand, spread, nodes)
     if pipeline > spread.pipeline:
         bound = bound.raised(min(pipeline - 1, len(bound.least_data)), spread.data + 1)

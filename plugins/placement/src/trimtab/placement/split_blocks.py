@@ -19,7 +19,7 @@ import numpy as np
 
 from trimtab.placement.certificate import Frontier
 from trimtab.placement.config import Effort
-from trimtab.placement.grid import Candidate, Demand, PodGrid, Spread, pareto
+from trimtab.placement.grid import Candidate, Demand, PodGrid, Spread, distinct, pareto
 from trimtab.placement.search import Front, search
 
 _SAME = 1e-9
@@ -194,8 +194,7 @@ def _exchanged(
 
 def _score(grid: PodGrid, alpha: float) -> tuple[float, float, int]:
     """The weighted spread, the share of lines that have it, and all lines' spreads together."""
-    rows = np.count_nonzero(np.diff(np.sort(grid, axis=1), axis=1), axis=1) + 1
-    columns = np.count_nonzero(np.diff(np.sort(grid.T, axis=1), axis=1), axis=1) + 1
+    rows, columns = distinct(grid), distinct(grid.T)
     spread = Spread(int(rows.max()), int(columns.max()))
     widest = (rows == spread.pipeline).mean() + (columns == spread.data).mean()
     return round(spread.weighted(alpha), 9), float(widest), int(rows.sum() + columns.sum())

@@ -11,7 +11,7 @@ from trimtab.core.benchmark import Case
 from trimtab.placement.affinity import alpha_of
 from trimtab.placement.grid import Demand, PodGrid
 from trimtab.placement.job import TrainingJob
-from trimtab.placement.packing import RANK_ORDERS, laid, packings, random_fit
+from trimtab.placement.packing import RANK_ORDERS, packings, random_grids
 from trimtab.placement.search import search
 from trimtab.placement.step_model import Links, communication_s
 from trimtab.placement.volumes import Shape
@@ -22,7 +22,6 @@ _OVERSUBSCRIBED = 4
 """What a pod's nodes could send for a byte that its links to the core carry."""
 
 _SHAPE = Shape(layers=64, hidden=8192, vocab=50_257)
-_RANDOM_DRAWS = 5
 
 
 def step_cases(demands: Sequence[Demand], seed: int) -> Iterator[Case]:
@@ -34,11 +33,11 @@ def step_cases(demands: Sequence[Demand], seed: int) -> Iterator[Case]:
     """
     pairs: dict[str, list[tuple[float, float]]] = {}
     for demand in demands:
-        timed = _timed(demand)
         job = _job(demand)
-        front = search(demand, (alpha_of(job),))
+        timed, alpha = _timed(demand, job), alpha_of(job)
+        front = search(demand, (alpha,))
         assert front is not None, "the demands hold their job"
-        ours = timed(front.best(alpha_of(job)).grid)
+        ours = timed(front.best(alpha).grid)
         for name, grids in _baselines(demand, seed).items():
             pairs.setdefault(name, []).append((mean(map(timed, grids)), ours))
     for name, both in pairs.items():
@@ -63,9 +62,9 @@ def _job(demand: Demand) -> TrainingJob:
     )
 
 
-def _timed(demand: Demand) -> Callable[[PodGrid], float]:
+def _timed(demand: Demand, job: TrainingJob) -> Callable[[PodGrid], float]:
     """The time of a step's communication by the pod of each node."""
-    volumes = _job(demand).step_volumes()
+    volumes = job.step_volumes()
     assert volumes is not None, "the model's shape is given"
     pods = np.array(demand.capacities) * _NODE_BYTES_PER_S / _OVERSUBSCRIBED
     links = Links(_NODE_BYTES_PER_S, pods)
@@ -81,7 +80,5 @@ def _timed(demand: Demand) -> Callable[[PodGrid], float]:
 def _baselines(demand: Demand, seed: int) -> dict[str, list[PodGrid]]:
     found = {candidate.method: [candidate.grid] for candidate in packings(demand)}
     for order in RANK_ORDERS:
-        draws = (random_fit(demand, seed + draw) for draw in range(_RANDOM_DRAWS))
-        grids = [laid(demand, taken, order) for taken in draws if taken is not None]
-        found[f"random-fit {order}"] = grids
+        found[f"random-fit {order}"] = random_grids(demand, seed, order)
     return found

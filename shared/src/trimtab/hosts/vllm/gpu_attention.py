@@ -7,7 +7,7 @@ FlashAttention's on NVIDIA's GPUs, Triton's on AMD's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from trimtab.hosts.vllm.prefills import (
     LayerShape,
     PagedTensors,
     Prefill,
+    Prefiller,
     Span,
     Split,
     dense_rows,
@@ -181,15 +182,18 @@ class Taker:
     builder: Any
     dense: str
     """The name of vLLM's backend beneath."""
+    _prefiller: Prefiller | None = field(init=False)
     _refusal: str | None = None
+
+    def __post_init__(self) -> None:
+        # Once: it goes through what is installed, and spans are looked for in every step.
+        self._prefiller = prefiller(self.builder.vllm_config.additional_config)
 
     def spans(self, batch: CommonAttentionMetadata) -> dict[int, Span]:
         """By the request's number in the batch; nothing waits for the GPU."""
-        config: VllmConfig = self.builder.vllm_config
-        taker = prefiller(config.additional_config)
         lengths = batch.seq_lens_cpu_upper_bound  # exact for requests that still fill in
         plain = batch.causal is True and not batch.mm_req_doc_ranges
-        if taker is None or lengths is None or not plain or self._refused():
+        if self._prefiller is None or lengths is None or not plain or self._refused():
             return {}
         starts, tokens = batch.query_start_loc_cpu.tolist(), lengths.tolist()
         return {
@@ -198,7 +202,7 @@ class Taker:
                 batch.block_table_tensor[number],
                 tokens[number],
             )
-            for number in wanted(taker, starts, tokens[: batch.num_reqs], self._layers())
+            for number in wanted(self._prefiller, starts, tokens[: batch.num_reqs], self._layers())
         }
 
     def _impls(self) -> list[Any]:

@@ -49,7 +49,7 @@ HOST_BYTES_PER_S = 12.5e6
 SHORT_QUEUE_BYTES, LONG_QUEUE_BYTES = 64 * 1024, 1024 * 1024
 PORT = 29500
 
-REPEATS = {2**10: 15, 2**16: 15, 2**20: 7, 2**22: 5, 2**24: 3}
+REPEATS = {2**10: 21, 2**16: 31, 2**20: 11, 2**22: 9, 2**24: 5, 2**26: 3}
 """How often each size is timed on hosts with a network of their own."""
 
 LOOPBACK_REPEATS = {2**10: 25, 2**16: 25, 2**20: 11, 2**24: 7, 2**26: 5}

@@ -145,6 +145,28 @@ class _CutTurn:
     room: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Active:
+    """A turn of one piece of the payload.
+
+    Attributes:
+        turn: in elements of the piece.
+        piece: of the payload.
+        call: the call's tag.
+        count, number: how many pieces there are, and which this is.
+    """
+
+    turn: _CutTurn
+    piece: torch.Tensor
+    call: int
+    count: int
+    number: int
+
+    def tag(self, message: _Message) -> int:
+        """The same on both sides, and no other message's between the two ranks."""
+        return self.call | (message.slot * self.count + self.number) % _TAG_SLOTS
+
+
 _Pending = list[tuple[int, Any]]
 """Messages under way: the other rank, and gloo's work."""
 
@@ -163,7 +185,7 @@ class PlanRunner:
         self._cuts: OrderedDict[tuple[int, int], tuple[Sequence[Turn], list[_CutTurn]]] = (
             OrderedDict()
         )
-        self._room = torch.empty(0, dtype=torch.uint8)
+        self._rooms = (_Room(), _Room())
 
     def run(
         self,
@@ -192,51 +214,62 @@ class PlanRunner:
         tag = _TAG_BASE | (hash((call, length, data.element_size())) & 0xFFF) << 18
         pieces = [data[length * c // count : length * (c + 1) // count] for c in range(count)]
         cuts = [self._cut(turns, piece.numel()) for piece in pieces]
-        for wave in range(len(turns) + count - 1):
-            active = [c for c in range(count) if 0 <= wave - c < len(turns)]
-            rooms = self._rooms([cuts[c][wave - c].room for c in active], data.dtype)
-            started = [
-                self._start(cuts[c][wave - c], pieces[c], room, (tag, count, c))
-                for c, room in zip(active, rooms, strict=True)
+        waves = [
+            [
+                _Active(cuts[c][wave - c], pieces[c], tag, count, c)
+                for c in range(count)
+                if 0 <= wave - c < len(turns)
             ]
-            for c, room, (receives, _) in zip(active, rooms, started, strict=True):
+            for wave in range(len(turns) + count - 1)
+        ]
+        ahead = self._receive(waves, 0, data.dtype)
+        for wave, active in enumerate(waves):
+            coming = ahead
+            sends = [self._send(one) for one in active]
+            # A message whose receiver is ready needs no further trip, so that the next ones are
+            # asked for while these come. None comes too early: what an all-gather writes is a sum
+            # of what this rank has sent from there, and operands have room of their own.
+            ahead = self._receive(waves, wave + 1, data.dtype)
+            for one, (room, receives) in zip(active, coming, strict=True):
                 self._wait(receives)
-                for total in cuts[c][wave - c].sums:
-                    own = pieces[c][total.begin : total.end]
+                for total in one.turn.sums:
+                    own = one.piece[total.begin : total.end]
                     come = room[total.room : total.room + total.rows * own.numel()]
                     combine(own, come.view(total.rows, -1))
-            for _, sends in started:
-                self._wait(sends)
+            for pending in sends:
+                self._wait(pending)
 
-    def _start(
-        self, turn: _CutTurn, data: torch.Tensor, room: torch.Tensor, tags: tuple[int, int, int]
-    ) -> tuple[_Pending, _Pending]:
-        """Posts all messages of a turn; what is to be summed comes into the room.
+    def _receive(
+        self, waves: Sequence[Sequence[_Active]], number: int, dtype: torch.dtype
+    ) -> list[tuple[torch.Tensor, _Pending]]:
+        """Asks for the messages of a wave: the room for operands of each turn, and what comes."""
+        if number == len(waves):
+            return []
+        active = waves[number]
+        rooms = self._rooms[number % 2].split([one.turn.room for one in active], dtype)
+        return [(room, self._ask(one, room)) for one, room in zip(active, rooms, strict=True)]
 
-        Args:
-            turn: what is done.
-            data: the piece.
-            room: for operands.
-            tags: the call's tag, how many pieces there are, and which this is.
-        """
-        tag, count, number = tags
-        peer = -1
+    def _ask(self, one: _Active, room: torch.Tensor) -> _Pending:
+        receives, peer = [], -1
         try:
-            receives = []
-            for message in turn.receives:
+            for message in one.turn.receives:
                 peer = message.peer
-                into = (room if message.summed else data)[message.begin : message.end]
-                slot = (message.slot * count + number) % _TAG_SLOTS
-                receives.append((peer, self._base.recv([into], peer, tag | slot)))
-            sends = []
-            for message in turn.sends:
-                peer = message.peer
-                slot = (message.slot * count + number) % _TAG_SLOTS
-                part = data[message.begin : message.end]
-                sends.append((peer, self._base.send([part], peer, tag | slot)))
+                into = (room if message.summed else one.piece)[message.begin : message.end]
+                receives.append((peer, self._base.recv([into], peer, one.tag(message))))
         except RuntimeError as error:
             raise PeerLost(peer, _first_line(error)) from None
-        return receives, sends
+        return receives
+
+    def _send(self, one: _Active) -> _Pending:
+        sends, peer = [], -1
+        try:
+            for message in one.turn.sends:
+                peer = message.peer
+                part = one.piece[message.begin : message.end]
+                sends.append((peer, self._base.send([part], peer, one.tag(message))))
+        except RuntimeError as error:
+            raise PeerLost(peer, _first_line(error)) from None
+        return sends
 
     def _wait(self, messages: _Pending) -> None:
         for peer, work in messages:
@@ -254,15 +287,22 @@ class PlanRunner:
                 self._cuts.popitem(last=False)
         return self._cuts[key][1]
 
-    def _rooms(self, lengths: Sequence[int], dtype: torch.dtype) -> list[torch.Tensor]:
-        """Room for the operands of each turn that is under way."""
+
+class _Room:
+    """Room for incoming operands, which is kept from one call to the next."""
+
+    def __init__(self) -> None:
+        self._kept = torch.empty(0, dtype=torch.uint8)
+
+    def split(self, lengths: Sequence[int], dtype: torch.dtype) -> list[torch.Tensor]:
+        """One part of each length, in elements."""
         size_bytes = sum(lengths) * dtype.itemsize
         if size_bytes > _KEPT_BYTES:
             whole = torch.empty(sum(lengths), dtype=dtype)
         else:
-            if size_bytes > self._room.numel():
-                self._room = torch.empty(size_bytes, dtype=torch.uint8)
-            whole = self._room[:size_bytes].view(dtype)
+            if size_bytes > self._kept.numel():
+                self._kept = torch.empty(size_bytes, dtype=torch.uint8)
+            whole = self._kept[:size_bytes].view(dtype)
         ends = list(itertools.accumulate(lengths))
         return [whole[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.core.collectives import UNIT, Layout, PlanFault, Schedule, Step, check_plan, programme
+from trimtab.core.collectives import (
+    UNIT,
+    Layout,
+    PlanFault,
+    Schedule,
+    Step,
+    Turn,
+    check_plan,
+    programme,
+    waves,
+)
 from trimtab.core.collectives.combine import (
     SHARES,
     beside,
@@ -115,6 +125,42 @@ def test_two_plans_side_by_side(order, factors, share: int, late: bool) -> None:
         UNIT * share // SHARES,
     ]
     assert owned[0] == owned[1]
+
+
+@given(
+    st.integers(2, 12),
+    st.lists(st.integers(2, 4), min_size=1, max_size=3),
+    st.integers(0, 5),
+    st.integers(1, 6),
+)
+def test_no_rank_waits_for_a_chunk_that_waits_for_it(count, factors, folds, chunks) -> None:
+    """Ranks that wait for all messages of a wave, both ways, all come to the end."""
+    extras = range(1, 2 * min(folds, (count - 1) // 2), 2)
+    steps, _ = folded(ranks(count), extras, factors) if extras else staged(ranks(count), factors)
+    schedule = Schedule.of(count, steps, chunks)
+    turns = [programme(schedule, rank) for rank in range(count)]
+    left = [waves(mine, chunks) for mine in turns]
+    posted: set[tuple] = set()
+    over = [0] * count
+    before = None
+    while over != before:
+        before = list(over)
+        for rank, own in enumerate(left):
+            now = own[over[rank]] if over[rank] < len(own) else []
+            posted |= {(m, rank) for c, index in now for m in _ends(rank, c, turns[rank][index])}
+        for rank, own in enumerate(left):
+            now = own[over[rank]] if over[rank] < len(own) else None
+            ends = [m for c, index in now or () for m in _ends(rank, c, turns[rank][index])]
+            both_came = all((m, m[-4]) in posted and (m, m[-3]) in posted for m in ends)
+            over[rank] += now is not None and both_came
+    assert over == [len(own) for own in left]
+
+
+def _ends(rank: int, chunk: int, turn: Turn) -> list[tuple]:
+    """The messages of a turn, named alike by both sides."""
+    at = (chunk, turn.phase, turn.step, turn.round)
+    sends = [(*at, rank, s.peer, s.begin, s.end) for s in turn.sends]
+    return sends + [(*at, r.peer, rank, r.begin, r.end) for r in turn.receives]
 
 
 def test_a_rank_alone_does_nothing() -> None:

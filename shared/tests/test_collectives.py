@@ -35,6 +35,7 @@ class Totals:
     reduced: float = 0.0
     accessed: float = 0.0
     width: int = 0
+    messages: int = 0
 
 
 def execute(ranks: int, reduce: list[Step], gather: list[Step]) -> Totals:
@@ -68,6 +69,9 @@ def execute(ranks: int, reduce: list[Step], gather: list[Step]) -> Totals:
         total.reduced += max(reduced.values(), default=0) / ranks
         total.accessed += max(accessed.values(), default=0) / ranks
         total.width = max(total.width, 1 + max(len(s) for s in senders.values()))
+        # What goes from one rank to another in a step is one message.
+        pairs = {(source, to) for source, to, _ in step}
+        total.messages += max(sum(rank in pair for pair in pairs) for rank in range(ranks))
     everyone = set(range(ranks))
     assert all(block == everyone for row in held for block in row)
     return total
@@ -104,6 +108,7 @@ def check(collective: Collective, totals: Totals) -> None:
     assert collective.reduced == pytest.approx(totals.reduced)
     assert collective.accessed == pytest.approx(totals.accessed)
     assert max(width for _, width in collective.traffic) == totals.width
+    assert collective.messages == totals.messages
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 7])
@@ -135,6 +140,7 @@ def test_halving_doubling_folds_the_rest(n: int) -> None:
     assert collective.traffic == ((pytest.approx(alone.traffic + 2), 2),)
     assert collective.reduced == pytest.approx(alone.reduced + 1)
     assert collective.accessed == pytest.approx(alone.accessed + 3)
+    assert collective.messages == alone.messages + 2
 
 
 @pytest.mark.parametrize("n", [2, 3, 6])

@@ -50,13 +50,19 @@ def runs_of(model: GenModel, noise: float = 0.0, seed: int = 0, sizes=SIZES) -> 
     st.floats(0.01, 1),
     st.floats(0.02, 1),
     st.integers(2, 7),
+    st.floats(0, 1),
 )
-def test_exact_times_give_the_constants_back(alpha, beta, gamma, delta, epsilon, threshold) -> None:
-    true = GenModel(alpha, beta, gamma * beta, delta * beta, epsilon * beta, threshold)
+def test_exact_times_give_the_constants_back(
+    alpha, beta, gamma, delta, epsilon, threshold, message
+) -> None:
+    true = GenModel(
+        alpha, beta, gamma * beta, delta * beta, epsilon * beta, threshold, message * alpha
+    )
     fit = fit_model(runs_of(true))
     assert fit.incast_threshold == threshold
     found = fit.model
     assert found.alpha_s == pytest.approx(alpha, rel=1e-5)
+    assert found.message_s == pytest.approx(message * alpha, rel=1e-5, abs=1e-6 * alpha)
     for name in ("beta_s_per_byte", "gamma_s_per_byte", "delta_s_per_byte", "epsilon_s_per_byte"):
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-5)
     assert fit.error < fit.plain_error
@@ -82,6 +88,7 @@ def test_sizes_that_were_left_out_are_predicted_better_than_without_incast_and_m
     assert prediction_error(fit.model, unseen) < 0.02
     assert prediction_error(plain, unseen) > 3 * prediction_error(fit.model, unseen)
     assert (plain.gamma_s_per_byte, plain.delta_s_per_byte, plain.epsilon_s_per_byte) == (0, 0, 0)
+    assert plain.message_s == 0
 
 
 def test_nothing_is_fitted_below_zero() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from itertools import accumulate, combinations, pairwise, permutations, product
 
 import numpy as np
@@ -12,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.core.cluster import Cluster, Link, Node
-from trimtab.core.collectives import UNIT, Layout, NetworkTree, Step
+from trimtab.core.collectives import UNIT, Layout, NetworkTree, Schedule, Step
 from trimtab.core.collectives.combine import exchange, folded, ring, staged
+from trimtab.core.collectives.programme import programme
 from trimtab.core.cost import (
     Constants,
     GenModel,
@@ -37,6 +39,7 @@ MODEL = GenModel(4e-3, 0.8e-9, 1e-10, 1e-10, 0.05e-9, 9)
 CONSTANTS = Constants(
     alpha_s=4e-3, gamma_s_per_byte=1e-10, delta_s_per_byte=1e-10, epsilon_ratio=1 / 16
 )
+FREE = Constants(alpha_s=0, delta_s_per_byte=0, epsilon_ratio=0)
 BANDWIDTH = 1 / 0.8e-9
 
 
@@ -68,6 +71,15 @@ def seconds(network: NetworkTree, steps: list[Step], payload_bytes: float) -> fl
     return PlanEvaluator(network, CONSTANTS).cost(steps).seconds(payload_bytes)
 
 
+MESSAGE_S = 3e-5
+
+
+def with_messages(width: str = "rate") -> tuple[GenModel, Constants]:
+    """Both forms, with what a message costs too."""
+    constants = CONSTANTS.model_copy(update={"message_s": MESSAGE_S, "width": width})
+    return replace(MODEL, message_s=MESSAGE_S), constants
+
+
 factors = st.lists(st.integers(2, 6), min_size=1, max_size=4).filter(lambda f: math.prod(f) <= 200)
 modes = st.sampled_from(["rate", "ports", "sources"])
 
@@ -75,9 +87,9 @@ modes = st.sampled_from(["rate", "ports", "sources"])
 @given(factors, modes, st.floats(1, 1e9))
 def test_staged_exchange_on_a_star_is_its_closed_form(factors, width, payload) -> None:
     n = math.prod(factors)
-    evaluator = PlanEvaluator(tree([n]), CONSTANTS.model_copy(update={"width": width}))
-    cost = evaluator.cost(staged(whole(n), factors)[0])
-    expected = MODEL.seconds(hierarchical_ps(factors), payload)
+    model, constants = with_messages(width)
+    cost = PlanEvaluator(tree([n]), constants).cost(staged(whole(n), factors)[0])
+    expected = model.seconds(hierarchical_ps(factors), payload)
     assert cost.seconds(payload) == pytest.approx(expected, rel=1e-12)
     assert cost.rounds == 2 * len(factors)
     assert cost.width == max(factors)
@@ -85,9 +97,9 @@ def test_staged_exchange_on_a_star_is_its_closed_form(factors, width, payload) -
 
 @given(st.integers(2, 60), modes, st.floats(1, 1e9))
 def test_ring_on_a_star_is_its_closed_form(n, width, payload) -> None:
-    evaluator = PlanEvaluator(tree([n]), CONSTANTS.model_copy(update={"width": width}))
-    cost = evaluator.cost([ring(whole(n))[0]])
-    assert cost.seconds(payload) == pytest.approx(MODEL.seconds(ring_cost(n), payload), rel=1e-9)
+    model, constants = with_messages(width)
+    cost = PlanEvaluator(tree([n]), constants).cost([ring(whole(n))[0]])
+    assert cost.seconds(payload) == pytest.approx(model.seconds(ring_cost(n), payload), rel=1e-9)
 
 
 @given(st.integers(3, 40), st.floats(1, 1e9))
@@ -96,8 +108,10 @@ def test_halving_doubling_on_a_star_is_its_closed_form(n, payload) -> None:
     extras = list(range(2**power, n))
     twos = [2] * power
     steps = folded(whole(n), extras, twos)[0] if extras else staged(whole(n), twos)[0]
-    expected = MODEL.seconds(halving_doubling(n), payload)
-    assert seconds(tree([n]), steps, payload) == pytest.approx(expected, rel=1e-9)
+    model, constants = with_messages()
+    cost = PlanEvaluator(tree([n]), constants).cost(steps)
+    expected = model.seconds(halving_doubling(n), payload)
+    assert cost.seconds(payload) == pytest.approx(expected, rel=1e-9)
 
 
 @given(st.integers(2, 20))
@@ -106,6 +120,9 @@ def test_reduce_broadcast_on_a_star_has_no_incast_on_its_way_back(n) -> None:
     expected = MODEL.seconds(reduce_broadcast(n), 1e6)
     spared = (n - 1) * 1e6 * max(n - 9, 0) * MODEL.epsilon_s_per_byte
     assert seconds(tree([n]), steps, 1e6) == pytest.approx(expected - spared, rel=1e-9)
+    _, constants = with_messages()
+    more_s = PlanEvaluator(tree([n]), constants).cost(steps).seconds(1e6) - expected + spared
+    assert more_s == pytest.approx(reduce_broadcast(n).messages * MESSAGE_S, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -215,13 +232,39 @@ def test_steps_on_trees_cost_what_their_messages_cost(leaves, factors, width) ->
             assert cost.width == widest
 
 
+@given(st.integers(2, 24), st.data())
+def test_messages_are_those_that_ranks_send(n, data) -> None:
+    """Each round costs what its busiest rank sends and receives; a chunk sends it all again."""
+    factors = data.draw(st.lists(st.integers(2, 6), min_size=1, max_size=3))
+    shares = data.draw(st.lists(st.sampled_from([0.0, 1.0, 2.5]), min_size=n, max_size=n))
+    folds = data.draw(st.integers(0, (n - 1) // 2))
+    core = data.draw(st.sampled_from([(), (n - folds,)]))
+    kinds = [
+        staged(whole(n), factors)[0],
+        [ring(whole(n))[0]],
+        [exchange(whole(n), shares if any(shares) else None)[0]],
+        *([folded(whole(n), range(1, 2 * folds, 2), core)[0]] if folds else []),
+    ]
+    steps = data.draw(st.sampled_from(kinds))
+    rounds = defaultdict(lambda: [0] * n)
+    for rank in range(n):
+        for turn in programme(Schedule.of(n, steps), rank):
+            rounds[turn.phase, turn.step, turn.round][rank] += len(turn.sends) + len(turn.receives)
+    expected_s = MESSAGE_S * sum(max(each) for each in rounds.values())
+    network = tree([n])
+    bare, dear = (
+        PlanEvaluator(network, given).cost(steps) for given in (CONSTANTS, with_messages()[1])
+    )
+    assert dear.latency_s - bare.latency_s == pytest.approx(expected_s, rel=1e-9, abs=1e-15)
+    assert dear.chunk_s - bare.chunk_s == pytest.approx(expected_s, rel=1e-9, abs=1e-15)
+
+
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=5), st.floats(0.1, 20), st.data())
 def test_no_plan_beats_the_cut_bound(leaves, faster, data) -> None:
     network = tree(leaves, uplink=faster * BANDWIDTH)
     n = sum(leaves)
     bound = cut_bound_s_per_byte(network)
-    free = Constants(alpha_s=0, delta_s_per_byte=0, epsilon_ratio=0)
-    evaluator = PlanEvaluator(network, free)
+    evaluator = PlanEvaluator(network, FREE)
     factors = data.draw(st.lists(st.integers(2, 6), min_size=1, max_size=3))
     for steps in (staged(whole(n), factors)[0], [ring(whole(n))[0]]):
         cost = evaluator.cost(steps)

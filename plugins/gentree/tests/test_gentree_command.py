@@ -186,7 +186,10 @@ def test_fitted_constants_are_planned_with(cluster: str, tmp_path: Path) -> None
     """As ``trimtab profile network --constants`` writes them."""
     term = {"value": 1e-3, "low": 9e-4, "high": 2e-3}
     names = ("alpha_s", "beta_s_per_byte", "gamma_s_per_byte", "delta_s_per_byte")
-    fit = {**dict.fromkeys((*names, "epsilon_s_per_byte"), term), "incast_threshold": 3}
+    fit = {
+        **dict.fromkeys((*names, "epsilon_s_per_byte", "message_s"), term),
+        "incast_threshold": 3,
+    }
     fitted = ModelFit.model_validate({**fit, "error": 0.04, "plain_error": 0.1, "runs": 60})
     path = tmp_path / "constants.yaml"
     Constants(alpha_s=1e-3, beta_ratio=2.0, incast_threshold=3, fitted=fitted).write(path)

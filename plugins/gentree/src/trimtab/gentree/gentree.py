@@ -207,6 +207,7 @@ class GenTree:
             given.delta_s_per_byte or 0.0,
             beta * given.epsilon_ratio,
             given.incast_threshold,
+            given.message_s,
         )
         most = TRIED if self._tree.size <= LARGE else TRIED_LARGE
         return schemes(len(betas), self._payload, model, betas, most)
@@ -236,7 +237,7 @@ class GenTree:
         children = self._tree.children[point]
         first, _ = self._tree.spans[point]
         offsets = [self._tree.spans[child][0] - first for child in children]
-        yield _Together.of(chosen, offsets, self._constants.alpha_s)
+        yield _Together.of(chosen, offsets)
         smallest = min(len(set(growth.layout.owners.tolist())) for growth in chosen)
         counts = [self._fewest(child) for child in children] + [smallest]
         for few in sorted(set(counts)):
@@ -251,7 +252,7 @@ class GenTree:
                 for child, growth in zip(children, chosen, strict=True)
             ]
             if any(after is not before for after, before in zip(moved, chosen, strict=True)):
-                yield _Together.of(moved, offsets, self._constants.alpha_s)
+                yield _Together.of(moved, offsets)
 
     def _fewest(self, child: int) -> int:
         """The fewest ranks that fill a point's link up; all if its own ranks are no faster."""
@@ -273,7 +274,7 @@ class GenTree:
         if moved is None:
             return growth
         step, layout = moved
-        below = _Together.of([growth], [0], self._constants.alpha_s, own_point=False)
+        below = _Together.of([growth], [0], own_point=False)
         name = f"concentrate on {few}"
         return self._with(child, below, [step], layout, name)
 
@@ -334,7 +335,7 @@ class _Together:
         parties: their layouts.
         choices: of one of each kind.
         latency_s, slope, rounds, width: of the slowest.
-        alpha_s: of a further chunk.
+        chunk_s: of a further chunk.
         up, down, memory: as in `Growth`, of the point above.
     """
 
@@ -345,7 +346,7 @@ class _Together:
     slope: float
     rounds: int
     width: int
-    alpha_s: float
+    chunk_s: float
     up: Floats
     down: Floats
     memory: Floats
@@ -355,7 +356,6 @@ class _Together:
         cls,
         chosen: Sequence[Growth],
         offsets: Sequence[int],
-        alpha_s: float,
         *,
         own_point: bool = True,
     ) -> _Together:
@@ -371,7 +371,7 @@ class _Together:
             max(growth.cost.seconds_per_byte for growth in chosen),
             max(growth.cost.rounds for growth in chosen),
             max(growth.cost.width for growth in chosen),
-            alpha_s,
+            max(growth.cost.chunk_s for growth in chosen),
             np.concatenate([*above, *(growth.up for growth in chosen)]),
             np.concatenate([*above, *(growth.down for growth in chosen)]),
             np.concatenate([growth.memory for growth in chosen]),
@@ -386,7 +386,7 @@ class _Together:
     def growth(self, layout: Layout) -> Growth:
         busy = max(self.up.max(), self.down.max(), self.memory.max())
         cost = PlanCost(
-            self.rounds, self.latency_s, self.slope, float(busy), self.alpha_s, self.width
+            self.rounds, self.latency_s, self.slope, float(busy), self.chunk_s, self.width
         )
         return Growth(self.steps, layout, self.choices, cost, self.up, self.down, self.memory)
 
@@ -410,6 +410,7 @@ class _Together:
             latency_s=self.latency_s + sum(c.latency_s for c in costs),
             slope=self.slope + sum(c.seconds_per_byte for c in costs),
             rounds=self.rounds + sum(c.rounds for c in costs),
+            chunk_s=self.chunk_s + sum(c.messages_s for c in costs),
             width=max(self.width, *(c.width for c in costs)),
             up=self.up + sum(c.up_busy[points] for c in costs),
             down=self.down + sum(c.down_busy[points] for c in costs),

@@ -165,14 +165,16 @@ class GridCosts:
         self._links = np.zeros((len(self._grids), MOST_STAGES, *links.shape[1:]))
         self._memory = np.zeros((len(self._grids), MOST_STAGES, memory.shape[1]))
         self._latency_s = np.zeros(len(self._grids))
+        self._messages_s = np.zeros(len(self._grids))
         for number, grid in enumerate(self._grids):
             left = 1.0
             for place, stage in enumerate(grid.stages):
                 self._links[number, place] = left * links[row[stage]]
                 self._memory[number, place] = left * memory[row[stage]]
                 self._latency_s[number] += sum(cost.latency_s for cost in costs[row[stage]])
+                self._messages_s[number] += sum(cost.messages_s for cost in costs[row[stage]])
                 left /= prod(stage)
-        times_s = self._seconds(self._links, self._memory, self._latency_s)
+        times_s = self._seconds(self._links, self._memory, self._latency_s, self._messages_s)
         self._ranked = np.argsort(times_s, kind="stable")
 
     def best(self, count: int) -> list[Grid]:
@@ -224,6 +226,7 @@ class GridCosts:
             links[0] + along[:, None, None, None] * (links[1] - links[0]),
             memory[0] + along[:, None, None] * (memory[1] - memory[0]),
             sum(cost.latency_s for cost in costs[0]),
+            sum(cost.messages_s for cost in costs[0]),
         )
         best = int(times_s.argmin())
         return float(times_s[best]), replace(pair, share=round(SHARES * float(FINE[best])))
@@ -243,18 +246,32 @@ class GridCosts:
         links = share * self._links[one] + (1 - share) * np.roll(
             self._links[others], behind, axis=1
         )
-        return self._seconds(links, memory, self._latency_s[one])
+        further_s = self._messages_s[others]
+        latency_s = self._latency_s[one] + further_s
+        return self._seconds(links, memory, latency_s, self._messages_s[one] + further_s)
 
-    def _seconds(self, links: Floats, memory: Floats, latency_s: Floats | float) -> Floats:
-        """The times of plans by what their stages cost (…, stages, phases, links)."""
+    def _seconds(
+        self,
+        links: Floats,
+        memory: Floats,
+        latency_s: Floats | float,
+        messages_s: Floats | float,
+    ) -> Floats:
+        """The times of plans by what their stages cost (…, stages, phases, links).
+
+        Args:
+            links, memory: how long each is busy for each byte.
+            latency_s: of all rounds and messages.
+            messages_s: of the messages, which each further chunk sends again.
+        """
         slope = links.max(axis=-1).sum(axis=(-1, -2)) + memory.max(axis=-1).sum(axis=-1)
         busy = np.maximum(links.sum(axis=(-3, -2)).max(axis=-1), memory.sum(axis=-2).max(axis=-1))
-        alpha_s = self._evaluator.constants.alpha_s
+        chunk_s = self._evaluator.constants.alpha_s + messages_s
         best = np.full(slope.shape, np.inf)
         chunks = 1
         while chunks <= self._most_chunks:
             part = self._payload / chunks
-            following = (chunks - 1) * (alpha_s + part * busy)
+            following = (chunks - 1) * (chunk_s + part * busy)
             best = np.minimum(best, latency_s + part * slope + following)
             chunks *= 2
         return best

@@ -6,7 +6,7 @@ tree, and `trimtab.hosts.torch` runs it.
 
 from trimtab.core.collectives.check import PlanFault, check_plan
 from trimtab.core.collectives.network_tree import NetworkTree
-from trimtab.core.collectives.programme import Receive, Send, Sum, Turn, programme
+from trimtab.core.collectives.programme import Receive, Send, Sum, Turn, programme, waves
 from trimtab.core.collectives.schedule import UNIT, Layout, Schedule, Step
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "Turn",
     "check_plan",
     "programme",
+    "waves",
 ]

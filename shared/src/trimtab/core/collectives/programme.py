@@ -47,6 +47,7 @@ class Turn:
 
     Attributes:
         phase, step, round: where in the plan it is.
+        place: which round of the plan it is, counted from 0 and with those in which the rank rests.
         sends, receives: the messages.
         sums: what is added up once they are there.
     """
@@ -54,6 +55,7 @@ class Turn:
     phase: Phase
     step: int
     round: int
+    place: int
     sends: list[Send] = field(default_factory=list)
     receives: list[Receive] = field(default_factory=list)
     sums: list[Sum] = field(default_factory=list)
@@ -65,18 +67,46 @@ def programme(schedule: Schedule, rank: int) -> list[Turn]:
         [g for g in groups if rank in g.senders or (g.owners is not None and rank in g.owners)]
         for groups in schedule.steps
     ]
+    lengths = [_rounds(groups) for groups in schedule.steps]
+    order: list[tuple[Phase, int]] = [("reduce-scatter", step) for step in range(len(mine))]
+    order += [("all-gather", step) for step in reversed(range(len(mine)))]
     turns: list[Turn] = []
-    for step, groups in enumerate(mine):
-        turns += _turns("reduce-scatter", step, groups, rank)
-    for step in range(len(mine) - 1, -1, -1):
-        turns += _turns("all-gather", step, mine[step], rank)
+    place = 0
+    for phase, step in order:
+        turns += _turns(phase, step, place, mine[step], rank)
+        place += lengths[step]
     return turns
 
 
-def _turns(phase: Phase, step: int, groups: Sequence[GroupDocument], rank: int) -> Iterator[Turn]:
-    rounds = max((len(g.senders) - 1 if g.ring else 1 for g in groups), default=0)
-    for number in range(rounds):
-        turn = Turn(phase, step, number)
+def waves(turns: Sequence[Turn], chunks: int) -> list[list[tuple[int, int]]]:
+    """What a rank does at the same time if chunks of the payload follow one another.
+
+    A chunk is one round behind the chunk before it. Rounds are those of the plan: ranks that rest
+    in some would else wait for one another's later chunks for ever.
+
+    Args:
+        turns: of the rank.
+        chunks: how many there are.
+
+    Returns:
+        For each wave the chunks that are under way, and which turn each is in.
+    """
+    found: dict[int, list[tuple[int, int]]] = {}
+    for index, turn in enumerate(turns):
+        for chunk in range(chunks):
+            found.setdefault(turn.place + chunk, []).append((chunk, index))
+    return [sorted(found[wave]) for wave in sorted(found)]
+
+
+def _rounds(groups: Sequence[GroupDocument]) -> int:
+    return max((len(g.senders) - 1 if g.ring else 1 for g in groups), default=0)
+
+
+def _turns(
+    phase: Phase, step: int, place: int, groups: Sequence[GroupDocument], rank: int
+) -> Iterator[Turn]:
+    for number in range(_rounds(groups)):
+        turn = Turn(phase, step, number, place + number)
         for group in groups:
             if group.ring:
                 if number < len(group.senders) - 1:

@@ -3,6 +3,9 @@
 ``T = A·α + B·β + C·γ + D·δ + max(w - w_t, 0)·B·ε``: rounds, bytes through the busiest port, bytes
 reduced and bytes accessed by the busiest rank, and the bytes that arrive in an incast of width
 ``w``. A width counts the receiver: ``w - 1`` ranks send to one.
+
+To these a message may add what its sender and its receiver do for it, whatever its size: LogP's
+overhead ``o``, which the paper leaves out and which many small messages are made of.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ class GenModel:
         delta_s_per_byte: one byte read or written by a reduction.
         epsilon_s_per_byte: per sender in excess of the threshold.
         incast_threshold: the largest width that costs nothing extra.
+        message_s: what a rank does for each message that it sends or receives (o).
     """
 
     alpha_s: float
@@ -33,6 +37,7 @@ class GenModel:
     delta_s_per_byte: float = 0.0
     epsilon_s_per_byte: float = 0.0
     incast_threshold: int = 2
+    message_s: float = 0.0
 
     def seconds(self, collective: Collective, payload_bytes: float) -> float:
         """How long an AllReduce of so many bytes on each rank takes."""
@@ -42,7 +47,8 @@ class GenModel:
         for share, width in collective.traffic:
             excess = max(width - self.incast_threshold, 0)
             per_byte += share * (self.beta_s_per_byte + excess * self.epsilon_s_per_byte)
-        return collective.rounds * self.alpha_s + payload_bytes * per_byte
+        latency_s = collective.rounds * self.alpha_s + collective.messages * self.message_s
+        return latency_s + payload_bytes * per_byte
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +61,21 @@ class Collective:
             of the incast that it arrives in.
         reduced: C.
         accessed: D.
+        messages: that the busiest rank sends and receives, whatever the payload.
     """
 
     rounds: int
     traffic: tuple[tuple[float, int], ...]
     reduced: float
     accessed: float
+    messages: int = 0
 
 
 def ring(ranks: int) -> Collective:
     """Reduce-scatter and all-gather around a ring."""
     share = _share(ranks)
-    return Collective(2 * (ranks - 1), ((2 * share, 2),), share, 3 * share)
+    rounds = 2 * (ranks - 1)
+    return Collective(rounds, ((2 * share, 2),), share, 3 * share, 2 * rounds)
 
 
 def reduce_broadcast(ranks: int) -> Collective:
@@ -74,7 +83,11 @@ def reduce_broadcast(ranks: int) -> Collective:
     _share(ranks)
     others = ranks - 1
     return Collective(
-        2 * min(others, 1), ((2.0 * others, ranks),), others, (ranks + 1) * (others > 0)
+        2 * min(others, 1),
+        ((2.0 * others, ranks),),
+        others,
+        (ranks + 1) * (others > 0),
+        2 * others,
     )
 
 
@@ -85,8 +98,10 @@ def halving_doubling(ranks: int) -> Collective:
     core = 2**stages
     share = _share(core)
     if core == ranks:
-        return Collective(2 * stages, ((2 * share, 2),), share, 3 * share)
-    return Collective(2 * stages + 2, ((2 * share + 2, 2),), share + 1, 3 * share + 3)
+        return Collective(2 * stages, ((2 * share, 2),), share, 3 * share, 4 * stages)
+    return Collective(
+        2 * stages + 2, ((2 * share + 2, 2),), share + 1, 3 * share + 3, 4 * stages + 2
+    )
 
 
 def co_located_ps(ranks: int) -> Collective:
@@ -112,6 +127,7 @@ def hierarchical_ps(factors: Sequence[int]) -> Collective:
         traffic=tuple((2 * s, f) for s, f in zip(shares, groups, strict=True)),
         reduced=sum(shares),
         accessed=sum((f + 1) / f * size for f, size in zip(groups, left, strict=True)),
+        messages=sum(4 * (f - 1) for f in groups),
     )
 
 

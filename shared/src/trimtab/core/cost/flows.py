@@ -48,6 +48,7 @@ class Flows:
             payload's `UNIT` (V).
         tiers: what the widths are counted from, from the root's children down.
         source, source_group: the ranks that send and their groups.
+        exchanged: the messages themselves.
         sums: for each part that is added up the operands, the size and the rank.
     """
 
@@ -56,7 +57,12 @@ class Flows:
     tiers: list[_Tier]
     source: Ints
     source_group: Ints
+    exchanged: _Messages
     sums: tuple[Ints, Floats, Ints]
+
+    def messages(self, ranks: int) -> Ints:
+        """How many messages each rank sends and receives, either way round (N)."""
+        return self.exchanged.of_each(ranks)
 
     @classmethod
     def of(cls, tree: NetworkTree, step: Step, first: int, *, gather: bool) -> Flows:
@@ -82,7 +88,7 @@ class Flows:
         )
         source, source_group = owners if gather else senders
         sums = (messages.operands, messages.size, messages.owner)
-        return cls(up, down, tiers, source, source_group, sums)
+        return cls(up, down, tiers, source, source_group, messages, sums)
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,20 @@ class _Messages:
         return np.array_equal(self.sender, self.owner) and np.array_equal(
             self.sender_group, self.owner_group
         )
+
+    def of_each(self, ranks: int) -> Ints:
+        """How many messages each rank sends or receives: one for each part that another owns (N).
+
+        What a rank owns of its own group's is no message.
+        """
+        parts = np.bincount(self.owner_group, minlength=self.groups)
+        senders = np.bincount(self.sender_group, minlength=self.groups)
+        sent = np.bincount(self.sender, parts[self.sender_group], minlength=ranks)
+        received = np.bincount(self.owner, senders[self.owner_group], minlength=ranks)
+        own = self.owner_group * ranks + self.owner
+        kept = np.isin(own, self.sender_group * ranks + self.sender)
+        found: Ints = np.rint(sent + received).astype(np.int64)
+        return found - 2 * np.bincount(self.owner[kept], minlength=ranks)
 
     @classmethod
     def of(cls, step: Step, first: int) -> _Messages:

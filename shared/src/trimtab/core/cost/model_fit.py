@@ -1,4 +1,4 @@
-"""GenModel's five terms from collectives that were timed: non-negative least squares.
+"""GenModel's terms from collectives that were timed: non-negative least squares.
 
 Each run is a row of a linear model once the incast threshold is fixed, weighted by the inverse of
 its time so that relative errors count. Runs of sums alone tell apart what an AllReduce shows only
@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 CONFIDENCE = 0.95
 RESAMPLES = 200
 LEAST_RUNS = 8
-"""Fewer runs do not tell five constants apart."""
+"""Fewer runs do not tell the constants apart."""
 
 TERMS = (
     "alpha_s",
@@ -33,6 +33,7 @@ TERMS = (
     "gamma_s_per_byte",
     "delta_s_per_byte",
     "epsilon_s_per_byte",
+    "message_s",
 )
 
 
@@ -95,6 +96,7 @@ class ModelFit(Document):
     Attributes:
         alpha_s, beta_s_per_byte, gamma_s_per_byte, delta_s_per_byte, epsilon_s_per_byte: the five
             terms, with intervals from resampling the runs.
+        message_s: likewise what a message costs its sender and its receiver.
         incast_threshold: the largest width that costs nothing extra.
         error: mean relative error on runs whose number of ranks was left out of the fit.
         plain_error: that of the model of latency and bandwidth alone.
@@ -106,6 +108,7 @@ class ModelFit(Document):
     gamma_s_per_byte: Interval
     delta_s_per_byte: Interval
     epsilon_s_per_byte: Interval
+    message_s: Interval
     incast_threshold: int
     error: float
     plain_error: float
@@ -118,7 +121,7 @@ class ModelFit(Document):
 
 
 def fit_model(runs: Sequence[Run], *, seed: int = 0) -> ModelFit:
-    """Fits all five terms and the threshold.
+    """Fits all terms and the threshold.
 
     Args:
         runs: at least `LEAST_RUNS`, of several sizes and numbers of ranks.
@@ -184,8 +187,8 @@ def _check(runs: Sequence[Run]) -> None:
 
 
 def _model(values: Sequence[float] | Floats, threshold: int) -> GenModel:
-    alpha, beta, gamma, delta, epsilon = (float(value) for value in values)
-    return GenModel(alpha, beta, gamma, delta, epsilon, threshold)
+    alpha, beta, gamma, delta, epsilon, message = (float(value) for value in values)
+    return GenModel(alpha, beta, gamma, delta, epsilon, threshold, message)
 
 
 class _Rows:
@@ -205,7 +208,7 @@ class _Rows:
         return range(2, max(widest, 2) + 1)
 
     def solve(self, threshold: int | None, indices: NDArray[np.int64]) -> Floats:
-        """The five constants by some of the runs; α and β alone without a threshold."""
+        """The constants by some of the runs; α and β alone without a threshold."""
         from scipy.optimize import nnls
 
         rows = self._matrix(threshold)[indices]
@@ -239,8 +242,9 @@ class _Rows:
                 sum(share * max(width - (threshold or width), 0) for share, width in c.traffic)
                 for c in self._collectives
             ],
+            [float(c.messages * full) for c in self._collectives],
         ]
         matrix: Floats = np.array(columns, dtype=np.float64).T
-        matrix[:, 1:] *= self._payload[:, None]
+        matrix[:, 1:-1] *= self._payload[:, None]
         weighted: Floats = matrix * self._inverse[:, None]
         return weighted

@@ -47,6 +47,7 @@ class Constants(Document):
         delta_s_per_byte: one byte read or written by a sum; None for what the devices' memory says.
         epsilon_ratio: ε as a share of the link's β, for each sender beyond the threshold.
         incast_threshold: the largest width that costs nothing extra; a width counts the receiver.
+        message_s: what a rank does for each message that it sends or receives (LogP's overhead o).
         width: what meets in a link's queue. ``sources``: the ranks whose data cross it; ``ports``:
             the ports of the switch that feed it; ``rate``: how often these ports' rates hold the
             link's own.
@@ -59,6 +60,7 @@ class Constants(Document):
     delta_s_per_byte: float | None = Field(None, ge=0)
     epsilon_ratio: float = Field(1 / 16, ge=0)
     incast_threshold: int = Field(9, ge=2)
+    message_s: Seconds = Field(0.0, ge=0)
     width: Width = "rate"
     fitted: ModelFit | None = None
 
@@ -88,6 +90,7 @@ class Constants(Document):
             delta_s_per_byte=fit.delta_s_per_byte.value,
             epsilon_ratio=fit.epsilon_s_per_byte.value / fitted,
             incast_threshold=fit.incast_threshold,
+            message_s=fit.message_s.value,
             fitted=fit,
         )
 
@@ -109,7 +112,8 @@ class ExchangeCost:
 
     Attributes:
         rounds: of communication.
-        latency_s: of all rounds, whatever the payload.
+        latency_s: of all rounds and their messages, whatever the payload.
+        messages_s: of it, what the busiest rank of each round does for its messages.
         seconds_per_byte: of its messages and sums.
         up_busy, down_busy: seconds for each byte that the links to the parents are busy (V).
         memory_busy: likewise each rank's memory (N).
@@ -118,6 +122,7 @@ class ExchangeCost:
 
     rounds: int
     latency_s: float
+    messages_s: float
     seconds_per_byte: float
     up_busy: Floats
     down_busy: Floats
@@ -131,10 +136,10 @@ class PlanCost:
 
     Attributes:
         rounds: A.
-        latency_s: of all rounds.
+        latency_s: of all rounds and their messages.
         seconds_per_byte: of the steps one after the other.
         busy_s_per_byte: how long the busiest link or memory is in use.
-        alpha_s: what a further chunk costs.
+        chunk_s: what a further chunk costs whatever its size: a round, and all messages once more.
         width: the widest incast.
     """
 
@@ -142,13 +147,13 @@ class PlanCost:
     latency_s: float
     seconds_per_byte: float
     busy_s_per_byte: float
-    alpha_s: float
+    chunk_s: float
     width: int
 
     def seconds(self, payload_bytes: float, chunks: int = 1) -> float:
         """How long it takes with so many bytes on each rank."""
         part = payload_bytes / chunks
-        following = (chunks - 1) * (self.alpha_s + part * self.busy_s_per_byte)
+        following = (chunks - 1) * (self.chunk_s + part * self.busy_s_per_byte)
         return self.latency_s + part * self.seconds_per_byte + following
 
     def best_chunks(self, payload_bytes: float) -> int:
@@ -198,7 +203,7 @@ class PlanEvaluator:
     def step(self, step: Step, *, gather: bool = False) -> ExchangeCost:
         """What one step costs."""
         points, leaves = len(self.tree.names), self.tree.size
-        latency_s, slope, width = 0.0, 0.0, 1
+        latency_s, messages_s, slope, width = 0.0, 0.0, 0.0, 1
         up, down = np.zeros(points), np.zeros(points)
         memory = np.zeros(leaves)
         lengths = _round_lengths(step)
@@ -208,12 +213,15 @@ class PlanEvaluator:
             sums = np.zeros(leaves) if gather else self._sums(flows)
             rounds = last - first
             latency_s += rounds * self._latency_s(flows)
+            messages_s += rounds * self._messages_s(flows)
             slope += rounds * (max(ups.max(), downs.max()) + sums.max())
             up += rounds * ups
             down += rounds * downs
             memory += rounds * sums
             width = max(width, widest)
-        return ExchangeCost(lengths[-1], latency_s, slope, up, down, memory, width)
+        return ExchangeCost(
+            lengths[-1], latency_s + messages_s, messages_s, slope, up, down, memory, width
+        )
 
     def _busy(self, flows: Flows) -> tuple[Floats, Floats, int]:
         """Seconds for each byte of the payload that each link is busy, and the widest incast."""
@@ -232,6 +240,11 @@ class PlanEvaluator:
         """The longest way that a message may have gone: the slowest links of each depth."""
         used = np.where((flows.up > 0) | (flows.down > 0), self.tree.latency_s, 0.0)
         return self.constants.alpha_s + 2 * float(sum(used[points].max() for points in self._tiers))
+
+    def _messages_s(self, flows: Flows) -> float:
+        """What the rank with the most messages of a round does for them."""
+        each_s = self.constants.message_s
+        return each_s * float(flows.messages(self.tree.size).max()) if each_s else 0.0
 
     @cached_property
     def _tiers(self) -> list[NDArray[np.int64]]:
@@ -260,6 +273,7 @@ def total(costs: Sequence[ExchangeCost], alpha_s: float) -> PlanCost:
     """The cost of steps one after the other."""
     if not costs:
         return PlanCost(0, 0.0, 0.0, 0.0, alpha_s, 1)
+    chunk_s = alpha_s + sum(c.messages_s for c in costs)
     busy = max(
         float(sum(c.up_busy for c in costs).max()),  # type: ignore[union-attr]
         float(sum(c.down_busy for c in costs).max()),  # type: ignore[union-attr]
@@ -270,7 +284,7 @@ def total(costs: Sequence[ExchangeCost], alpha_s: float) -> PlanCost:
         sum(c.latency_s for c in costs),
         sum(c.seconds_per_byte for c in costs),
         busy,
-        alpha_s,
+        chunk_s,
         max(c.width for c in costs),
     )
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimtab.core.collectives.network_tree import NetworkTree
-from trimtab.core.collectives.programme import Turn, programme
+from trimtab.core.collectives.programme import Turn, programme, waves
 from trimtab.core.collectives.schedule import UNIT, Schedule
 from trimtab.core.cost.plan_cost import Constants, memory_s_per_byte
 
@@ -66,12 +66,12 @@ class _Rank:
     """Where a rank is in its programme.
 
     Attributes:
-        turns: of one chunk.
-        wave: which turns of the chunks are under way.
+        waves: the turns that are taken at the same time, each with its chunk.
+        wave: which of them is under way.
         open: messages of the wave that are not over.
     """
 
-    turns: list[Turn]
+    waves: list[list[tuple[int, Turn]]]
     wave: int = -1
     open: int = 0
 
@@ -93,9 +93,11 @@ class _Simulation:
         leaves: Sequence[int],
     ) -> None:
         self._tree, self._constants, self._leaves = tree, constants, leaves
-        self._chunks = schedule.chunks
         self._bytes_per_unit = payload_bytes / schedule.chunks / UNIT
-        self._ranks = [_Rank(programme(schedule, r)) for r in range(schedule.ranks)]
+        self._ranks = [
+            _Rank([[(c, turns[i]) for c, i in wave] for wave in waves(turns, schedule.chunks)])
+            for turns in (programme(schedule, rank) for rank in range(schedule.ranks))
+        ]
         self._memory = memory_s_per_byte(tree, constants)
         self._links = _Links(tree, constants)
         self._met: dict[_Key, _Meeting] = {}
@@ -139,20 +141,16 @@ class _Simulation:
         """Goes on to a rank's next wave, if there is one."""
         rank = self._ranks[number]
         rank.wave += 1
-        if not rank.turns or rank.wave == len(rank.turns) + self._chunks - 1:
+        if rank.wave == len(rank.waves):
             self._end_s = max(self._end_s, self._now_s)
             return
-        self._after(self._constants.alpha_s, lambda: self._post(number))
-
-    def _active(self, rank: _Rank) -> list[tuple[int, Turn]]:
-        """The chunks of a rank's wave and the turn of each."""
-        chunks = range(self._chunks)
-        turns = len(rank.turns)
-        return [(c, rank.turns[rank.wave - c]) for c in chunks if 0 <= rank.wave - c < turns]
+        messages = sum(len(turn.sends) + len(turn.receives) for _, turn in rank.waves[rank.wave])
+        begins_s = self._constants.alpha_s + messages * self._constants.message_s
+        self._after(begins_s, lambda: self._post(number))
 
     def _post(self, number: int) -> None:
         rank = self._ranks[number]
-        active = self._active(rank)
+        active = rank.waves[rank.wave]
         rank.open = sum(len(turn.sends) + len(turn.receives) for _, turn in active)
         for chunk, turn in active:
             gathers = int(turn.phase == "all-gather")
@@ -179,7 +177,7 @@ class _Simulation:
         rank = self._ranks[number]
         rank.open -= 1
         if rank.open == 0:
-            sums_s = sum(self._sums_s(number, turn) for _, turn in self._active(rank))
+            sums_s = sum(self._sums_s(number, turn) for _, turn in rank.waves[rank.wave])
             self._after(sums_s, lambda: self._begin(number))
 
     def _sums_s(self, number: int, turn: Turn) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trimtab.core.collectives import UNIT, Schedule, Turn, programme
+from trimtab.core.collectives import UNIT, Schedule, Turn, programme, waves
 from trimtab.core.errors import TrimtabError
 
 Combine = Callable[[torch.Tensor, torch.Tensor], None]
@@ -145,6 +145,10 @@ class _CutTurn:
     room: int
 
 
+_Wave = list[tuple[int, _CutTurn]]
+"""What is done at the same time: a turn of each piece that is under way."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Active:
     """A turn of one piece of the payload.
@@ -182,7 +186,7 @@ class PlanRunner:
     def __init__(self, base: Any, timeout: timedelta) -> None:
         self._base, self.timeout = base, timeout
         # With the turns themselves, so that no others can have their id.
-        self._cuts: OrderedDict[tuple[int, int], tuple[Sequence[Turn], list[_CutTurn]]] = (
+        self._cuts: OrderedDict[tuple[int, int, int], tuple[Sequence[Turn], list[_Wave]]] = (
             OrderedDict()
         )
         self._rooms = (_Room(), _Room())
@@ -213,23 +217,18 @@ class PlanRunner:
         # Sizes that differ between ranks must not meet: a longer message than expected ends gloo.
         tag = _TAG_BASE | (hash((call, length, data.element_size())) & 0xFFF) << 18
         pieces = [data[length * c // count : length * (c + 1) // count] for c in range(count)]
-        cuts = [self._cut(turns, piece.numel()) for piece in pieces]
-        waves = [
-            [
-                _Active(cuts[c][wave - c], pieces[c], tag, count, c)
-                for c in range(count)
-                if 0 <= wave - c < len(turns)
-            ]
-            for wave in range(len(turns) + count - 1)
+        actives = [
+            [_Active(turn, pieces[c], tag, count, c) for c, turn in wave]
+            for wave in self._cut(turns, length, count)
         ]
-        ahead = self._receive(waves, 0, data.dtype)
-        for wave, active in enumerate(waves):
+        ahead = self._receive(actives, 0, data.dtype)
+        for number, active in enumerate(actives):
             coming = ahead
             sends = [self._send(one) for one in active]
             # A message whose receiver is ready needs no further trip, so that the next ones are
             # asked for while these come. None comes too early: what an all-gather writes is a sum
             # of what this rank has sent from there, and operands have room of their own.
-            ahead = self._receive(waves, wave + 1, data.dtype)
+            ahead = self._receive(actives, number + 1, data.dtype)
             for one, (room, receives) in zip(active, coming, strict=True):
                 self._wait(receives)
                 for total in one.turn.sums:
@@ -240,12 +239,12 @@ class PlanRunner:
                 self._wait(pending)
 
     def _receive(
-        self, waves: Sequence[Sequence[_Active]], number: int, dtype: torch.dtype
+        self, actives: Sequence[Sequence[_Active]], number: int, dtype: torch.dtype
     ) -> list[tuple[torch.Tensor, _Pending]]:
         """Asks for the messages of a wave: the room for operands of each turn, and what comes."""
-        if number == len(waves):
+        if number == len(actives):
             return []
-        active = waves[number]
+        active = actives[number]
         rooms = self._rooms[number % 2].split([one.turn.room for one in active], dtype)
         return [(room, self._ask(one, room)) for one, room in zip(active, rooms, strict=True)]
 
@@ -278,11 +277,14 @@ class PlanRunner:
             except RuntimeError as error:
                 raise PeerLost(peer, _first_line(error)) from None
 
-    def _cut(self, turns: Sequence[Turn], length: int) -> list[_CutTurn]:
-        """The turns for a piece of so many elements; as a rule they were asked for before."""
-        key = (id(turns), length)
+    def _cut(self, turns: Sequence[Turn], length: int, count: int) -> list[_Wave]:
+        """The turns in elements of so many pieces; as a rule they were asked for before."""
+        key = (id(turns), length, count)
         if key not in self._cuts:
-            self._cuts[key] = (turns, _cut_turns(turns, length))
+            lengths = [length * (c + 1) // count - length * c // count for c in range(count)]
+            cuts = {each: _cut_turns(turns, each) for each in set(lengths)}
+            found = [[(c, cuts[lengths[c]][i]) for c, i in wave] for wave in waves(turns, count)]
+            self._cuts[key] = (turns, found)
             if len(self._cuts) > _KEPT_CUTS:
                 self._cuts.popitem(last=False)
         return self._cuts[key][1]

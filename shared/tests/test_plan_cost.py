@@ -256,7 +256,8 @@ def test_messages_are_those_that_ranks_send(n, data) -> None:
         PlanEvaluator(network, given).cost(steps) for given in (CONSTANTS, with_messages()[1])
     )
     assert dear.latency_s - bare.latency_s == pytest.approx(expected_s, rel=1e-9, abs=1e-15)
-    assert dear.chunk_s - bare.chunk_s == pytest.approx(expected_s, rel=1e-9, abs=1e-15)
+    assert dear.messages_s == pytest.approx(expected_s, rel=1e-9, abs=1e-15)
+    assert dear.seconds(0, 3) - bare.seconds(0, 3) == pytest.approx(3 * expected_s, rel=1e-9)
 
 
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=5), st.floats(0.1, 20), st.data())

@@ -10,12 +10,14 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from trimtab.core.cluster import Cluster
-from trimtab.core.collectives import NetworkTree, Schedule
+from trimtab.core.collectives import NetworkTree, Schedule, Step
 from trimtab.core.collectives.combine import ring
 from trimtab.core.collectives.schedule import Layout
 from trimtab.core.cost import Constants, PlanEvaluator
@@ -32,8 +34,11 @@ CONSTANTS_VARIABLE = "TRIMTAB_GENTREE_CONSTANTS"
 ALWAYS_VARIABLE = "TRIMTAB_GENTREE_ALWAYS"
 
 MARGIN = 0.1
-"""By how much a plan must be faster by the model: our executor takes a tenth longer for a ring than
-gloo's own."""
+"""By how much a plan must be faster by the model than gloo's ring, for which our executor takes a
+tenth longer, and than a ring, whose connections are never idle for long."""
+
+BASE_SEGMENTS = 2
+"""Gloo's ring sends each rank's share in two segments, so that one hides the other's rounds."""
 
 _SEARCH = Search(beside=False)
 """Two plans side by side send twice the messages, and GenModel charges nothing for a message; their
@@ -92,9 +97,9 @@ class GroupPlans:
     ) -> None:
         self._tree, self._order = tree, list(order)
         self._constants, self._always = constants, always
-        self._base = PlanEvaluator(tree, constants).cost(
-            [ring([Layout.whole(leaf) for leaf in self._order])[0]] if tree.size > 1 else []
-        )
+        evaluator = PlanEvaluator(tree, constants)
+        self._base = evaluator.cost(_ring(self._order))
+        self._ring = evaluator.cost(_ring(range(tree.size)))
         self._schedules: dict[int, Schedule | None] = {}
 
     def schedule(self, payload_bytes: int) -> Schedule | None:
@@ -110,16 +115,36 @@ class GroupPlans:
         choice = choose(
             self._tree, payload_bytes, self._constants, order=self._order, search=_SEARCH
         )
-        base_s = self._base.seconds(payload_bytes)
-        chosen = self._always or choice.seconds < (1 - MARGIN) * base_s
+        schedule, name, plan_s = choice.schedule, choice.switches[-1][1], choice.seconds
+        ring_s, base_s = self._ring.seconds(payload_bytes), self._base_s(payload_bytes)
+        if plan_s > (1 - MARGIN) * ring_s:
+            schedule, name, plan_s = self._ring_schedule(), "a ring in the network's order", ring_s
+        chosen = self._always or plan_s < (1 - MARGIN) * base_s
         log.info(
             "trimtab: %d bytes go by %s (%.3g s by the model, the base backend %.3g s)",
             payload_bytes,
-            choice.switches[-1][1] if chosen else "the base backend",
-            choice.seconds,
+            name if chosen else "the base backend",
+            plan_s,
             base_s,
         )
-        return choice.schedule if chosen else None
+        return schedule if chosen else None
+
+    def _ring_schedule(self) -> Schedule:
+        """A ring in which neighbours are near one another."""
+        rank_of = np.empty(self._tree.size, dtype=np.int64)
+        rank_of[self._order] = np.arange(self._tree.size)
+        steps = [step.renumbered(rank_of) for step in _ring(range(self._tree.size))]
+        return Schedule.of(self._tree.size, steps)
+
+    def _base_s(self, payload_bytes: int) -> float:
+        """What the base backend's ring takes: rounds and bytes of its segments overlap."""
+        parts = self._base.latency_s, payload_bytes * self._base.seconds_per_byte
+        return (sum(parts) + (BASE_SEGMENTS - 1) * max(parts)) / BASE_SEGMENTS
+
+
+def _ring(leaves: Iterable[int]) -> list[Step]:
+    parties = [Layout.whole(leaf) for leaf in leaves]
+    return [ring(parties)[0]] if len(parties) > 1 else []
 
 
 class BasePlans:

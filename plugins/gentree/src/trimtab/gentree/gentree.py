@@ -335,7 +335,8 @@ class _Together:
         parties: their layouts.
         choices: of one of each kind.
         latency_s, slope, rounds, width: of the slowest.
-        chunk_s: of a further chunk.
+        messages_s: of the slowest, for its messages.
+        alpha_s: of a further chunk.
         up, down, memory: as in `Growth`, of the point above.
     """
 
@@ -346,7 +347,8 @@ class _Together:
     slope: float
     rounds: int
     width: int
-    chunk_s: float
+    messages_s: float
+    alpha_s: float
     up: Floats
     down: Floats
     memory: Floats
@@ -371,7 +373,8 @@ class _Together:
             max(growth.cost.seconds_per_byte for growth in chosen),
             max(growth.cost.rounds for growth in chosen),
             max(growth.cost.width for growth in chosen),
-            max(growth.cost.chunk_s for growth in chosen),
+            max(growth.cost.messages_s for growth in chosen),
+            chosen[0].cost.alpha_s,
             np.concatenate([*above, *(growth.up for growth in chosen)]),
             np.concatenate([*above, *(growth.down for growth in chosen)]),
             np.concatenate([growth.memory for growth in chosen]),
@@ -381,12 +384,18 @@ class _Together:
     def of_leaves(cls, parties: list[Layout], points: int, alpha_s: float) -> _Together:
         nothing = np.zeros(points)
         idle = np.zeros(len(parties))
-        return cls([], parties, (), 0.0, 0.0, 0, 1, alpha_s, nothing, nothing, idle)
+        return cls([], parties, (), 0.0, 0.0, 0, 1, 0.0, alpha_s, nothing, nothing, idle)
 
     def growth(self, layout: Layout) -> Growth:
         busy = max(self.up.max(), self.down.max(), self.memory.max())
         cost = PlanCost(
-            self.rounds, self.latency_s, self.slope, float(busy), self.chunk_s, self.width
+            self.rounds,
+            self.latency_s,
+            self.slope,
+            float(busy),
+            self.alpha_s,
+            self.messages_s,
+            self.width,
         )
         return Growth(self.steps, layout, self.choices, cost, self.up, self.down, self.memory)
 
@@ -410,7 +419,7 @@ class _Together:
             latency_s=self.latency_s + sum(c.latency_s for c in costs),
             slope=self.slope + sum(c.seconds_per_byte for c in costs),
             rounds=self.rounds + sum(c.rounds for c in costs),
-            chunk_s=self.chunk_s + sum(c.messages_s for c in costs),
+            messages_s=self.messages_s + sum(c.messages_s for c in costs),
             width=max(self.width, *(c.width for c in costs)),
             up=self.up + sum(c.up_busy[points] for c in costs),
             down=self.down + sum(c.down_busy[points] for c in costs),
@@ -420,5 +429,5 @@ class _Together:
 
 
 def _leaf(alpha_s: float) -> Growth:
-    cost = PlanCost(0, 0.0, 0.0, 0.0, alpha_s, 1)
+    cost = PlanCost(0, 0.0, 0.0, 0.0, alpha_s, 0.0, 1)
     return Growth([], Layout.whole(0), (), cost, np.zeros(1), np.zeros(1), np.zeros(1))

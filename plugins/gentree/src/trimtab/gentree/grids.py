@@ -260,18 +260,19 @@ class GridCosts:
         """The times of plans by what their stages cost (…, stages, phases, links).
 
         Args:
-            links, memory: how long each is busy for each byte.
+            links: how long each is busy for each byte.
+            memory: likewise each rank's.
             latency_s: of all rounds and messages.
             messages_s: of the messages, which each further chunk sends again.
         """
         slope = links.max(axis=-1).sum(axis=(-1, -2)) + memory.max(axis=-1).sum(axis=-1)
         busy = np.maximum(links.sum(axis=(-3, -2)).max(axis=-1), memory.sum(axis=-2).max(axis=-1))
-        chunk_s = self._evaluator.constants.alpha_s + messages_s
+        alpha_s = self._evaluator.constants.alpha_s
         best = np.full(slope.shape, np.inf)
         chunks = 1
         while chunks <= self._most_chunks:
             part = self._payload / chunks
-            following = (chunks - 1) * (chunk_s + part * busy)
+            following = (chunks - 1) * (alpha_s + np.maximum(messages_s, part * busy))
             best = np.minimum(best, latency_s + part * slope + following)
             chunks *= 2
         return best

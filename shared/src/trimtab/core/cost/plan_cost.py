@@ -139,7 +139,8 @@ class PlanCost:
         latency_s: of all rounds and their messages.
         seconds_per_byte: of the steps one after the other.
         busy_s_per_byte: how long the busiest link or memory is in use.
-        chunk_s: what a further chunk costs whatever its size: a round, and all messages once more.
+        alpha_s: what a further chunk costs beside its messages and bytes.
+        messages_s: what the busiest rank of each round does for its messages, once for each chunk.
         width: the widest incast.
     """
 
@@ -147,14 +148,18 @@ class PlanCost:
     latency_s: float
     seconds_per_byte: float
     busy_s_per_byte: float
-    chunk_s: float
+    alpha_s: float
+    messages_s: float
     width: int
 
     def seconds(self, payload_bytes: float, chunks: int = 1) -> float:
-        """How long it takes with so many bytes on each rank."""
+        """How long it takes with so many bytes on each rank.
+
+        Ranks handle the messages of a chunk while bytes of others are on their way.
+        """
         part = payload_bytes / chunks
-        following = (chunks - 1) * (self.chunk_s + part * self.busy_s_per_byte)
-        return self.latency_s + part * self.seconds_per_byte + following
+        further_s = self.alpha_s + max(self.messages_s, part * self.busy_s_per_byte)
+        return self.latency_s + part * self.seconds_per_byte + (chunks - 1) * further_s
 
     def best_chunks(self, payload_bytes: float) -> int:
         """How many chunks are fastest, a power of two; more only where they gain something."""
@@ -272,8 +277,7 @@ def memory_s_per_byte(tree: NetworkTree, constants: Constants) -> Floats:
 def total(costs: Sequence[ExchangeCost], alpha_s: float) -> PlanCost:
     """The cost of steps one after the other."""
     if not costs:
-        return PlanCost(0, 0.0, 0.0, 0.0, alpha_s, 1)
-    chunk_s = alpha_s + sum(c.messages_s for c in costs)
+        return PlanCost(0, 0.0, 0.0, 0.0, alpha_s, 0.0, 1)
     busy = max(
         float(sum(c.up_busy for c in costs).max()),  # type: ignore[union-attr]
         float(sum(c.down_busy for c in costs).max()),  # type: ignore[union-attr]
@@ -284,7 +288,8 @@ def total(costs: Sequence[ExchangeCost], alpha_s: float) -> PlanCost:
         sum(c.latency_s for c in costs),
         sum(c.seconds_per_byte for c in costs),
         busy,
-        chunk_s,
+        alpha_s,
+        sum(c.messages_s for c in costs),
         max(c.width for c in costs),
     )
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.core.cluster import Cluster, Link, Node
+from trimtab.core.cluster import Cluster, InsideLink, Link, Node
 from trimtab.core.collectives import UNIT, Layout, NetworkTree, Schedule, Step
 from trimtab.core.collectives.combine import exchange, folded, ring, staged
 from trimtab.core.collectives.programme import programme
@@ -43,7 +43,12 @@ FREE = Constants(alpha_s=0, delta_s_per_byte=0, epsilon_ratio=0)
 BANDWIDTH = 1 / 0.8e-9
 
 
-def tree(leaves: list[int], uplink: float = 10 * BANDWIDTH, latency_s: float = 0.0) -> NetworkTree:
+def tree(
+    leaves: list[int],
+    uplink: float = 10 * BANDWIDTH,
+    latency_s: float = 0.0,
+    devices: int = 1,
+) -> NetworkTree:
     """Hosts below leaf switches below a core; a single leaf is a star."""
     names = iter(f"n{i}" for i in range(sum(leaves)))
     links: list[Link] = []
@@ -54,7 +59,10 @@ def tree(leaves: list[int], uplink: float = 10 * BANDWIDTH, latency_s: float = 0
     if len(leaves) > 1:
         links += [_link(name, "core", uplink, latency_s) for name in switches]
         switches.append("core")
-    nodes = tuple(Node(name=f"n{i}", device="cpu") for i in range(sum(leaves)))
+    inside = InsideLink(bandwidth_bytes_per_s=20 * BANDWIDTH, latency_s=0)
+    nodes = tuple(
+        Node(name=f"n{i}", device="cpu", count=devices, inside=inside) for i in range(sum(leaves))
+    )
     cluster = Cluster(nodes=nodes, switches=tuple(switches), links=tuple(links))
     return NetworkTree.of_cluster(cluster)
 
@@ -171,14 +179,15 @@ def test_two_tiers(leaves, floats, width, direct_ms, ring_ms) -> None:
     assert 1e3 * around.seconds(4 * floats) == pytest.approx(ring_ms, rel=1e-3)
 
 
-def messages(step: Step, gather: bool) -> list[tuple[int, int, float]]:
-    """Source, destination and size of each message of a step without rings."""
+def messages(step: Step, gather: bool) -> list[tuple[int, int, float, int]]:
+    """Source, destination, size and group of each message of a step without rings."""
     found = []
     for at, owner in enumerate(step.owner.tolist()):
         size = int(step.end[at] - step.begin[at]) / UNIT
         senders = step.sender[step.sender_group == step.owner_group[at]].tolist()
-        found += [(s, owner, size) for s in senders if s != owner]
-    return [(b, a, size) for a, b, size in found] if gather else found
+        group = int(step.owner_group[at])
+        found += [(s, owner, size, group) for s in senders if s != owner]
+    return [(b, a, size, group) for a, b, size, group in found] if gather else found
 
 
 def links_between(network: NetworkTree, a: int, b: int) -> list[tuple[str, int]]:
@@ -199,32 +208,51 @@ def naive(network: NetworkTree, step: Step, width: str, gather: bool) -> tuple[f
     """Seconds for each byte of a step without rings, and its width, message by message."""
     loads: dict[tuple[str, int], float] = defaultdict(float)
     streams: dict[tuple[str, int], set[object]] = defaultdict(set)
-    for source, to, size in messages(step, gather):
+    by_port: dict[tuple[object, object], set[object]] = defaultdict(set)
+    for source, to, size, group in messages(step, gather):
         path = links_between(network, source, to)
         for before, link in zip([None, *path], path, strict=False):
             loads[link] += size
-            if before is not None:
+            if before is not None and link not in {("up", point) for point in network.hosts}:
                 streams[link].add(source if width == "sources" else before)
+                by_port[link, before].add((group, source))
+
+    def seconds_per_byte(link) -> float:
+        return float(network.up_s_per_byte[link[1]])
+
+    def wide(link) -> int:
+        if width != "rate":
+            return 1 + len(streams[link])
+        rates = (
+            min(seconds_per_byte(link) / seconds_per_byte(port), len(by_port[link, port]))
+            for port in streams[link]
+        )
+        return 1 + math.ceil(sum(rates) - 1e-9)
+
     slowest = 0.0
     for link, load in loads.items():
-        excess = max(1 + len(streams[link]) - 9, 0) / 16
+        excess = max(wide(link) - 9, 0) / 16
         slowest = max(slowest, load * float(network.up_s_per_byte[link[1]]) * (1 + excess))
     sums = [0.0] * network.size
     for at, owner in enumerate([] if gather else step.owner.tolist()):
         k = int((step.sender_group == step.owner_group[at]).sum())
         sums[owner] += int(step.end[at] - step.begin[at]) / UNIT * (2 * k if k > 1 else 0) * 1e-10
-    return slowest + max(sums), max(1 + len(streams[link]) for link in loads)
+    return slowest + max(sums), max(map(wide, loads))
 
 
 @given(
     st.lists(st.integers(1, 6), min_size=1, max_size=4).filter(lambda n: sum(n) > 1),
     st.lists(st.integers(2, 6), min_size=1, max_size=3),
-    st.sampled_from(["ports", "sources"]),
+    modes,
+    st.sampled_from([0.02, 0.5, 3, 10]),
+    st.integers(1, 3),
 )
-def test_steps_on_trees_cost_what_their_messages_cost(leaves, factors, width) -> None:
-    network = tree(leaves)
+def test_steps_on_trees_cost_what_their_messages_cost(
+    leaves, factors, width, faster, devices
+) -> None:
+    network = tree(leaves, uplink=faster * BANDWIDTH, devices=devices)
     evaluator = PlanEvaluator(network, CONSTANTS.model_copy(update={"width": width}))
-    for step in staged(whole(sum(leaves)), factors)[0]:
+    for step in staged(whole(network.size), factors)[0]:
         for gather in (False, True):
             cost = evaluator.step(step, gather=gather)
             slope, widest = naive(network, step, width, gather)
@@ -334,6 +362,25 @@ def test_two_rounds_are_ruled_out_where_they_cross_too_often() -> None:
     assert float((loads[0] + loads[1])[racks].max()) == pytest.approx(
         two_rounds_bound_s_per_byte(network)
     )
+
+
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=4).filter(lambda n: sum(n) > 1),
+    st.sampled_from([0.01, 0.5, 10]),
+    st.sampled_from([0.0, 1e-4, 1.0]),
+    st.floats(1, 1e9),
+)
+def test_the_bound_knows_links_between_switches_in_any_number_of_rounds(
+    leaves, faster, alpha_s, payload
+) -> None:
+    network = tree(leaves, uplink=faster * BANDWIDTH)
+    given_constants = CONSTANTS.model_copy(update={"alpha_s": alpha_s})
+    bound_s = allreduce_bound_s(network, given_constants, payload)
+    assert bound_s >= payload * cut_bound_s_per_byte(network) * (1 - 1e-9)
+    n, evaluator = sum(leaves), PlanEvaluator(network, given_constants)
+    for steps in ([exchange(whole(n))[0]], [ring(whole(n))[0]]):
+        cost = evaluator.cost(steps)
+        assert min(cost.seconds(payload, chunks) for chunks in (1, 8)) >= bound_s * (1 - 1e-9)
 
 
 def test_a_ring_in_the_trees_order_meets_the_bound() -> None:

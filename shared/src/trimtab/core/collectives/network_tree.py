@@ -30,6 +30,7 @@ class NetworkTree:
         latency_s: of that link.
         leaves: the points that are ranks, depth first, so that those below a point lie together.
         memory_bytes_per_s: bandwidth of each leaf's memory; 0 where none is known.
+        nodes: the points above the devices of a node that has several.
     """
 
     names: tuple[str, ...]
@@ -39,6 +40,7 @@ class NetworkTree:
     latency_s: Floats
     leaves: tuple[int, ...]
     memory_bytes_per_s: tuple[float, ...] = ()
+    nodes: tuple[int, ...] = ()
 
     @classmethod
     def of_cluster(
@@ -59,6 +61,11 @@ class NetworkTree:
     def size(self) -> int:
         """How many leaves there are."""
         return len(self.leaves)
+
+    @property
+    def hosts(self) -> tuple[int, ...]:
+        """The points that send by links of their own: ranks, and nodes with several."""
+        return (*self.leaves, *self.nodes)
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
@@ -120,6 +127,7 @@ class _Builder:
         self._beta: list[float] = []
         self._latency: list[float] = []
         self._leaves: list[int] = []
+        self._nodes: list[int] = []
         self._memory: list[float] = []
 
     def build(self) -> NetworkTree:
@@ -152,6 +160,7 @@ class _Builder:
             np.array(self._latency),
             tuple(self._leaves),
             tuple(self._memory),
+            tuple(self._nodes),
         )
 
     def _walk(self, root: str) -> None:
@@ -190,6 +199,7 @@ class _Builder:
             self._leaves.append(point)
             self._memory.append(memory)
             return
+        self._nodes.append(point)
         inside = {
             "bandwidth_bytes_per_s": self._cluster.bandwidth_bytes_per_s(node.name, node.name),
             "latency_s": node.inside.latency_s / 2,

@@ -71,13 +71,24 @@ def two_rounds_bound_s_per_byte(tree: NetworkTree) -> float:
     return most
 
 
+def one_round_bound_s_per_byte(tree: NetworkTree) -> float:
+    """The least time of an AllReduce of one round for each byte of the payload on each rank.
+
+    Contributions travel alone, and each rank needs those of all others: n·(N - n) messages of each
+    element cross into a part of n ranks, and as many leave it.
+    """
+    counts = np.array([last - first for first, last in tree.spans])
+    betas = np.maximum(tree.up_s_per_byte, tree.down_s_per_byte)
+    return float((counts * (tree.size - counts) * betas).max())
+
+
 def allreduce_bound_s(tree: NetworkTree, constants: Constants, payload_bytes: float) -> float:
     """The least time of an AllReduce by GenModel, whatever it does, with pipelined chunks or not.
 
-    In one round each rank must get the payload of all others and add all of it up. In more, links
-    are busy as long as the cut bound says, and in two as `two_rounds_bound_s_per_byte` says; the
-    ranks' memories for the N - 1 additions and N + 1 accesses of each element, which is once for a
-    sum of all operands.
+    Links are busy as long as the cut bound says, in one round and in two as
+    `one_round_bound_s_per_byte` and `two_rounds_bound_s_per_byte` say; the ranks' memories for the
+    N - 1 additions and N + 1 accesses of each element, which is once for a sum of all operands. In
+    one round each rank must add all of it up.
     A first chunk has its messages and its sums behind one another; each further one costs a round,
     and at best the longer of the two.
     """
@@ -90,11 +101,11 @@ def allreduce_bound_s(tree: NetworkTree, constants: Constants, payload_bytes: fl
     sums = (ranks - 1) * constants.gamma_s_per_byte + (ranks + 1) * least_delta
     byte_s = payload_bytes * constants.beta_ratio
     cut = cut_bound_s_per_byte(tree)
+    one = max(cut, one_round_bound_s_per_byte(tree))
     two = max(cut, two_rounds_bound_s_per_byte(tree))
     sums_s = payload_bytes * sums / ranks
-    slowest = float(tree.down_s_per_byte[leaves].max())
     return min(
-        round_s + _together_s(byte_s * (ranks - 1) * slowest, ranks * sums_s, alpha_s),
+        round_s + _together_s(byte_s * one, ranks * sums_s, alpha_s),
         2 * round_s + _together_s(byte_s * two, sums_s, alpha_s),
         3 * round_s + _together_s(byte_s * cut, sums_s, alpha_s),
     )

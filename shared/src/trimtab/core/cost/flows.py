@@ -230,7 +230,7 @@ class Widths:
             else:
                 below = flows.tiers[depth + 1] if depth + 1 < len(flows.tiers) else None
                 self._add_ports(tier, below, up, down)
-        up[list(self._tree.leaves)] = 0  # a rank's own link up has no queue before it
+        up[list(self._tree.hosts)] = 0  # what a host itself sends meets in no switch's queue
         rounding = 1e-9 if self._mode == "rate" else 0.0
         return 1 + np.ceil(up - rounding), 1 + np.ceil(down - rounding)
 
@@ -270,9 +270,12 @@ class Widths:
         else:
             rows, members = _ranges(starts, ends)
             into, out = tier.point[entering][rows], tier.point[sending][members]
-            pairs = _distinct((into * points + out)[into != out])
+            others = into != out
+            pairs, streams = _summed(
+                (into * points + out)[others], tier.senders[sending][members][others]
+            )
             into, out = pairs // points, pairs % points
-            np.add.at(down, into, self._rate(out, into, up_port=True))
+            np.add.at(down, into, self._rate(out, into, streams, up_port=True))
         self._add_from_above(tier, down)
         if below is not None:
             self._add_from_below(tier, below, up)
@@ -288,8 +291,9 @@ class Widths:
         place_of = _numbered(places)
         beside = np.bincount(place_of, tier.senders)[place_of]
         everyone = np.bincount(tier.group, tier.senders)[tier.group]
-        above = _distinct(tier.point[tier.entering & (everyone > beside)])
-        np.add.at(down, above, self._rate(parents[above], above, up_port=False))
+        coming = tier.entering & (everyone > beside)
+        above, streams = _summed(tier.point[coming], (everyone - beside)[coming])
+        np.add.at(down, above, self._rate(parents[above], above, streams, up_port=False))
 
     def _add_from_below(self, tier: _Tier, below: _Tier, up: Floats) -> None:
         """A stream out of a point comes by the ports of its children."""
@@ -299,19 +303,25 @@ class Widths:
         place = np.searchsorted(leaving, keys)
         found = below.senders > 0
         found &= np.append(leaving, -1)[place] == keys
-        ports = _distinct(below.point[found])
+        ports, streams = _summed(below.point[found], below.senders[found])
         into = self._parents[ports]
-        np.add.at(up, into, self._rate(ports, into, up_port=True, up_link=True))
+        np.add.at(up, into, self._rate(ports, into, streams, up_port=True, up_link=True))
 
-    def _rate(self, port: Ints, link: Ints, *, up_port: bool, up_link: bool = False) -> Floats:
-        """What each port counts: 1, or how often its rate holds that of the link."""
+    def _rate(
+        self, port: Ints, link: Ints, streams: Floats, *, up_port: bool, up_link: bool = False
+    ) -> Floats:
+        """What each port counts: 1, or how often its rate holds that of the link.
+
+        However fast a port is, it brings no more than the streams that come by it.
+        """
         if self._mode == "ports":
             return np.ones(len(port))
         tree = self._tree
         port_beta = (tree.up_s_per_byte if up_port else tree.down_s_per_byte)[port]
         link_beta = (tree.up_s_per_byte if up_link else tree.down_s_per_byte)[link]
-        rate: Floats = np.divide(link_beta, port_beta, out=np.ones(len(port)), where=port_beta > 0)
-        return rate
+        rate = np.divide(link_beta, port_beta, out=np.ones(len(port)), where=port_beta > 0)
+        carried: Floats = np.minimum(rate, streams)
+        return carried
 
 
 def _distinct(values: Ints) -> Ints:
@@ -320,6 +330,13 @@ def _distinct(values: Ints) -> Ints:
     kept = np.ones(len(ordered), dtype=np.bool_)
     np.not_equal(ordered[1:], ordered[:-1], out=kept[1:])
     return ordered[kept]
+
+
+def _summed(keys: Ints, values: Ints) -> tuple[Ints, Floats]:
+    """Each key once, in rising order, and the sum of its values."""
+    found, place = np.unique(keys, return_inverse=True)
+    sums: Floats = np.bincount(place, values, minlength=len(found)).astype(np.float64)
+    return found, sums
 
 
 def _numbered(values: Ints) -> Ints:

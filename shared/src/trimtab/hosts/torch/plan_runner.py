@@ -28,6 +28,9 @@ _KEPT_BYTES = 1 << 26
 
 _KEPT_CUTS = 256
 
+_ROUNDED = 64
+"""By how many parts of `UNIT` cuts of stages may be off: far less than half an element."""
+
 
 class PeerLost(TrimtabError):
     """A rank did not send or take what the plan says.
@@ -76,8 +79,8 @@ class PlannedRank:
         places: list[int | None] = [None] * count
         for (begin, end), rank in _owners(self.schedule).items():
             first, last = round(begin * count / UNIT), round(end * count / UNIT)
-            off = abs(begin * count - first * UNIT) + abs(end * count - last * UNIT)
-            if last - first != 1 or off > UNIT // 1000 or places[rank] is not None:
+            off = max(abs(begin * count - first * UNIT), abs(end * count - last * UNIT))
+            if last - first != 1 or off > _ROUNDED * count or places[rank] is not None:
                 return None
             places[rank] = first
         return None if None in places else tuple(place for place in places if place is not None)

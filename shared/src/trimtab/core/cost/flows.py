@@ -334,9 +334,13 @@ def _distinct(values: Ints) -> Ints:
 
 def _summed(keys: Ints, values: Ints) -> tuple[Ints, Floats]:
     """Each key once, in rising order, and the sum of its values."""
-    found, place = np.unique(keys, return_inverse=True)
-    sums: Floats = np.bincount(place, values, minlength=len(found)).astype(np.float64)
-    return found, sums
+    if not len(keys):
+        return keys, np.zeros(0)
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+    sums: Floats = np.add.reduceat(values[order], starts).astype(np.float64)
+    return ordered[starts], sums
 
 
 def _numbered(values: Ints) -> Ints:

@@ -202,6 +202,7 @@ class PlanRunner:
         *,
         call: int,
         chunks: int = 1,
+        what: int = 0,
     ) -> None:
         """Goes through the turns of this rank.
 
@@ -211,6 +212,7 @@ class PlanRunner:
             combine: how operands become one.
             call: a number that all ranks give this call, and no other call that is near it.
             chunks: pieces of the payload that follow one another.
+            what: a digest of all else that ranks must do alike; where it differs, nothing arrives.
 
         Raises:
             PeerLost: a rank is gone, or does not take part in time.
@@ -218,7 +220,7 @@ class PlanRunner:
         length = data.numel()
         count = max(1, min(chunks, length))
         # Sizes that differ between ranks must not meet: a longer message than expected ends gloo.
-        tag = _TAG_BASE | (hash((call, length, data.element_size())) & 0xFFF) << 18
+        tag = _TAG_BASE | (hash((call, length, data.element_size(), what)) & 0xFFF) << 18
         pieces = [data[length * c // count : length * (c + 1) // count] for c in range(count)]
         actives = [
             [_Active(turn, pieces[c], tag, count, c) for c, turn in wave]

@@ -6,10 +6,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +24,8 @@ from trimtab.core.errors import BadInput
 from trimtab.core.topology import read_topology
 from trimtab.gentree.constants_file import read_constants
 from trimtab.gentree.gentree import Search
+from trimtab.gentree.members import Place, hear, slots, stay, tell
 from trimtab.gentree.planner import choose, leaf_order
-from trimtab.hosts.host_order import own_host, short
 
 TOPOLOGY_VARIABLE = "TRIMTAB_GENTREE_TOPOLOGY"
 CONSTANTS_VARIABLE = "TRIMTAB_GENTREE_CONSTANTS"
@@ -160,76 +158,45 @@ def create(options: Any, backend_options: Any) -> Any:
     """Makes the process group of one rank, as torch's ``register_backend`` wants it.
 
     Raises:
-        BadInput: the network is malformed, does not hold the job, or differs between ranks.
+        BadInput: here or at another rank the network is malformed, does not hold the job, or is not
+            the one that the others plan for; all ranks raise, and name the rank.
     """
     del backend_options
     from trimtab.hosts.torch.planned_group import PlannedGroup
 
-    network = Network.of_environment()
-    rank, size = options.group_rank, options.group_size
-    places = _places(options.store, rank, size, network)
-    plans: GroupPlans | BasePlans = BasePlans()
+    member, size = options.group_rank, options.group_size
+    ranks = list(options.global_ranks_in_group) or list(range(size))
+    try:
+        network = _own_network(options.store, member, ranks[member])
+        places = hear(options.store, ranks)
+        plans = _plans(network, places)
+    except BadInput:
+        stay(options.store, member, size, options.timeout)
+        raise
+    names = [place.called for place in places]
+    return PlannedGroup(options.store, member, size, options.timeout, plans, names)
+
+
+def _own_network(store: Any, member: int, rank: int) -> Network | None:
+    """The network that this rank plans for, after the others were told of it."""
+    try:
+        network = Network.of_environment()
+        place = Place.own(rank, "" if network is None else digest(network))
+    except BadInput as refusal:
+        tell(store, member, refusal)
+        raise
+    tell(store, member, place)
+    return network
+
+
+def _plans(network: Network | None, places: Sequence[Place]) -> GroupPlans | BasePlans:
     if network is None:
         log.warning(
             "trimtab: no network is known, so the base backend does all; name a cluster file in %s",
             TOPOLOGY_VARIABLE,
         )
-    elif size > 1:
-        slots = _slots(network.cluster, places)
-        tree = NetworkTree.of_cluster(network.cluster, slots)
-        order = leaf_order(tree, slots)
-        plans = GroupPlans(tree, order, network.constants, always=network.always)
-    ranks = list(options.global_ranks_in_group) or list(range(size))
-    names = [f"rank {ranks[i]} on {place.names[0]}" for i, place in enumerate(places)]
-    return PlannedGroup(options.store, rank, size, options.timeout, plans, names)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a rank runs: names of its machine, its number there, and what it plans for."""
-
-    names: tuple[str, ...]
-    local: int
-    network: str
-
-
-def _places(store: Any, rank: int, size: int, network: Network | None) -> list[_Place]:
-    """Where each rank of the group runs, in the order of the group."""
-    own = {
-        "names": list(dict.fromkeys([own_host(), socket.gethostname()])),
-        "local": int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0),
-        "network": "" if network is None else digest(network),
-    }
-    store.set(f"trimtab/place/{rank}", json.dumps(own))
-    found = []
-    for other in range(size):
-        said = json.loads(store.get(f"trimtab/place/{other}"))
-        found.append(_Place(tuple(said["names"]), said["local"], said["network"]))
-    odd = next((i for i, place in enumerate(found) if place.network != found[0].network), None)
-    if odd is not None:
-        raise BadInput(
-            f"rank {odd} of the group plans for another network than rank 0",
-            where=TOPOLOGY_VARIABLE,
-            fix=f"give every host the same cluster and constants, and the same {ALWAYS_VARIABLE}",
-        )
-    return found
-
-
-def _slots(cluster: Cluster, places: Sequence[_Place]) -> list[tuple[str, int]]:
-    """Node and device of each rank."""
-    by_name = {node.name: node.name for node in cluster.nodes}
-    by_short = {short(node.name): node.name for node in cluster.nodes}
-    slots = []
-    for rank, place in enumerate(places):
-        node = next(
-            (found for name in place.names if (found := by_name.get(name))),
-            next((found for name in place.names if (found := by_short.get(short(name)))), None),
-        )
-        if node is None:
-            raise BadInput(
-                f"rank {rank} runs on {place.names[0]!r}, which is no node of {cluster.name}",
-                where=TOPOLOGY_VARIABLE,
-                fix="name the nodes as the hosts are called, or set TRIMTAB_HOST on each",
-            )
-        slots.append((node, place.local))
-    return slots
+    if network is None or len(places) < 2:
+        return BasePlans()
+    devices = slots(network.cluster, places)
+    tree = NetworkTree.of_cluster(network.cluster, devices)
+    return GroupPlans(tree, leaf_order(tree, devices), network.constants, always=network.always)

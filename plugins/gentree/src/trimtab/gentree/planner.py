@@ -78,8 +78,16 @@ def choose(
         constants: of GenModel.
         order: the leaf of each rank; the tree's own order by default.
         search: how far the search goes.
+
+    Raises:
+        BadInput: the order does not name each leaf once.
     """
     leaves = list(range(tree.size)) if order is None else list(order)
+    if sorted(leaves) != list(range(tree.size)):
+        raise BadInput(
+            f"the order of {len(leaves)} ranks does not name each of {tree.size} leaves once",
+            fix="give each rank a leaf of its own",
+        )
     search = search or Search()
     grown = GenTree(tree, constants, payload_bytes, search).best()
     evaluator = PlanEvaluator(tree, constants)

@@ -188,10 +188,7 @@ class PlanRunner:
 
     def __init__(self, base: Any, timeout: timedelta) -> None:
         self._base, self.timeout = base, timeout
-        # With the turns themselves, so that no others can have their id.
-        self._cuts: OrderedDict[tuple[int, int, int], tuple[Sequence[Turn], list[_Wave]]] = (
-            OrderedDict()
-        )
+        self._cuts = Cuts()
         self._rooms = (_Room(), _Room())
 
     def run(
@@ -224,7 +221,7 @@ class PlanRunner:
         pieces = [data[length * c // count : length * (c + 1) // count] for c in range(count)]
         actives = [
             [_Active(turn, pieces[c], tag, count, c) for c, turn in wave]
-            for wave in self._cut(turns, length, count)
+            for wave in self._cuts.waves(turns, length, count)
         ]
         ahead = self._receive(actives, 0, data.dtype)
         for number, active in enumerate(actives):
@@ -282,17 +279,30 @@ class PlanRunner:
             except RuntimeError as error:
                 raise PeerLost(peer, _first_line(error)) from None
 
-    def _cut(self, turns: Sequence[Turn], length: int, count: int) -> list[_Wave]:
-        """The turns in elements of so many pieces; as a rule they were asked for before."""
+
+class Cuts:
+    """Turns in elements, kept from one call to the next."""
+
+    def __init__(self) -> None:
+        # With the turns themselves, so that no others can have their id.
+        self._kept: OrderedDict[tuple[int, int, int], tuple[Sequence[Turn], list[_Wave]]] = (
+            OrderedDict()
+        )
+
+    def waves(self, turns: Sequence[Turn], length: int, count: int) -> list[_Wave]:
+        """What is done at the same time, of so many pieces of a payload of so many elements.
+
+        Both sides of a wave name the messages between two ranks in one direction in one order.
+        """
         key = (id(turns), length, count)
-        if key not in self._cuts:
+        if key not in self._kept:
             lengths = [length * (c + 1) // count - length * c // count for c in range(count)]
             cuts = {each: _cut_turns(turns, each) for each in set(lengths)}
             found = [[(c, cuts[lengths[c]][i]) for c, i in wave] for wave in waves(turns, count)]
-            self._cuts[key] = (turns, found)
-            if len(self._cuts) > _KEPT_CUTS:
-                self._cuts.popitem(last=False)
-        return self._cuts[key][1]
+            self._kept[key] = (turns, found)
+            if len(self._kept) > _KEPT_CUTS:
+                self._kept.popitem(last=False)
+        return self._kept[key][1]
 
 
 class _Room:

@@ -18,7 +18,8 @@ from trimtab.core.cluster import Cluster
 from trimtab.core.collectives import NetworkTree, Schedule, Step
 from trimtab.core.collectives.combine import ring
 from trimtab.core.collectives.schedule import Layout
-from trimtab.core.cost import Constants, PlanEvaluator
+from trimtab.core.cost import Constants, PlanCost, PlanEvaluator
+from trimtab.core.cost.plan_cost import total
 from trimtab.core.documents import digest
 from trimtab.core.errors import BadInput
 from trimtab.core.topology import read_topology
@@ -41,6 +42,9 @@ BASE_SEGMENTS = 2
 _SEARCH = Search(beside=False)
 """Two plans side by side send twice the messages, and GenModel charges nothing for a message; their
 ranks own two stretches each, which no reduce-scatter wants."""
+
+_EQUAL = Search(chunks=False, beside=False, equal=True)
+"""For a reduce-scatter or all-gather alone, which runs in one piece."""
 
 log = logging.getLogger("trimtab")
 
@@ -81,7 +85,8 @@ class GroupPlans:
     """The plans of one process group, made when a payload of their size first comes.
 
     Payloads between two powers of two have one plan; all ranks come to the same one, as they have
-    the same network, constants and code.
+    the same network, constants and code. What leaves each rank one equal part, as torch's
+    reduce_scatter does and all_gather expects it, has plans of its own.
 
     Args:
         tree: the network.
@@ -95,31 +100,43 @@ class GroupPlans:
     ) -> None:
         self._tree, self._order = tree, list(order)
         self._constants, self._always = constants, always
-        evaluator = PlanEvaluator(tree, constants)
-        self._base = evaluator.cost(_ring(self._order))
-        self._ring = evaluator.cost(_ring(range(tree.size)))
-        self._schedules: dict[int, Schedule | None] = {}
+        self._evaluator = PlanEvaluator(tree, constants)
+        self._schedules: dict[tuple[int, bool], Schedule | None] = {}
 
-    def schedule(self, payload_bytes: int) -> Schedule | None:
-        """The plan for a payload; None where the base backend's ring is as fast."""
+    def schedule(self, payload_bytes: int, *, blocks: bool = False) -> Schedule | None:
+        """The plan for a payload; None where the base backend's ring is as fast.
+
+        Args:
+            payload_bytes: on each rank, all parts together.
+            blocks: whether the reduce-scatter or the all-gather is run alone, for which each rank
+                owns one equal part; else both are, one behind the other.
+        """
         if payload_bytes <= 0 or self._tree.size < 2:
             return None
         bucket = (payload_bytes - 1).bit_length()
-        if bucket not in self._schedules:
-            self._schedules[bucket] = self._choose(1 << bucket)
-        return self._schedules[bucket]
+        if (bucket, blocks) not in self._schedules:
+            self._schedules[bucket, blocks] = self._choose(1 << bucket, blocks=blocks)
+        return self._schedules[bucket, blocks]
 
-    def _choose(self, payload_bytes: int) -> Schedule | None:
+    def _choose(self, payload_bytes: int, *, blocks: bool) -> Schedule | None:
+        search = _EQUAL if blocks else _SEARCH
         choice = choose(
-            self._tree, payload_bytes, self._constants, order=self._order, search=_SEARCH
+            self._tree, payload_bytes, self._constants, order=self._order, search=search
         )
         schedule, name, plan_s = choice.schedule, choice.switches[-1][1], choice.seconds
-        ring_s, base_s = self._ring.seconds(payload_bytes), self._base_s(payload_bytes)
+        if blocks:
+            leaves = np.array(self._order)
+            steps = [step.renumbered(leaves) for step in schedule.arrays]
+            plan_s = self._cost(steps, blocks=True).seconds(payload_bytes)
+        ring = self._cost(_ring(range(self._tree.size)), blocks=blocks)
+        base = self._cost(_ring(self._order), blocks=blocks)
+        ring_s, base_s = ring.seconds(payload_bytes), _base_s(base, payload_bytes)
         if plan_s > (1 - MARGIN) * ring_s:
             schedule, name, plan_s = self._ring_schedule(), "a ring in the network's order", ring_s
         chosen = self._always or plan_s < (1 - MARGIN) * base_s
         log.info(
-            "trimtab: %d bytes go by %s (%.3g s by the model, the base backend %.3g s)",
+            "trimtab: %s%d bytes go by %s (%.3g s by the model, the base backend %.3g s)",
+            "reduce-scatters and all-gathers of " if blocks else "",
             payload_bytes,
             name if chosen else "the base backend",
             plan_s,
@@ -134,10 +151,17 @@ class GroupPlans:
         steps = [step.renumbered(rank_of) for step in _ring(range(self._tree.size))]
         return Schedule.of(self._tree.size, steps)
 
-    def _base_s(self, payload_bytes: int) -> float:
-        """What the base backend's ring takes: rounds and bytes of its segments overlap."""
-        parts = self._base.latency_s, payload_bytes * self._base.seconds_per_byte
-        return (sum(parts) + (BASE_SEGMENTS - 1) * max(parts)) / BASE_SEGMENTS
+    def _cost(self, steps: Sequence[Step], *, blocks: bool) -> PlanCost:
+        """What steps cost: alone with blocks, else with their mirror."""
+        if not blocks:
+            return self._evaluator.cost(steps)
+        return total([self._evaluator.step(step) for step in steps], self._constants.alpha_s)
+
+
+def _base_s(cost: PlanCost, payload_bytes: int) -> float:
+    """What the base backend's ring takes: rounds and bytes of its segments overlap."""
+    parts = cost.latency_s, payload_bytes * cost.seconds_per_byte
+    return (sum(parts) + (BASE_SEGMENTS - 1) * max(parts)) / BASE_SEGMENTS
 
 
 def _ring(leaves: Iterable[int]) -> list[Step]:
@@ -148,9 +172,9 @@ def _ring(leaves: Iterable[int]) -> list[Step]:
 class BasePlans:
     """No plans: everything is the base backend's."""
 
-    def schedule(self, payload_bytes: int) -> Schedule | None:
+    def schedule(self, payload_bytes: int, *, blocks: bool = False) -> Schedule | None:
         """No plan."""
-        del payload_bytes
+        del payload_bytes, blocks
         return None
 
 

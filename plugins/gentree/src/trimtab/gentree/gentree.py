@@ -19,6 +19,7 @@ from trimtab.core.collectives import Layout, NetworkTree, Step
 from trimtab.core.collectives.combine import concentrated
 from trimtab.core.collectives.schedule import merged
 from trimtab.core.cost import Constants, ExchangeCost, GenModel, PlanCost, PlanEvaluator
+from trimtab.gentree.equal_parts import equal_parts, has_equal_parts, towards_equal_parts
 from trimtab.gentree.grids import GridCosts
 from trimtab.gentree.schemes import Scheme, schemes
 
@@ -35,12 +36,14 @@ class Search:
             part of the ranks below each of part of the switches.
         chunks: whether chunks of the payload may follow one another.
         beside: whether two such plans may share the payload.
+        equal: whether the reduce-scatter must leave each rank one equal part of the payload.
     """
 
     kept: int = 3
     flat: bool = True
     chunks: bool = True
     beside: bool = True
+    equal: bool = False
 
 
 LARGE = 1024
@@ -120,6 +123,9 @@ class GenTree:
             found = list(self._candidates(point))
             if self._search.flat and self._is_grid(point):
                 found += self._in_grids(point, min(map(self._seconds, found)))
+            if self._search.equal:
+                # Stages of children that are unlike may be cut an unequal bit off one another.
+                found = [growth for growth in found if has_equal_parts(growth.layout)]
             self._grown[kind] = self._best(found)
         return self._grown[kind]
 
@@ -131,13 +137,25 @@ class GenTree:
         if not children:
             yield _leaf(self._constants.alpha_s)
             return
-        plans = [self._grow(child) for child in children]
-        for choice in range(max(map(len, plans))):
-            chosen = [p[min(choice, len(p) - 1)] for p in plans]
-            for together in self._rearranged(point, chosen):
-                yield from self._joined(point, together)
-        if self._search.flat and any(self._tree.children[child] for child in children):
+        if not self._search.equal or self._same_ranks(children):
+            plans = [self._grow(child) for child in children]
+            for choice in range(max(map(len, plans))):
+                chosen = [p[min(choice, len(p) - 1)] for p in plans]
+                for together in self._rearranged(point, chosen):
+                    yield from self._joined(point, together)
+        elif self._tree.size <= LARGE:
+            first, last = self._tree.spans[point]
+            steps = towards_equal_parts(self._tree, point)
+            below, layout = self._together_of_leaves(point), equal_parts(last - first)
+            yield self._with(point, below, steps, layout, "equal parts")
+        either = self._search.flat or self._search.equal
+        if either and any(self._tree.children[child] for child in children):
             yield from self._flat(point)
+
+    def _same_ranks(self, points: Sequence[int]) -> bool:
+        """Whether there are as many ranks below each of some points."""
+        spans = [self._tree.spans[point] for point in points]
+        return len({last - first for first, last in spans}) == 1
 
     def _joined(self, point: int, below: _Together) -> Iterator[Growth]:
         """Each basic plan type at one switch, behind what its children do."""
@@ -210,7 +228,8 @@ class GenTree:
             given.message_s,
         )
         most = TRIED if self._tree.size <= LARGE else TRIED_LARGE
-        return schemes(len(betas), self._payload, model, betas, most)
+        equal = self._search.equal
+        return schemes(len(betas), self._payload, model, betas, most, equal=equal)
 
     def _behind(self, point: int, below: _Together, scheme: Scheme, name: str) -> Growth:
         steps, layout = scheme.build(below.parties)
@@ -238,6 +257,8 @@ class GenTree:
         first, _ = self._tree.spans[point]
         offsets = [self._tree.spans[child][0] - first for child in children]
         yield _Together.of(chosen, offsets)
+        if self._search.equal:
+            return
         smallest = min(len(set(growth.layout.owners.tolist())) for growth in chosen)
         counts = [self._fewest(child) for child in children] + [smallest]
         for few in sorted(set(counts)):

@@ -36,7 +36,13 @@ class Scheme:
 
 
 def schemes(
-    count: int, payload_bytes: float, model: GenModel, betas: Sequence[float], most: int
+    count: int,
+    payload_bytes: float,
+    model: GenModel,
+    betas: Sequence[float],
+    most: int,
+    *,
+    equal: bool = False,
 ) -> list[Scheme]:
     """All basic plan types for so many parties.
 
@@ -46,9 +52,13 @@ def schemes(
         model: of the parties' links, to sort out hopeless stages where there are many.
         betas: seconds for each byte of each party's link.
         most: of more staged plans, those that are best by GenModel's closed form for one switch.
+        equal: only those in which all parties end with equal parts.
     """
-    found = [_staged(factors) for factors in stage_sizes(count, payload_bytes, model, most)]
+    sizes = stage_sizes(count, payload_bytes, model, most, equal=equal)
+    found = [_staged(factors) for factors in sizes]
     found.append(Scheme("ring", _ring))
+    if equal:
+        return found
     found += _folds(count, payload_bytes, model)
     found += _unequal(betas)
     if payload_bytes <= SMALL_BYTES:
@@ -57,11 +67,11 @@ def schemes(
 
 
 def stage_sizes(
-    count: int, payload_bytes: float, model: GenModel, most: int
+    count: int, payload_bytes: float, model: GenModel, most: int, *, equal: bool = False
 ) -> list[tuple[int, ...]]:
     """Group sizes of staged direct exchange: all ordered factorisations, and uneven groups."""
     exact = list(factorisations(count))
-    found = exact + (_uneven(count) if len(exact) <= AWKWARD else [])
+    found = exact + (_uneven(count) if len(exact) <= AWKWARD and not equal else [])
     if len(found) <= most:
         return found
     ranked = sorted(found, key=lambda sizes: model.seconds(hierarchical_ps(sizes), payload_bytes))

@@ -39,8 +39,14 @@ _STOP = None
 class Plans(Protocol):
     """Where a group gets its plans; all ranks must get the same."""
 
-    def schedule(self, payload_bytes: int) -> Schedule | None:
-        """The plan for a payload; None where the base group shall do it."""
+    def schedule(self, payload_bytes: int, *, blocks: bool = False) -> Schedule | None:
+        """The plan for a payload; None where the base group shall do it.
+
+        Args:
+            payload_bytes: on each rank, all parts together.
+            blocks: whether each rank shall own one equal part between the phases, of which then
+                only one is run.
+        """
 
 
 _KINDS: Any = dist.ReduceOp.RedOpType
@@ -405,15 +411,15 @@ class PlannedGroup(dist.ProcessGroup):
         if not tensors[0].is_cpu:
             return None
         # Asked first, so that a call without a plan costs little more than the base group's own.
-        planned: PlannedRank | None = self._planned(payload_bytes)
+        planned: PlannedRank | None = self._planned(payload_bytes, blocks)
         if planned is None or (blocks and planned.places is None):
             return None
         return planned if all(map(_is_plain, tensors)) else None
 
-    def _plan(self, payload_bytes: int) -> PlannedRank | None:
+    def _plan(self, payload_bytes: int, blocks: bool) -> PlannedRank | None:
         if self._own_size == 1:
             return None
-        schedule = self._plans.schedule(payload_bytes)
+        schedule = self._plans.schedule(payload_bytes, blocks=blocks)
         return None if schedule is None else PlannedRank(schedule, self._own_rank)
 
     def _shares(

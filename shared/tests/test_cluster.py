@@ -46,6 +46,9 @@ def written(tmp_path: Path, text: str) -> Path:
         (NODES + LINK.replace("100 Gb/s", "100e12"), ":5: links[0].bandwidth_bytes_per_s: 1e+14 "
          "bytes per second are more than any link carries; give at most 10 TB/s, and write Gb/s "
          "for bits."),
+        (NODES + LINK.replace("100 Gb/s", "1e-300"), ":5: links[0].bandwidth_bytes_per_s: 1e-300 "
+         "bytes per second are less than any link carries; give at least 1 B/s, or leave the link "
+         "out."),
         (NODES + LINK.replace("5us", "-5us"), ":5: links[0].latency_s is -4.9999999999999996e-06; "
          "it should be greater than or equal to 0."),
         (NODES + LINK.replace("5us", "5 lightyears"), ":5: links[0].latency_s: '5 lightyears' is "

@@ -28,6 +28,9 @@ from trimtab.core.errors import BadInput
 from trimtab.core.node_names import NODE_NAME_RULE, is_node_name
 from trimtab.core.units import Bytes, BytesPerSecond, Seconds
 
+MIN_BANDWIDTH_BYTES_PER_S = 1.0
+"""Below what any link does; with much less, the time of a plan is no number any more."""
+
 MAX_BANDWIDTH_BYTES_PER_S = 10e12
 """Above what any link does; a larger figure is bits taken for bytes, or a wrong prefix."""
 
@@ -36,6 +39,11 @@ MAX_CLUSTER_VALUES = 1_000_000
 
 
 def _plausible(bandwidth_bytes_per_s: float | None) -> float | None:
+    if bandwidth_bytes_per_s is not None and 0 < bandwidth_bytes_per_s < MIN_BANDWIDTH_BYTES_PER_S:
+        raise InvalidValue(
+            f"{bandwidth_bytes_per_s:g} bytes per second are less than any link carries",
+            fix="give at least 1 B/s, or leave the link out",
+        )
     if bandwidth_bytes_per_s is not None and bandwidth_bytes_per_s > MAX_BANDWIDTH_BYTES_PER_S:
         raise InvalidValue(
             f"{bandwidth_bytes_per_s:g} bytes per second are more than any link carries",

@@ -69,6 +69,7 @@ class DevicePlanRunner:
         *,
         call: int,
         chunks: int = 1,
+        what: int = 0,
     ) -> None:
         """Goes through the turns of this rank, as `PlanRunner.run`, on the current stream.
 
@@ -78,12 +79,15 @@ class DevicePlanRunner:
             combine: how operands become one.
             call: a number that all ranks give this call.
             chunks: pieces of the payload that follow one another.
+            what: a digest of all else that ranks must do alike.
 
         Raises:
             RuntimeError: of the base group. NCCL tells later, by its watchdog.
         """
         length = data.numel()
         count = max(1, min(chunks, length))
+        # Only gloo looks at it: calls that differ do not meet there.
+        tag = hash((call, length, data.element_size(), what)) % _TAGS
         pieces = [data[length * c // count : length * (c + 1) // count] for c in range(count)]
         for wave in self._cuts.waves(turns, length, count):
             # Allocated on the stream that waits for the messages, so that nothing else gets the
@@ -96,7 +100,7 @@ class DevicePlanRunner:
                 receives += [
                     (m.peer, (room if m.summed else piece)[m.begin : m.end]) for m in turn.receives
                 ]
-            for work in self._post(receives, sends, call % _TAGS):
+            for work in self._post(receives, sends, tag):
                 work.wait()
             for (chunk, turn), room in zip(wave, rooms, strict=True):
                 for total in turn.sums:
@@ -236,6 +240,16 @@ class HostStream:
         made: Any = torch.futures.Future()
         made.set_result(result)
         return made
+
+
+def summing() -> Combine:
+    """A sum of operands on either kind of device."""
+    on_host = adding(torch.Tensor.add_, fused=True)
+
+    def combine(first: torch.Tensor, others: torch.Tensor) -> None:
+        (device_sum() if first.is_cuda else on_host)(first, others)
+
+    return combine
 
 
 @cache

@@ -302,10 +302,10 @@ class GenTree:
     def _best(self, candidates: Iterable[Growth]) -> list[Growth]:
         """The fastest plans, of which no two own and cost the same."""
         payload, chunks = self._payload, self._search.chunks
-        seen: dict[tuple[int, float], Growth] = {}
+        seen: dict[tuple[int, str], Growth] = {}
         for growth in candidates:
-            time_s = growth.seconds(payload, chunks)
-            seen.setdefault((len(growth.layout.owners), round(time_s, 12)), growth)
+            about = f"{growth.seconds(payload, chunks):.9e}"
+            seen.setdefault((len(growth.layout.owners), about), growth)
         ranked = sorted(seen.values(), key=lambda g: (g.seconds(payload, chunks), g.cost.rounds))
         large = self._tree.size > LARGE
         found = ranked[: 1 if large else self._search.kept]

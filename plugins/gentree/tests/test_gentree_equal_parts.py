@@ -160,6 +160,27 @@ def test_a_reduction_alone_is_held_against_half_a_ring() -> None:
 
 
 @settings(max_examples=15)
+@example([5, 3], (1.0, 0.3), 24)
+@given(small_shapes.filter(lambda shape: tree(shape).size > 1), rates, st.integers(10, 30))
+def test_no_reduction_alone_is_slower_than_a_ring(shape, rates, power) -> None:
+    """Dear sums are all in the reduction, so that the whole may be faster where it is not."""
+    network = tree(shape, rates)
+    constants = Constants(gamma_s_per_byte=1e-8, delta_s_per_byte=1e-9)
+    found = GroupPlans(network, range(network.size), constants, always=True)
+    schedule = found.schedule(1 << power, blocks=True)
+    assert schedule is not None
+    evaluator = PlanEvaluator(network, constants)
+    flat = ring([Layout.whole(leaf) for leaf in range(network.size)])[0]
+    own_s, ring_s = (
+        sum(
+            cost.latency_s + 2**power * cost.seconds_per_byte for cost in map(evaluator.step, steps)
+        )
+        for steps in (schedule.arrays, [flat])
+    )
+    assert own_s <= ring_s * (1 + 1e-9)
+
+
+@settings(max_examples=15)
 @example(WIDE, (1.0, 0.3), 1e7)
 @example([3, 3, 2], (1.0,), 2.0**20)
 @given(small_shapes, rates, st.sampled_from([1e3, 1e5, 1e7]))

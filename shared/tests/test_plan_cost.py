@@ -479,3 +479,14 @@ class TestNetworkTree:
         cluster = Cluster(nodes=(Node(name="a", device="cpu"),))
         with pytest.raises(BadInput, match="which has 1"):
             NetworkTree.of_cluster(cluster, [("a", 1)])
+
+
+def test_the_latency_of_a_rank_that_is_less_deep_counts_once() -> None:
+    nodes = tuple(Node(name=name, device="cpu") for name in ("near", "far"))
+    ends = (("near", "core", 1e-6), ("rack", "core", 5e-6), ("far", "rack", 3e-6))
+    links = tuple(_link(a, b, BANDWIDTH, latency_s) for a, b, latency_s in ends)
+    network = NetworkTree.of_cluster(Cluster(nodes=nodes, switches=("core", "rack"), links=links))
+    assert network.names[0] == "rack"
+    cost = PlanEvaluator(network, FREE).cost([exchange(whole(2))[0]])
+    # Two rounds, each up and down the slowest links of both depths: core's and near's.
+    assert cost.latency_s == pytest.approx(2 * 2 * (5e-6 + 1e-6))

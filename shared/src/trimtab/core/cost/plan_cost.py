@@ -253,7 +253,8 @@ class PlanEvaluator:
 
     @cached_property
     def _tiers(self) -> list[NDArray[np.int64]]:
-        return [np.unique(row) for row in self.tree.paths[1:]]
+        # A leaf that is less deep stays where it is, and counts at its own depth.
+        return [np.unique(here[here != above]) for above, here in pairwise(self.tree.paths)]
 
     def _sums(self, flows: Flows) -> Floats:
         operands, size, owner = flows.sums

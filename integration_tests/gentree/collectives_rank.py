@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -24,8 +26,12 @@ def main() -> None:
         sums,
         dtypes,
         operations,
+        as_gloo_refuses,
         shapes,
+        expanded,
+        inference,
         futures,
+        calls_in_callbacks,
         scattered,
         gathered,
         passed_on,
@@ -42,6 +48,7 @@ def main() -> None:
         behind_a_barrier,
         late_but_in_time,
         told_otherwise,
+        ends_its_threads,
     )
     for check in [c for c in everything if not sys.argv[1:] or c.__name__ in sys.argv[1:]]:
         check(dist.get_rank(), dist.get_world_size())
@@ -66,6 +73,15 @@ def refusal(call: Callable[[], object]) -> str:
     except (RuntimeError, ValueError, BadInput) as error:
         return str(error)
     raise AssertionError("what is wrong was taken")
+
+
+def told_first(call: Callable[[], object]) -> str:
+    """The first line of what a call raises; nothing where it does not."""
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def sums(rank: int, size: int) -> None:
@@ -115,6 +131,67 @@ def operations(rank: int, size: int) -> None:
         assert ours.tolist() == [value] * 9, op
 
 
+def as_gloo_refuses(rank: int, size: int) -> None:
+    """Before anything is sent: the group goes on."""
+    group, gloo = dist.group.WORLD, dist.new_group(backend="gloo")
+    refused = 0
+    for dtype in (torch.float32, torch.bfloat16, torch.int16, torch.int32, torch.float8_e5m2):
+        for op in (Op.SUM, Op.AVG, Op.MAX, Op.BAND, Op.BXOR):
+            said = []
+            for of in (gloo, group):
+                ours, parts = torch.ones(2 * size).to(dtype), torch.ones(size).to(dtype)
+                calls: list[Callable[[], object]] = [
+                    lambda ours=ours, op=op, of=of: dist.all_reduce(ours, op, group=of),
+                    lambda ours=ours, op=op, of=of, parts=parts: dist.reduce_scatter_single(
+                        parts[:2], ours, op, group=of
+                    ),
+                ]
+                said.append([told_first(call) for call in calls])
+            assert said[0] == said[1], (dtype, op, said)
+            refused += bool(said[0][0])
+    assert refused == 2 * 2 + 2 * 5 + 1
+    sums(rank, size)
+
+
+def expanded(rank: int, size: int) -> None:
+    """Elements that share memory are summed once; what lies behind them is nobody's."""
+    for dense_at in (-1, 0):
+        base = values(rank, 2, 3)
+        ours = base[:1].expand(4, 3)
+        ours = ours.clone() if rank == dense_at else ours
+        dist.all_reduce(ours)
+        torch.testing.assert_close(ours, exact(size, 2, 3).float()[:1].expand(4, 3))
+        assert torch.equal(base[1], values(rank, 2, 3)[1])
+    for call in (
+        lambda out: dist.all_gather_single(out, torch.ones(3)),
+        lambda out: dist.reduce_scatter_single(out, torch.ones(3 * size * size)),
+    ):
+        assert "share memory" in refusal(lambda call=call: call(torch.ones(1).expand(3 * size)))
+
+
+def inference(rank: int, size: int) -> None:
+    """Tensors of inference mode, whoever's thread runs the call, between those of every day."""
+    expected = size * (size + 1) / 2
+    for asynchronous in (True, False):
+        with torch.inference_mode():
+            ours, whole = torch.full((9_000,), rank + 1.0), torch.empty(4 * size)
+            works = [
+                dist.all_reduce(ours, async_op=asynchronous),
+                dist.all_gather_single(whole, torch.full((4,), 1.0), async_op=asynchronous),
+                dist.reduce_scatter_single(whole[:2], ours[: 2 * size], async_op=asynchronous),
+            ]
+            for work in works if asynchronous else ():
+                work.wait()
+        assert ours.is_inference()
+        assert ours.tolist() == [expected] * 9_000
+        assert whole.tolist() == [expected * size] * 2 + [1.0] * (4 * size - 2)
+        every_day = torch.full((9_000,), rank + 1.0)
+        dist.all_reduce(every_day, async_op=asynchronous)
+        dist.barrier()
+        assert every_day.tolist() == [expected] * 9_000
+        assert not every_day.is_inference()
+
+
 def shapes(rank: int, size: int) -> None:
     base = values(rank, 12, 14)
     strided, single = base.t()[::2], torch.tensor(float(rank))
@@ -136,6 +213,42 @@ def futures(rank: int, size: int) -> None:
         expected = torch.stack([values(r + 10 * index, 5000) for r in range(size)]).sum(0)
         torch.testing.assert_close(many[index], expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(half.wait(), many[index] / 2)
+
+
+def calls_in_callbacks(rank: int, size: int) -> None:
+    """They come in one order, whatever is called around them and whenever they begin."""
+    length, many = 5_000, 6
+    firsts = [values(rank + 10 * index, length) for index in range(many)]
+    seconds, thirds = ([t.clone() for t in firsts] for _ in range(2))
+    told = torch.full((many,), float(rank))
+
+    def second(index: int, future: object) -> int:
+        dist.all_reduce(seconds[index])
+        dist.broadcast(told[index], 1)
+        dist.barrier()
+        return index
+
+    def third(future: torch.futures.Future[int]) -> torch.Tensor:
+        work = dist.all_reduce(thirds[future.value()], async_op=True)
+        return work.get_future().wait()[0]
+
+    ends = []
+    for index, first in enumerate(firsts):
+        future = dist.all_reduce(first, async_op=True).get_future()
+        if (index + rank) % 2:  # what follows is added when the call is over, or before
+            future.wait()
+        ends.append(future.then(partial(second, index)).then(third))
+        dist.all_reduce(values(rank, length))  # as large as those in callbacks
+    over = threading.Event()
+    last = dist.all_reduce(told.clone(), async_op=True)
+    last.get_future().add_done_callback(lambda _: over.set())
+    for index, end in enumerate(ends):
+        assert end.wait() is thirds[index]
+        for ours in (firsts, seconds, thirds):
+            expected = torch.stack([values(r + 10 * index, length) for r in range(size)]).sum(0)
+            torch.testing.assert_close(ours[index], expected, rtol=1e-5, atol=1e-5)
+    assert told.tolist() == [1.0] * many
+    assert over.wait(30)
 
 
 def scattered(rank: int, size: int) -> None:
@@ -380,8 +493,8 @@ def told_otherwise(rank: int, size: int) -> None:
     """No group is made where one rank is told otherwise than the others."""
     for variable, value, told in (
         ("TRIMTAB_HOST", "h9", "rank 1 runs on 'h9', which is no node of two-racks"),
-        ("TRIMTAB_GENTREE_ALWAYS", "0", "rank 1 of the group plans for another network"),
-        ("TRIMTAB_GENTREE_TOPOLOGY", "", "rank 1 of the group plans for another network"),
+        ("TRIMTAB_GENTREE_ALWAYS", "0", "rank 1 on h1 plans for another network"),
+        ("TRIMTAB_GENTREE_TOPOLOGY", "", "rank 1 on h1 plans for another network"),
     ):
         kept = os.environ[variable]
         if rank == 1:
@@ -389,6 +502,27 @@ def told_otherwise(rank: int, size: int) -> None:
         refused = refusal(dist.new_group)
         os.environ[variable] = kept
         assert told in refused, refused
+
+
+def ends_its_threads(rank: int, size: int) -> None:
+    before = set(threading.enumerate())
+    group, seen = dist.new_group(), []
+    future = dist.all_reduce(torch.ones(3), group=group, async_op=True).get_future()
+
+    def later(future: object) -> None:
+        time.sleep(0.3)
+        total = torch.ones(3)
+        dist.all_reduce(total, group=group)
+        seen.append(total[0].item())
+
+    future.add_done_callback(later)
+    group_threads = set(threading.enumerate()) - before
+    assert {thread.name for thread in group_threads} >= {"trimtab-plans"}
+    dist.destroy_process_group(group)
+    assert seen == [size], "a callback was cut off"
+    assert not any(thread.is_alive() for thread in group_threads)
+    assert set(threading.enumerate()) <= before
+    assert "destroyed" in refusal(lambda: group.allreduce(torch.ones(3)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from datetime import timedelta
 import torch
 from torch import distributed as dist
 
+from trimtab.core.collectives import Layout, Schedule
+from trimtab.core.collectives.combine import ring
+
 TIMEOUT = timedelta(seconds=5)
 
 
@@ -34,8 +37,9 @@ def main(faults: list[str]) -> None:
                 gather(tensor, group)
             else:
                 dist.all_reduce(tensor, group=group)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             print(f"{fault}, after {time.monotonic() - began_s:.1f} s: {error}", flush=True)
+            goes_on_failing(str(error), tensor, group)
     time.sleep(5 if rank == 0 else 1)  # the first rank has the store, which the others still ask
     os._exit(0)
 
@@ -47,8 +51,36 @@ def spoil(fault: str, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> 
         dist.all_reduce(tensor[:50_000], group=group)
     elif fault == "gathered":
         gather(tensor[:50_000], group)
+    elif fault == "dtype":
+        dist.all_reduce(tensor.int(), group=group)
+    elif fault == "operation":
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
+    elif fault == "plan":
+        group._plans.schedule = around
+        group._planned.cache_clear()
+        dist.all_reduce(tensor, group=group)
+    elif fault == "memory":
+        group._runner.run = without_memory
+        dist.all_reduce(tensor, group=group)
     else:
         time.sleep(9)
+
+
+def goes_on_failing(told: str, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    again = ""
+    try:
+        dist.all_reduce(tensor, group=group)
+    except RuntimeError as error:
+        again = str(error)
+    assert told in again, again
+
+
+def around(payload_bytes: int, **more: object) -> Schedule:
+    return Schedule.of(4, [ring([Layout.whole(rank) for rank in range(4)])[0]])
+
+
+def without_memory(*arguments: object, **more: object) -> None:
+    raise MemoryError("400000 bytes are not there")
 
 
 def gather(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> None:

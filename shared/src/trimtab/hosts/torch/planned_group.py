@@ -6,17 +6,14 @@ one thread, in the order of the calls; torch's C++ and Python sides both come he
 
 from __future__ import annotations
 
-import atexit
 import itertools
-import queue
-import threading
-import time
 import weakref
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from functools import lru_cache, partial
-from typing import Any, Protocol
+from functools import cached_property, lru_cache, partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,16 +21,12 @@ from torch.distributed import distributed_c10d
 
 from trimtab.core.collectives import Schedule
 from trimtab.hosts.torch import profiled_call
+from trimtab.hosts.torch.call_faults import CallFaults, Passed
 from trimtab.hosts.torch.plan_runner import Combine, PeerLost, PlannedRank, PlanRunner, adding
+from trimtab.hosts.torch.planned_call import CallThread, PlannedWork, Several
 
 _options: Any = distributed_c10d
 """Where torch.distributed has the names that it does not export, or that its types lack."""
-
-_FAULT = "trimtab/fault"
-_FAULT_WAIT_S = 1.0
-"""How long a rank that loses a neighbour waits to hear whose fault it was at first."""
-
-_STOP = None
 
 
 class Plans(Protocol):
@@ -49,163 +42,69 @@ class Plans(Protocol):
         """
 
 
-_KINDS: Any = dist.ReduceOp.RedOpType
+class _Plan(PlannedRank):
+    """A plan that can be told from others."""
 
-_COMBINES: Mapping[Any, Combine] = {
-    _KINDS.SUM: adding(torch.Tensor.add_, fused=True),
-    _KINDS.AVG: adding(torch.Tensor.add_, fused=True),
-    _KINDS.PRODUCT: adding(torch.Tensor.mul_, fused=False),
-    _KINDS.MIN: adding(lambda a, b: torch.minimum(a, b, out=a), fused=False),
-    _KINDS.MAX: adding(lambda a, b: torch.maximum(a, b, out=a), fused=False),
-    _KINDS.BAND: adding(torch.Tensor.bitwise_and_, fused=False),
-    _KINDS.BOR: adding(torch.Tensor.bitwise_or_, fused=False),
-    _KINDS.BXOR: adding(torch.Tensor.bitwise_xor_, fused=False),
+    @cached_property
+    def digest(self) -> int:
+        """The same on all ranks that have the same plan."""
+        return zlib.crc32(self.schedule.model_dump_json().encode())
+
+
+class _Operation(NamedTuple):
+    """A reduce operation.
+
+    Attributes:
+        combine: how operands become one.
+        name: of the operation.
+        divides: whether the result is divided by the number of ranks.
+        dtypes: those that it is run on; gloo says what is wrong with any other.
+    """
+
+    combine: Combine
+    name: str
+    divides: bool
+    dtypes: frozenset[torch.dtype]
+
+
+_KINDS: Any = dist.ReduceOp.RedOpType
+_REAL = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_WHOLE = frozenset({torch.uint8, torch.int8, torch.int32, torch.int64})
+
+
+def _sums(kind: Any, dtypes: frozenset[torch.dtype]) -> _Operation:
+    return _Operation(adding(torch.Tensor.add_, fused=True), kind.name, kind == _KINDS.AVG, dtypes)
+
+
+def _chain(
+    kind: Any, operands: Callable[[torch.Tensor, torch.Tensor], object], *also: torch.dtype
+) -> _Operation:
+    return _Operation(adding(operands, fused=False), kind.name, False, _WHOLE.union(also))
+
+
+_OPERATIONS: Mapping[Any, _Operation] = {
+    _KINDS.SUM: _sums(_KINDS.SUM, _REAL | _WHOLE),
+    _KINDS.AVG: _sums(_KINDS.AVG, _REAL),
+    _KINDS.PRODUCT: _chain(_KINDS.PRODUCT, torch.Tensor.mul_, *_REAL),
+    _KINDS.MIN: _chain(_KINDS.MIN, lambda a, b: torch.minimum(a, b, out=a), *_REAL),
+    _KINDS.MAX: _chain(_KINDS.MAX, lambda a, b: torch.maximum(a, b, out=a), *_REAL),
+    _KINDS.BAND: _chain(_KINDS.BAND, torch.Tensor.bitwise_and_),
+    _KINDS.BOR: _chain(_KINDS.BOR, torch.Tensor.bitwise_or_),
+    _KINDS.BXOR: _chain(_KINDS.BXOR, torch.Tensor.bitwise_xor_),
 }
 
 
-def _operation(op: Any) -> tuple[Combine, bool] | None:
-    """How a reduce operation combines operands, and whether the result is divided; None if not."""
-    kind = getattr(op, "op", op)
-    found = _COMBINES.get(kind)
-    return None if found is None else (found, kind == _KINDS.AVG)
+class _Within:
+    """What callbacks' calls go by: connections and room of their own.
 
-
-class PlannedWork(dist.Work):
-    """A call that runs on the group's thread, or ran on the caller's.
-
-    Args:
-        result: the tensors that the call fills.
+    Ranks come to them at other times than to the calls around them, but in one order.
     """
 
-    def __init__(self, result: list[torch.Tensor]) -> None:
-        super().__init__()
-        self._result = result
-        self._done = False
-        # Held until the call is over; most are when anyone waits, and a threading.Event is dear.
-        self._running = threading.Lock()
-        self._running.acquire()
-        self._error: Exception | None = None
-        self._future: torch.futures.Future[list[torch.Tensor]] | None = None
-        self._settling = threading.Lock()
-
-    def finish(self, error: Exception | None = None) -> None:
-        """Says that the call is over."""
-        with self._settling:
-            self._error, self._done = error, True
-            self._running.release()
-            future = self._future
-        if future is not None:
-            self._settle(future)
-
-    def _settle(self, future: torch.futures.Future[list[torch.Tensor]]) -> None:
-        if self._error is None:
-            future.set_result(self._result)
-        else:
-            future.set_exception(self._error)  # type: ignore[arg-type]
-
-    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        if not self._done:
-            limit_s = timeout.total_seconds()
-            if not self._running.acquire(timeout=limit_s if limit_s > 0 else -1):
-                raise RuntimeError(f"the collective is not done after {limit_s:g} s")
-            self._running.release()
-        if self._error is not None:
-            raise self._error
-        return True
-
-    def get_future(self) -> torch.futures.Future[list[torch.Tensor]]:
-        # Made when it is first asked for: most calls are only waited for.
-        with self._settling:
-            if self._future is not None:
-                return self._future
-            made = self._future = torch.futures.Future()
-            over = self._done
-        if over:
-            self._settle(made)
-        return made
-
-    def is_completed(self) -> bool:
-        return self._done
-
-    def is_success(self) -> bool:
-        return self._done and self._error is None
-
-    def exception(self) -> Exception | None:
-        return self._error
-
-    def result(self) -> list[torch.Tensor]:
-        return self._result
-
-    def synchronize(self) -> None:
-        self.wait()
-
-
-class _Several(dist.Work):
-    """Calls that are one to the caller."""
-
-    def __init__(self, works: Sequence[Any]) -> None:
-        super().__init__()
-        self._works = list(works)
-
-    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        limit = [timeout] if timeout > timedelta(0) else []
-        done = [work.wait(*limit) for work in self._works]
-        return all(done)
-
-    def get_future(self) -> Any:
-        together = torch.futures.collect_all([work.get_future() for work in self._works])
-        return together.then(lambda done: [t for each in done.value() for t in each.value() or ()])
-
-    def is_completed(self) -> bool:
-        return all(work.is_completed() for work in self._works)
-
-
-class _Thread:
-    """Runs calls one after the other, each with its number."""
-
-    def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._given = itertools.count(1)
-        self._ahead = 0
-        self._order, self._running = threading.Lock(), threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="trimtab-plans", daemon=True)
-        self._thread.start()
-        atexit.register(self.close)
-
-    def submit(self, call: Callable[[int], None], *, here: bool) -> None:
-        """Runs a call behind all others.
-
-        Args:
-            call: gets a number of its own, in the order of the calls.
-            here: whether it may run at once in the caller's thread, which waits for it anyway; it
-                does where no call is ahead of it.
-        """
-        with self._order:
-            number = next(self._given)
-            at_once = here and self._ahead == 0 and self._running.acquire(blocking=False)
-            if not at_once:
-                self._ahead += 1
-                self._calls.put(partial(call, number))
-        if at_once:
-            try:
-                call(number)
-            finally:
-                self._running.release()
-
-    def close(self) -> None:
-        """Ends the thread behind the calls that were given; it holds no tensor after that."""
-        atexit.unregister(self.close)
-        self._calls.put(_STOP)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while (call := self._calls.get()) is not _STOP:
-            with self._running:
-                call()
-            del call
-            with self._order:
-                self._ahead -= 1
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        store = _options.PrefixStore("trimtab/callbacks", store)
+        self.base = _gloo(store, rank, size, timeout)
+        _everyone(store, rank, size, timeout)
+        self.runner = PlanRunner(self.base, timeout)
 
 
 class PlannedGroup(dist.ProcessGroup):
@@ -229,7 +128,8 @@ class PlannedGroup(dist.ProcessGroup):
         names: Sequence[str],
     ) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]
-        self._store, self._plans, self._names = store, plans, list(names)
+        self._plans = plans
+        self._faults = CallFaults(store, rank, names)
         self._own_rank, self._own_size = rank, size
         self._bases = {"cpu": _gloo(store, rank, size, timeout)}
         self._register_backend(
@@ -243,12 +143,19 @@ class PlannedGroup(dist.ProcessGroup):
         _everyone(store, rank, size, timeout)
         self._runner = PlanRunner(self._bases["cpu"], timeout)
         self._planned = lru_cache(256)(self._plan)
-        self._thread = _Thread()
+        self._thread = CallThread()
+        self._own_callbacks, self._numbers_within = self._thread.callbacks, itertools.count(1)
+        self._making = partial(_Within, store, rank, size)
         self._closing = weakref.finalize(self, self._thread.close)
         self._fault: Exception | None = None
 
     def getBackendName(self) -> str:  # noqa: N802
         return "gentree"
+
+    @cached_property
+    def _within(self) -> _Within:
+        """Made by the first call in a callback, which all ranks make."""
+        return self._making(self._limit(None))
 
     def shutdown(self) -> None:
         """Waits for the calls that are under way, and ends the group."""
@@ -257,7 +164,8 @@ class PlannedGroup(dist.ProcessGroup):
     def abort(self) -> None:
         """Ends the group without waiting for its peers."""
         self._fault = self._fault or RuntimeError("the group was aborted")
-        for base in self._bases.values():
+        inner = [self._within.base] if "_within" in vars(self) else []
+        for base in (*self._bases.values(), *inner):
             with suppress(RuntimeError, AttributeError):
                 base.abort()
         self._closing()
@@ -266,39 +174,51 @@ class PlannedGroup(dist.ProcessGroup):
         given = _listed(tensors)
         opts = opts if opts is not None else dist.AllreduceOptions()
         planned = self._for(given, _bytes(given)) if len(given) == 1 else None
-        how = _operation(_op_of(opts)) if planned is not None else None
-        if planned is None or how is None or not _fits(given[0], how):
+        how = _operation(opts, given) if planned is not None else None
+        if planned is None or how is None:
             return self._base(given).allreduce(given, _as_options(opts, dist.AllreduceOptions))
         return self._submit(
-            "all_reduce", given, given, opts, partial(self._reduce_all, given, planned, how)
+            "all_reduce",
+            given,
+            given,
+            opts,
+            partial(self._reduce_all, given, planned, how),
+            planned,
         )
 
     def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
         given = _listed(tensors)
         opts = opts if opts is not None else dist.AllreduceCoalescedOptions()
-        how = _operation(_op_of(opts))
+        how = _operation(opts, given)
         alike = len({(t.dtype, t.device) for t in given}) == 1
         planned = self._for(given, _bytes(given)) if alike and how else None
-        if planned is None or how is None or not _fits(given[0], how):
+        if planned is None or how is None:
             return self._base(given).allreduce_coalesced(given, opts)
         return self._submit(
-            "all_reduce", given, given, opts, partial(self._reduce_all, given, planned, how)
+            "all_reduce",
+            given,
+            given,
+            opts,
+            partial(self._reduce_all, given, planned, how),
+            planned,
         )
 
     def reduce_scatter_single(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
         opts = opts if opts is not None else dist.ReduceScatterOptions()
-        how = _operation(_op_of(opts))
+        how = _operation(opts, [input])
         even = input.numel() == output.numel() * self._own_size and input.dtype == output.dtype
         size = _bytes([input])
         planned = self._for([input, output], size, blocks=True) if even and how else None
-        if planned is None or how is None or not _fits(input, how):
+        if planned is None or how is None:
             return self._base([input])._reduce_scatter_base(output, input, opts)
+        _refuse_shared([output])
         return self._submit(
             "reduce_scatter",
             [input],
             [output],
             opts,
             partial(self._scatter, output, [input], planned, how),
+            planned,
         )
 
     def _reduce_scatter_base(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
@@ -308,17 +228,20 @@ class PlannedGroup(dist.ProcessGroup):
         self, outputs: Any, inputs: Any, opts: Any = None
     ) -> Any:
         opts = opts if opts is not None else dist.ReduceScatterOptions()
-        given, how = _listed(outputs), _operation(_op_of(opts))
+        given = _listed(outputs)
+        how = _operation(opts, given)
         parts = self._shares(given, inputs) if how else None
         planned = None if parts is None else self._for([*given, *parts], _bytes(parts), blocks=True)
-        if parts is None or planned is None or how is None or not _fits(given[0], how):
+        if parts is None or planned is None or how is None:
             return self._base(given).reduce_scatter(given, inputs, opts)
+        _refuse_shared(given)
         return self._submit(
             "reduce_scatter",
             parts,
             given,
             opts,
             partial(self._scatter, given[0], parts, planned, how),
+            planned,
         )
 
     def all_gather_single(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
@@ -327,8 +250,14 @@ class PlannedGroup(dist.ProcessGroup):
         planned = self._for([input, output], _bytes([output]), blocks=True) if even else None
         if planned is None:
             return self._base([input])._allgather_base(output, input, opts)
+        _refuse_shared([output])
         return self._submit(
-            "all_gather", [input], [output], opts, partial(self._gather, [output], input, planned)
+            "all_gather",
+            [input],
+            [output],
+            opts,
+            partial(self._gather, [output], input, planned),
+            planned,
         )
 
     def _allgather_base(self, output: Any, input: Any, opts: Any = None) -> Any:  # noqa: A002
@@ -341,17 +270,23 @@ class PlannedGroup(dist.ProcessGroup):
         planned = None if parts is None else self._for([*given, *parts], _bytes(parts), blocks=True)
         if parts is None or planned is None:
             return self._base(given).allgather(outputs, given, opts)
+        _refuse_shared(parts)
         return self._submit(
-            "all_gather", given, parts, opts, partial(self._gather, parts, given[0], planned)
+            "all_gather",
+            given,
+            parts,
+            opts,
+            partial(self._gather, parts, given[0], planned),
+            planned,
         )
 
     def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         pairs = zip(outputs, inputs, strict=True)
-        return _Several([self.all_gather_single(output, given, opts) for output, given in pairs])
+        return Several([self.all_gather_single(output, given, opts) for output, given in pairs])
 
     def reduce_scatter_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         pairs = zip(outputs, inputs, strict=True)
-        return _Several([self.reduce_scatter_single(out, given, opts) for out, given in pairs])
+        return Several([self.reduce_scatter_single(out, given, opts) for out, given in pairs])
 
     # What follows has no plan. torch's own passing on holds the GIL until gloo has taken the call,
     # while gloo's thread may wait for the GIL to free a tensor: both would stand still for ever.
@@ -367,11 +302,12 @@ class PlannedGroup(dist.ProcessGroup):
         opts = opts if opts is not None else dist.BarrierOptions()
         if timeout is not None:
             opts.timeout = timeout
-        base = self._bases[getattr(opts.device, "type", "cpu")]
+        kind = getattr(opts.device, "type", "cpu")
+        base = self._base([]) if kind == "cpu" else self._bases[kind]
         # What was called before a barrier is over behind it.
-        before = self._submit(None, [], [], opts, lambda call: None)
+        before = self._submit(None, [], [], opts, lambda runner, call: None, None)
         if opts.asyncOp:
-            return _Several([before, base.barrier(opts)])
+            return Several([before, base.barrier(opts)])
         before.wait()
         return base.barrier(opts)
 
@@ -406,21 +342,21 @@ class PlannedGroup(dist.ProcessGroup):
 
     def _for(
         self, tensors: Sequence[torch.Tensor], payload_bytes: int, *, blocks: bool = False
-    ) -> PlannedRank | None:
+    ) -> _Plan | None:
         """The plan for a call; None where it is the base group's."""
         if not tensors[0].is_cpu:
             return None
         # Asked first, so that a call without a plan costs little more than the base group's own.
-        planned: PlannedRank | None = self._planned(payload_bytes, blocks)
+        planned: _Plan | None = self._planned(payload_bytes, blocks)
         if planned is None or (blocks and planned.places is None):
             return None
         return planned if all(map(_is_plain, tensors)) else None
 
-    def _plan(self, payload_bytes: int, blocks: bool) -> PlannedRank | None:
+    def _plan(self, payload_bytes: int, blocks: bool) -> _Plan | None:
         if self._own_size == 1:
             return None
         schedule = self._plans.schedule(payload_bytes, blocks=blocks)
-        return None if schedule is None else PlannedRank(schedule, self._own_rank)
+        return None if schedule is None else _Plan(schedule, self._own_rank)
 
     def _shares(
         self, wholes: Sequence[torch.Tensor], lists: Sequence[Sequence[torch.Tensor]]
@@ -443,7 +379,7 @@ class PlannedGroup(dist.ProcessGroup):
     def _base(self, tensors: Sequence[torch.Tensor]) -> Any:
         """The group of the tensors' device."""
         if not tensors or tensors[0].is_cpu:
-            return self._bases["cpu"]
+            return self._within.base if self._own_callbacks.runs_here() else self._bases["cpu"]
         kind = tensors[0].device.type
         if kind not in self._bases:
             raise RuntimeError(f"the backend has no group for tensors on {kind!r}")
@@ -455,7 +391,8 @@ class PlannedGroup(dist.ProcessGroup):
         given: Sequence[torch.Tensor],
         result: list[torch.Tensor],
         opts: Any,
-        run: Callable[[int], None],
+        run: Callable[[PlanRunner, int], None],
+        planned: _Plan | None,
     ) -> PlannedWork:
         """Runs a call behind all others.
 
@@ -464,9 +401,10 @@ class PlannedGroup(dist.ProcessGroup):
             given: the tensors that the call reads.
             result: those that it fills.
             opts: of the call.
-            run: gets the number of the call.
+            run: gets what runs it, and its number.
+            planned: what it runs.
         """
-        work, limit = PlannedWork(result), self._limit(opts)
+        work, limit = PlannedWork(result, self._own_callbacks), self._limit(opts)
         seen = name is not None and profiled_call.profiled()
         end = profiled_call.begin(f"{self.getBackendName()}:{name}", given) if seen else _nothing
 
@@ -476,102 +414,100 @@ class PlannedGroup(dist.ProcessGroup):
             work.finish(error)
 
         def attempt(number: int) -> Exception | None:
-            try:
-                if self._fault is not None:
-                    raise self._fault
-                self._runner.timeout = limit
-                run(number)
-            except PeerLost as lost:
-                own_bytes = sum(tensor.nbytes for tensor in result)
-                self._fault = RuntimeError(self._told(lost, own_bytes))
+            if self._fault is not None:
                 return self._fault
+            try:
+                runner = self._runner if number > 0 else self._within.runner
+                runner.timeout = limit
+                run(runner, abs(number))
             except Exception as error:
-                return error
+                return self._failed(error, _passed(number, name, given, opts, planned))
             return None
 
+        if self._own_callbacks.runs_here():
+            # At once: nobody else would settle a future for which the callback waits.
+            call(-next(self._numbers_within))
+            return work
         # An event is one of communication only if another thread ends it.
         self._thread.submit(call, here=not (seen or getattr(opts, "asyncOp", True)))
         return work
 
-    def _told(self, lost: PeerLost, own_bytes: int) -> str:
-        """Whose fault it is, as far as the ranks that noticed have said it in the store.
-
-        A rank that was lost may itself have lost another, which is then the one to name.
-        """
-        seen, blamed, until_s = {self._own_rank}, lost.rank, time.monotonic() + _FAULT_WAIT_S
-        with suppress(Exception):  # the store may be gone with the rank that had it
-            self._store.set(f"{_FAULT}/{self._own_rank}", f"{lost.rank} {own_bytes}")
-            while blamed not in seen and time.monotonic() < until_s:
-                if not self._store.check([f"{_FAULT}/{blamed}"]):
-                    time.sleep(0.02)
-                    continue
-                said = self._store.get(f"{_FAULT}/{blamed}").decode().split()
-                if int(said[1]) != own_bytes:
-                    return (
-                        f"{self._names[blamed]} passed {said[1]} bytes to a collective to which"
-                        f" {self._names[self._own_rank]} passed {own_bytes}"
-                    )
-                seen.add(blamed)
-                blamed = int(said[0])
-        return f"{self._names[blamed]} failed or did not take part in time ({lost.reason})"
+    def _failed(self, error: Exception, passed: Passed) -> Exception:
+        """What a failed call raises; all later ones say the same, and so do the other ranks."""
+        if isinstance(error, PeerLost):
+            self._fault = RuntimeError(self._faults.others(passed, error))
+            return self._fault
+        self._fault = RuntimeError(self._faults.own(passed, error))
+        return error
 
     def _reduce_all(
         self,
         tensors: Sequence[torch.Tensor],
-        planned: PlannedRank,
-        how: tuple[Combine, bool],
+        planned: _Plan,
+        how: _Operation,
+        runner: PlanRunner,
         call: int,
     ) -> None:
-        combine, divide = how
-        with torch.no_grad():
+        with _writing(tensors):
             alone = len(tensors) == 1 and tensors[0].is_contiguous()
             flat = tensors[0].view(-1) if alone else torch.cat([t.reshape(-1) for t in tensors])
-            chunks = planned.schedule.chunks
-            self._runner.run(planned.turns, flat, combine, call=call, chunks=chunks)
-            if divide:
+            runner.run(
+                planned.turns,
+                flat,
+                how.combine,
+                call=call,
+                chunks=planned.schedule.chunks,
+                what=planned.digest ^ _code("all_reduce", flat.dtype, how.name),
+            )
+            if how.divides:
                 flat.div_(self._own_size)
             if not alone:
                 for tensor, part in zip(
                     tensors, flat.split([t.numel() for t in tensors]), strict=True
                 ):
-                    tensor.copy_(part.view(tensor.shape))
+                    _fill(tensor, part.view(tensor.shape))
 
     def _scatter(
         self,
         output: torch.Tensor,
         inputs: Sequence[torch.Tensor],
-        planned: PlannedRank,
-        how: tuple[Combine, bool],
+        planned: _Plan,
+        how: _Operation,
+        runner: PlanRunner,
         call: int,
     ) -> None:
-        combine, divide = how
         assert planned.places is not None
-        with torch.no_grad():
+        with _writing([output]):
             length = output.numel()
             parts = inputs if len(inputs) > 1 else inputs[0].reshape(-1).split(max(length, 1))
             flat = torch.empty(length * self._own_size, dtype=output.dtype)
             for rank, place in enumerate(planned.places):
                 if length:
                     flat[place * length : (place + 1) * length] = parts[rank].reshape(-1)
-            self._runner.run(planned.reducing, flat, combine, call=call)
+            what = planned.digest ^ _code("reduce_scatter", flat.dtype, how.name)
+            runner.run(planned.reducing, flat, how.combine, call=call, what=what)
             own = planned.places[self._own_rank]
             result = flat[own * length : (own + 1) * length]
-            output.copy_((result.div_(self._own_size) if divide else result).view(output.shape))
+            output.copy_(
+                (result.div_(self._own_size) if how.divides else result).view(output.shape)
+            )
 
     def _gather(
         self,
         outputs: Sequence[torch.Tensor],
         given: torch.Tensor,
-        planned: PlannedRank,
+        planned: _Plan,
+        runner: PlanRunner,
         call: int,
     ) -> None:
         assert planned.places is not None
-        with torch.no_grad():
+        with _writing(outputs):
             length = given.numel()
             flat = torch.empty(length * self._own_size, dtype=given.dtype)
             own = planned.places[self._own_rank]
             flat[own * length : (own + 1) * length] = given.reshape(-1)
-            self._runner.run(planned.gathering, flat, _no_sums, call=call)
+            what = planned.digest ^ _code("all_gather", flat.dtype, "")
+            runner.run(planned.gathering, flat, _no_sums, call=call, what=what)
             blocks = [flat[place * length : (place + 1) * length] for place in planned.places]
             if len(outputs) == 1 and self._own_size > 1:
                 outputs[0].copy_(torch.cat(blocks).view(outputs[0].shape))
@@ -623,10 +559,58 @@ def _as_options(opts: Any, kind: Any) -> Any:
     return made
 
 
-def _fits(tensor: torch.Tensor, how: tuple[Combine, bool]) -> bool:
-    """Whether the operation is one of this dtype; the base group says what is wrong if not."""
-    _, divide = how
-    return tensor.dtype != torch.bool and (tensor.is_floating_point() or not divide)
+def _operation(opts: Any, tensors: Sequence[torch.Tensor]) -> _Operation | None:
+    """The operation of a call; None where the base group has it, or says what is wrong."""
+    op = _op_of(opts)
+    found = _OPERATIONS.get(getattr(op, "op", op))
+    return found if found is not None and tensors and tensors[0].dtype in found.dtypes else None
+
+
+@lru_cache(256)
+def _code(name: str, dtype: torch.dtype, op: str) -> int:
+    """The same on all ranks that make such a call."""
+    return zlib.crc32(f"{name} {dtype} {op}".encode())
+
+
+def _passed(
+    call: int, name: str | None, given: Sequence[torch.Tensor], opts: Any, planned: _Plan | None
+) -> Passed:
+    op = _op_of(opts)
+    words = [str(getattr(getattr(op, "op", op), "name", ""))]
+    if given:
+        count = sum(tensor.numel() for tensor in given)
+        words.insert(0, f"{count} {str(given[0].dtype).removeprefix('torch.')}")
+    what = f"{name or 'barrier'}({', '.join(filter(None, words))})"
+    if call < 0:
+        what += " in a callback"
+    return Passed(call, what, 0 if planned is None else planned.digest)
+
+
+def _writing(tensors: Sequence[torch.Tensor]) -> Any:
+    """Lets another thread than the caller's write into tensors, as the caller might."""
+    for tensor in tensors:
+        if tensor.is_inference():
+            return torch.inference_mode()
+    return torch.no_grad()
+
+
+def _fill(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Writes values (of its shape) into a tensor; where its elements share memory, the first."""
+    if not tensor.is_contiguous():
+        for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+            if stride == 0 and size > 1:
+                tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+    tensor.copy_(values)
+
+
+def _refuse_shared(outputs: Sequence[torch.Tensor]) -> None:
+    """Before anything is sent, and without harm to the group."""
+    for tensor in outputs:
+        if not tensor.is_contiguous() and 0 in tensor.stride():
+            raise RuntimeError(
+                "elements of an output share memory; pass one that was not expanded, such as its"
+                " clone()"
+            )
 
 
 def _gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:

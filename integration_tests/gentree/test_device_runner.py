@@ -326,9 +326,27 @@ def test_a_call_is_behind_its_caller_and_before_who_waits_and_keeps_its_tensors(
     ]
 
 
-def test_real_processes_come_to_the_bits_of_the_cpu_path(job) -> None:
-    shown = job("device_rank.py", told=False)
+def test_the_groups_collectives_go_that_way_where_it_is_switched_on(job) -> None:
+    shown = job("cuda_rank.py", told=False)
     assert [status for status, _, _ in shown] == [0] * 4, shown
+    assert shown[0][1].splitlines() == [
+        f"right: {name}"
+        for name in (
+            "sums",
+            "operations",
+            "shapes",
+            "futures",
+            "parts",
+            "coalesced",
+            "passed_on",
+            "unwaited",
+        )
+    ]
+
+
+def test_real_processes_come_to_the_bits_of_the_cpu_path(job) -> None:
+    shown = job("device_rank.py", ranks=3, told=False)
+    assert [status for status, _, _ in shown] == [0] * 3, shown
     assert shown[0][1].splitlines() == [
         f"right: {name}" for name in ("staged", "folded", "ring", "uneven", "phases")
     ]

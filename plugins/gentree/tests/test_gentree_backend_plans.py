@@ -61,14 +61,17 @@ def test_the_network_of_the_environment(topology: str, tmp_path: Path) -> None:
             "TRIMTAB_GENTREE_TOPOLOGY": topology,
             "TRIMTAB_GENTREE_CONSTANTS": str(constants),
             "TRIMTAB_GENTREE_ALWAYS": "1",
+            "TRIMTAB_GENTREE_CUDA": "0",
         }
     )
     assert network is not None
-    assert (len(network.cluster.nodes), network.constants.alpha_s, network.always) == (
-        4,
-        1e-3,
-        True,
+    assert (len(network.cluster.nodes), network.constants.alpha_s) == (4, 1e-3)
+    assert (network.always, network.cuda) == (True, False)
+    on_gpus = Network.of_environment(
+        {"TRIMTAB_GENTREE_TOPOLOGY": topology, "TRIMTAB_GENTREE_CUDA": "1"}
     )
+    assert on_gpus is not None
+    assert (on_gpus.always, on_gpus.cuda) == (False, True)
     with pytest.raises(BadInput, match="no such file"):
         Network.of_environment({"TRIMTAB_GENTREE_TOPOLOGY": "nowhere.yaml"})
     dead = Path(topology).read_text().replace("1000000000.0", "0", 1)
@@ -86,6 +89,9 @@ def test_a_launch_tells_every_rank(topology: str) -> None:
         "TRIMTAB_GENTREE_TOPOLOGY": str(Path(topology).absolute()),
     }
     assert change.hosts == {}
+    change = plugin("gentree").launch({"topology": topology, "always": True, "cuda": True}, request)
+    assert change is not None
+    assert {change.environment[f"TRIMTAB_GENTREE_{name}"] for name in ("ALWAYS", "CUDA")} == {"1"}
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from trimtab.gentree.planner import choose, leaf_order
 TOPOLOGY_VARIABLE = "TRIMTAB_GENTREE_TOPOLOGY"
 CONSTANTS_VARIABLE = "TRIMTAB_GENTREE_CONSTANTS"
 ALWAYS_VARIABLE = "TRIMTAB_GENTREE_ALWAYS"
+CUDA_VARIABLE = "TRIMTAB_GENTREE_CUDA"
 
 MARGIN = 0.1
 """By how much a plan must be faster by the model than gloo's ring, for which our executor takes a
@@ -57,11 +58,13 @@ class Network:
         cluster: the network.
         constants: of GenModel.
         always: whether plans are run even where the model finds the base backend faster.
+        cuda: whether plans are run on CUDA tensors too.
     """
 
     cluster: Cluster
     constants: Constants
     always: bool = False
+    cuda: bool = False
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> Network | None:
@@ -77,7 +80,7 @@ class Network:
         return cls(
             read_topology(path),
             read_constants(constants) if constants else Constants(),
-            environment.get(ALWAYS_VARIABLE, "0") not in ("", "0"),
+            *(environment.get(v, "0") not in ("", "0") for v in (ALWAYS_VARIABLE, CUDA_VARIABLE)),
         )
 
 
@@ -198,7 +201,8 @@ def create(options: Any, backend_options: Any) -> Any:
         stay(options.store, member, size, options.timeout)
         raise
     names = [place.called for place in places]
-    return PlannedGroup(options.store, member, size, options.timeout, plans, names)
+    cuda = network is not None and network.cuda
+    return PlannedGroup(options.store, member, size, options.timeout, plans, names, cuda=cuda)
 
 
 def _own_network(store: Any, member: int, rank: int) -> Network | None:

@@ -19,3 +19,6 @@ class GentreeConfig(BaseModel):
     always: bool = Field(
         False, description="run the plan even where the model finds the base backend faster"
     )
+    cuda: bool = Field(
+        False, description="run plans on CUDA tensors too, over NCCL; not verified on a GPU"
+    )

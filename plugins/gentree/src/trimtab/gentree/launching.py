@@ -7,7 +7,12 @@ from pathlib import Path
 from trimtab.core.collectives import NetworkTree
 from trimtab.core.launch import LaunchChange, LaunchRequest
 from trimtab.core.topology import read_topology
-from trimtab.gentree.backend import ALWAYS_VARIABLE, CONSTANTS_VARIABLE, TOPOLOGY_VARIABLE
+from trimtab.gentree.backend import (
+    ALWAYS_VARIABLE,
+    CONSTANTS_VARIABLE,
+    CUDA_VARIABLE,
+    TOPOLOGY_VARIABLE,
+)
 from trimtab.gentree.config import GentreeConfig
 from trimtab.gentree.constants_file import read_constants
 from trimtab.hosts.job_variables import BACKEND_VARIABLE
@@ -31,4 +36,6 @@ def launch_change(config: GentreeConfig, request: LaunchRequest) -> LaunchChange
         variables[CONSTANTS_VARIABLE] = str(Path(config.constants).absolute())
     if config.always:
         variables[ALWAYS_VARIABLE] = "1"
+    if config.cuda:
+        variables[CUDA_VARIABLE] = "1"
     return LaunchChange(environment=variables)

@@ -129,7 +129,7 @@ def hear(store: Any, ranks: Sequence[int]) -> list[Place]:
         if place.network != first.network:
             raise BadInput(
                 f"{place.called} plans for another network than {first.called}",
-                fix="give every host the same cluster file, constants and choice of always",
+                fix="give every host the same cluster file, constants, always and cuda",
             )
     return found
 

@@ -22,11 +22,15 @@ from torch.distributed import distributed_c10d
 from trimtab.core.collectives import Schedule
 from trimtab.hosts.torch import profiled_call
 from trimtab.hosts.torch.call_faults import CallFaults, Passed
+from trimtab.hosts.torch.device_runner import DevicePlanRunner, DeviceWork, summing
 from trimtab.hosts.torch.plan_runner import Combine, PeerLost, PlannedRank, PlanRunner, adding
 from trimtab.hosts.torch.planned_call import CallThread, PlannedWork, Several
 
 _options: Any = distributed_c10d
 """Where torch.distributed has the names that it does not export, or that its types lack."""
+
+
+_Runner = PlanRunner | DevicePlanRunner
 
 
 class Plans(Protocol):
@@ -73,7 +77,7 @@ _WHOLE = frozenset({torch.uint8, torch.int8, torch.int32, torch.int64})
 
 
 def _sums(kind: Any, dtypes: frozenset[torch.dtype]) -> _Operation:
-    return _Operation(adding(torch.Tensor.add_, fused=True), kind.name, kind == _KINDS.AVG, dtypes)
+    return _Operation(summing(), kind.name, kind == _KINDS.AVG, dtypes)
 
 
 def _chain(
@@ -116,6 +120,7 @@ class PlannedGroup(dist.ProcessGroup):
         timeout: how long a message may take.
         plans: the plans.
         names: what to call each rank in messages, by its number in the group.
+        cuda: whether plans run on CUDA tensors too; they are NCCL's otherwise.
     """
 
     def __init__(
@@ -126,6 +131,8 @@ class PlannedGroup(dist.ProcessGroup):
         timeout: timedelta,
         plans: Plans,
         names: Sequence[str],
+        *,
+        cuda: bool = False,
     ) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]
         self._plans = plans
@@ -142,6 +149,8 @@ class PlannedGroup(dist.ProcessGroup):
             )
         _everyone(store, rank, size, timeout)
         self._runner = PlanRunner(self._bases["cpu"], timeout)
+        self._cuda, self._device_calls = cuda, itertools.count(1)
+        self._device_runners: dict[torch.device, DevicePlanRunner] = {}
         self._planned = lru_cache(256)(self._plan)
         self._thread = CallThread()
         self._own_callbacks, self._numbers_within = self._thread.callbacks, itertools.count(1)
@@ -306,6 +315,8 @@ class PlannedGroup(dist.ProcessGroup):
         base = self._base([]) if kind == "cpu" else self._bases[kind]
         # What was called before a barrier is over behind it.
         before = self._submit(None, [], [], opts, lambda runner, call: None, None)
+        for runner in self._device_runners.values():
+            runner.join()
         if opts.asyncOp:
             return Several([before, base.barrier(opts)])
         before.wait()
@@ -344,13 +355,15 @@ class PlannedGroup(dist.ProcessGroup):
         self, tensors: Sequence[torch.Tensor], payload_bytes: int, *, blocks: bool = False
     ) -> _Plan | None:
         """The plan for a call; None where it is the base group's."""
-        if not tensors[0].is_cpu:
+        on_gpu = _is_on_gpu(tensors[0])
+        if not (self._cuda if on_gpu else tensors[0].is_cpu):
             return None
         # Asked first, so that a call without a plan costs little more than the base group's own.
         planned: _Plan | None = self._planned(payload_bytes, blocks)
         if planned is None or (blocks and planned.places is None):
             return None
-        return planned if all(map(_is_plain, tensors)) else None
+        plain = partial(_is_plain_on, tensors[0].device) if on_gpu else _is_plain
+        return planned if all(map(plain, tensors)) else None
 
     def _plan(self, payload_bytes: int, blocks: bool) -> _Plan | None:
         if self._own_size == 1:
@@ -391,9 +404,9 @@ class PlannedGroup(dist.ProcessGroup):
         given: Sequence[torch.Tensor],
         result: list[torch.Tensor],
         opts: Any,
-        run: Callable[[PlanRunner, int], None],
+        run: Callable[[_Runner, int], None],
         planned: _Plan | None,
-    ) -> PlannedWork:
+    ) -> PlannedWork | DeviceWork:
         """Runs a call behind all others.
 
         Args:
@@ -404,6 +417,8 @@ class PlannedGroup(dist.ProcessGroup):
             run: gets what runs it, and its number.
             planned: what it runs.
         """
+        if result and _is_on_gpu(result[0]):
+            return self._enqueue(given, result, run)
         work, limit = PlannedWork(result, self._own_callbacks), self._limit(opts)
         seen = name is not None and profiled_call.profiled()
         end = profiled_call.begin(f"{self.getBackendName()}:{name}", given) if seen else _nothing
@@ -432,6 +447,21 @@ class PlannedGroup(dist.ProcessGroup):
         self._thread.submit(call, here=not (seen or getattr(opts, "asyncOp", True)))
         return work
 
+    def _enqueue(
+        self,
+        given: Sequence[torch.Tensor],
+        result: list[torch.Tensor],
+        run: Callable[[_Runner, int], None],
+    ) -> DeviceWork:
+        """Enqueues a call on a GPU, in the caller's thread, as the base group does."""
+        if self._fault is not None:
+            raise self._fault
+        device = result[0].device
+        if device not in self._device_runners:
+            self._device_runners[device] = DevicePlanRunner(self._bases[device.type], device)
+        runner = self._device_runners[device]
+        return runner.submit(given, result, partial(run, runner, next(self._device_calls)))
+
     def _failed(self, error: Exception, passed: Passed) -> Exception:
         """What a failed call raises; all later ones say the same, and so do the other ranks."""
         if isinstance(error, PeerLost):
@@ -445,7 +475,7 @@ class PlannedGroup(dist.ProcessGroup):
         tensors: Sequence[torch.Tensor],
         planned: _Plan,
         how: _Operation,
-        runner: PlanRunner,
+        runner: _Runner,
         call: int,
     ) -> None:
         with _writing(tensors):
@@ -473,14 +503,14 @@ class PlannedGroup(dist.ProcessGroup):
         inputs: Sequence[torch.Tensor],
         planned: _Plan,
         how: _Operation,
-        runner: PlanRunner,
+        runner: _Runner,
         call: int,
     ) -> None:
         assert planned.places is not None
         with _writing([output]):
             length = output.numel()
             parts = inputs if len(inputs) > 1 else inputs[0].reshape(-1).split(max(length, 1))
-            flat = torch.empty(length * self._own_size, dtype=output.dtype)
+            flat = torch.empty(length * self._own_size, dtype=output.dtype, device=output.device)
             for rank, place in enumerate(planned.places):
                 if length:
                     flat[place * length : (place + 1) * length] = parts[rank].reshape(-1)
@@ -497,13 +527,13 @@ class PlannedGroup(dist.ProcessGroup):
         outputs: Sequence[torch.Tensor],
         given: torch.Tensor,
         planned: _Plan,
-        runner: PlanRunner,
+        runner: _Runner,
         call: int,
     ) -> None:
         assert planned.places is not None
         with _writing(outputs):
             length = given.numel()
-            flat = torch.empty(length * self._own_size, dtype=given.dtype)
+            flat = torch.empty(length * self._own_size, dtype=given.dtype, device=given.device)
             own = planned.places[self._own_rank]
             flat[own * length : (own + 1) * length] = given.reshape(-1)
             what = planned.digest ^ _code("all_gather", flat.dtype, "")
@@ -544,6 +574,16 @@ def _bytes(tensors: Sequence[torch.Tensor]) -> int:
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether plans can run on a tensor."""
     return tensor.is_cpu and tensor.layout == torch.strided and not tensor.is_complex()
+
+
+def _is_on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _is_plain_on(device: torch.device, tensor: torch.Tensor) -> bool:
+    """Whether plans can run on a tensor of a GPU."""
+    known = tensor.device == device and tensor.dtype in _REAL | _WHOLE
+    return known and tensor.layout == torch.strided
 
 
 def _op_of(opts: Any) -> Any:

@@ -42,6 +42,7 @@ def main() -> None:
         if rank == 0:
             print(f"right: {check.__name__}", flush=True)
     dist.destroy_process_group()
+    os.unlink(os.environ["TRIMTAB_GENTREE_TOPOLOGY"])
 
 
 def on_a_network(rank: int, size: int) -> None:

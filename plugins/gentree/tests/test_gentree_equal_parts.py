@@ -76,8 +76,8 @@ def parts_after_reduction(schedule: Schedule, length: int) -> list[list[int]]:
         for rank, turn in turns:
             for part in (*turn.receives, *turn.sums):
                 span = slice(cut(part.begin), cut(part.end))
-                froms = getattr(part, "operands", None) or [part.peer]
-                held[rank, span] = before[list(froms), span].sum(axis=0)
+                sources = getattr(part, "operands", None) or [part.peer]
+                held[rank, span] = before[list(sources), span].sum(axis=0)
     return [np.flatnonzero(row == whole).tolist() for row in held]
 
 

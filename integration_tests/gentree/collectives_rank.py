@@ -239,6 +239,10 @@ def calls_in_callbacks(rank: int, size: int) -> None:
             future.wait()
         ends.append(future.then(partial(second, index)).then(third))
         dist.all_reduce(values(rank, length))  # as large as those in callbacks
+    works = [dist.all_reduce(values(rank, length), async_op=True) for _ in range(3)]
+    early, *later = [work.get_future() for work in works]
+    together = early.then(lambda f: torch.stack([f.value()[0], *(o.wait()[0] for o in later)]))
+    torch.testing.assert_close(together.wait(), exact(size, length).float().expand(3, length))
     over = threading.Event()
     last = dist.all_reduce(told.clone(), async_op=True)
     last.get_future().add_done_callback(lambda _: over.set())

@@ -50,6 +50,15 @@ class Callbacks:
         """Whether a callback of this group makes the call."""
         return self._thread is not None and threading.current_thread() is self._thread
 
+    def run_until(self, over: Callable[[], bool]) -> None:
+        """In a callback: does what is due, for which it would wait in vain."""
+        while self.runs_here() and not over():
+            what = self._due.get()
+            if what is _STOP:
+                self._due.put(_STOP)
+                return
+            what()
+
     def close(self, *, wait: bool) -> None:
         """Ends the thread behind the futures that were given.
 
@@ -77,6 +86,10 @@ class _Future(torch.futures.Future[list[torch.Tensor]]):
     def __init__(self, callbacks: Callbacks) -> None:
         super().__init__()
         self._callbacks = callbacks
+
+    def wait(self) -> list[torch.Tensor]:
+        self._callbacks.run_until(self.done)
+        return super().wait()
 
     def then(self, callback: Callable[[Any], Any]) -> Any:
         gate, following = self._gate(), lambda _: callback(self)

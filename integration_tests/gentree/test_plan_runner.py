@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,15 +29,9 @@ from trimtab.core.collectives.combine import (
 )
 from trimtab.core.collectives.schedule import Layout
 from trimtab.core.cost import Constants
+from trimtab.hosts.torch.plan_runner import PeerLost, PlannedRank, PlanRunner, adding
 
-torch = pytest.importorskip("torch")
-
-from trimtab.hosts.torch.plan_runner import (  # noqa: E402
-    PeerLost,
-    PlannedRank,
-    PlanRunner,
-    adding,
-)
+pytestmark = pytest.mark.integration
 
 PATIENCE = timedelta(seconds=7)
 POISON = 0x55

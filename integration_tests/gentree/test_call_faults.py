@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("torch")
-
 from trimtab.hosts.torch import call_faults
 from trimtab.hosts.torch.call_faults import CallFaults, Passed
 from trimtab.hosts.torch.plan_runner import PeerLost
+
+pytestmark = pytest.mark.integration
 
 RIGHT = Passed(7, "all_reduce(3 float32, SUM)", 11)
 WRONG = {

@@ -8,10 +8,9 @@ import pytest
 
 from trimtab.core.collectives import Layout, Schedule
 from trimtab.core.collectives.combine import exchange, ring, staged
-
-pytest.importorskip("torch")
-
 from trimtab.hosts.torch.plan_runner import PlannedRank
+
+pytestmark = pytest.mark.integration
 
 
 def whole(count: int) -> list[Layout]:

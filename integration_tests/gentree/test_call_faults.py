@@ -116,5 +116,9 @@ def test_a_rank_that_failed_by_itself_is_named_whoever_was_lost() -> None:
 
 def test_without_a_store_a_rank_names_whom_it_lost() -> None:
     faults = CallFaults(Gone(), 0, ["<0>", "<1>"])
-    assert faults.others(RIGHT, PeerLost(1, "gone")).startswith("<1> failed or did not take part")
+    told = faults.others(RIGHT, PeerLost(1, "gone"))
+    assert told.startswith("<1> failed or did not take part in time (gone), or another one before")
+    others_told = CallFaults(Store(), 0, ["<0>", "<1>"]).others(RIGHT, PeerLost(1, "gone"))
+    assert "the store does not answer" in told
+    assert "the store" not in others_told
     assert faults.own(RIGHT, ValueError()).endswith("ValueError: ")

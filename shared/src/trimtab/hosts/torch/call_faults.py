@@ -86,7 +86,7 @@ class CallFaults:
         It never names this rank: what it passed is right to itself.
         """
         odd, seen, blamed = None, {self._rank}, lost.rank
-        until_s = time.monotonic() + _WAIT_S
+        until_s, store_is_gone = time.monotonic() + _WAIT_S, True
         with suppress(Exception):
             self._say(_Said(self._rank, passed, lost.rank, lost.reason), str(self._rank))
             while True:
@@ -105,11 +105,15 @@ class CallFaults:
                     return self._differs(said, passed)
                 seen.add(blamed)
                 blamed = lost.rank if said.lost is None else said.lost
+            store_is_gone = False
         if blamed in seen:  # they wait for one another
             if odd is not None:
                 return self._differs(odd, passed)
             blamed = lost.rank
-        return f"{self._names[blamed]} failed or did not take part in time ({lost.reason})"
+        told = f"{self._names[blamed]} failed or did not take part in time ({lost.reason})"
+        if store_is_gone:
+            told += ", or another one before it: the store does not answer"
+        return told
 
     def _failed(self, said: _Said) -> str:
         return f"{self._names[said.rank]} failed in {said.passed.what}: {said.reason}"

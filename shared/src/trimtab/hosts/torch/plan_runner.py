@@ -28,6 +28,9 @@ _KEPT_BYTES = 1 << 26
 
 _KEPT_CUTS = 256
 
+_SMALL_BYTES = 64 * 1024
+"""Up to so large payloads fit into the queues of switches."""
+
 _ROUNDED = 64
 """By how many parts of `UNIT` cuts of stages may be off: far less than half an element."""
 
@@ -178,6 +181,28 @@ _Pending = list[tuple[int, Any]]
 """Messages under way: the other rank, and gloo's work."""
 
 
+_Coming = list[tuple[torch.Tensor, _Pending]]
+
+
+def _are_asked_early(
+    before: Sequence[_Active], active: Sequence[_Active], payload_bytes: int
+) -> bool:
+    """Whether the messages of a wave are asked for while those of the one before it come.
+
+    A message whose receiver is ready needs no further trip. None comes too early: what an
+    all-gather writes is a sum of what this rank has sent from there, and operands have room of
+    their own. But large ones whose senders need not wait for their receivers meet in queues of
+    switches: but for those that come one by one from one rank, as around a ring.
+    """
+    return payload_bytes <= _SMALL_BYTES or (
+        len(senders := _senders(active)) == 1 and senders == _senders(before)
+    )
+
+
+def _senders(active: Sequence[_Active]) -> list[int]:
+    return [message.peer for one in active for message in one.turn.receives]
+
+
 class PlanRunner:
     """Runs plans one after the other.
 
@@ -223,14 +248,13 @@ class PlanRunner:
             [_Active(turn, pieces[c], tag, count, c) for c, turn in wave]
             for wave in self._cuts.waves(turns, length, count)
         ]
-        ahead = self._receive(actives, 0, data.dtype)
+        ahead: _Coming | None = None
         for number, active in enumerate(actives):
-            coming = ahead
+            coming = self._receive(active, number, data.dtype) if ahead is None else ahead
             sends = [self._send(one) for one in active]
-            # A message whose receiver is ready needs no further trip, so that the next ones are
-            # asked for while these come. None comes too early: what an all-gather writes is a sum
-            # of what this rank has sent from there, and operands have room of their own.
-            ahead = self._receive(actives, number + 1, data.dtype)
+            following = actives[number + 1] if number + 1 < len(actives) else []
+            early = _are_asked_early(active, following, data.nbytes)
+            ahead = self._receive(following, number + 1, data.dtype) if early else None
             for one, (room, receives) in zip(active, coming, strict=True):
                 self._wait(receives)
                 for total in one.turn.sums:
@@ -240,13 +264,8 @@ class PlanRunner:
             for pending in sends:
                 self._wait(pending)
 
-    def _receive(
-        self, actives: Sequence[Sequence[_Active]], number: int, dtype: torch.dtype
-    ) -> list[tuple[torch.Tensor, _Pending]]:
+    def _receive(self, active: Sequence[_Active], number: int, dtype: torch.dtype) -> _Coming:
         """Asks for the messages of a wave: the room for operands of each turn, and what comes."""
-        if number == len(actives):
-            return []
-        active = actives[number]
         rooms = self._rooms[number % 2].split([one.turn.room for one in active], dtype)
         return [(room, self._ask(one, room)) for one, room in zip(active, rooms, strict=True)]
 

@@ -133,6 +133,40 @@ def test_a_paged_cache_with_keys_laid_crosswise_is_read_where_it_lies():
     torch.testing.assert_close(out, dense(q, k, v), **NEAR[torch.float32])
 
 
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda a: a.update(k=a["k"].bfloat16(), v=a["v"].bfloat16()), "give one dtype"),
+        (lambda a: a.update(v=a["v"].half()), "give one dtype"),
+        (lambda a: a.update(q=a["q"][..., :16]), "q is"),
+        (lambda a: a.update(q=a["q"][:, :3]), "multiple of 2 heads"),
+        (lambda a: a.update(k=a["k"].to("meta")), "must be on a CPU"),
+        (lambda a: a.update(out=a["out"].bfloat16()), "it must be .* in torch.float32"),
+        (lambda a: a.update(out=a["out"][:-1]), r"it must be \(100, 4, 48\)"),
+        (lambda a: a.update(out=a["out"].mT.contiguous().mT), "stride of 4"),
+    ],
+)
+def test_what_the_compiled_code_would_read_or_write_past_its_end_is_refused(change, what):
+    q, k, v = drawn(12, 4, 2, 32, 48, [(100, 100)], torch.float32)
+    given = {"q": q, "k": k, "v": v, "out": q.new_empty(100, 4, 48)}
+    change(given)
+    cu = ends([100])
+    tiles = Tiles.of(cu, cu, 100)
+    store = KeyStore.packed(given["k"], given["v"], cu)
+    with pytest.raises(ValueError, match=what):
+        tiled_attention(given["q"], store, tiles, some_choice(12, 4, tiles), given["out"], 0.2)
+
+
+def test_queries_whose_numbers_lie_apart_are_brought_together():
+    q, k, v = drawn(13, 4, 2, 32, 32, [(100, 100)], torch.float32)
+    apart, out = q.mT.contiguous().mT, torch.empty_like(q)
+    store = KeyStore.packed(k, v, ends([100]))
+    prefill.sparse_prefill(apart, lambda: k, store, 0, out, 0.2, Selection(mass=2.0))
+    expected = torch.empty_like(q)
+    prefill.sparse_prefill(q, lambda: k, store, 0, expected, 0.2, Selection(mass=2.0))
+    assert torch.equal(out, expected)
+
+
 def test_what_lies_in_a_block_nobody_chose_does_not_leak():
     q, k, v = drawn(3, 2, 1, 32, 32, [(256, 256)], torch.float32)
     k[64:128], v[64:128] = float("nan"), float("inf")

@@ -185,17 +185,23 @@ class TiledAttention:
     The keys are packed once, for the estimate of `shares` and for `attend`.
 
     Args:
-        q: ``[queries, heads, d]``, its last dimension dense; float32, bfloat16 or float16.
-        store: the keys.
+        q: ``[queries, heads, d]``; float32, bfloat16 or float16.
+        store: the keys and values, of the same type.
         tiles: the tiles of ``q``.
         scale: of the logits.
 
     `is_compiled_for` tells whether it can be made.
+
+    Raises:
+        ValueError: queries, keys and values do not fit together.
     """
 
     def __init__(self, q: Tensor, store: KeyStore, tiles: Tiles, scale: float) -> None:
         compiled = library()
         assert compiled is not None
+        _check(q, store)
+        # The compiled code steps through a query's numbers one by one.
+        q = q if q.stride(2) == 1 else q.contiguous()
         self._code, self._store, self._tiles = compiled, store, tiles
         self._heads = q.shape[1]
         blocks, wide = store.k_base.numel(), store.v_dim_at.numel()
@@ -259,7 +265,21 @@ class TiledAttention:
         return shares
 
     def attend(self, choice: Choice, out: Tensor) -> Tensor:
-        """Writes the attention to the chosen blocks into ``out``; see `tiled_attention`."""
+        """Writes the attention to the chosen blocks into ``out``; see `tiled_attention`.
+
+        Raises:
+            ValueError: ``out`` does not fit the queries and values, or its last dimension is not
+                dense.
+        """
+        q = self._kept["q"]
+        wanted = (*q.shape[:2], self._store.v_dim_at.numel())
+        if out.shape != wanted or (out.dtype, out.device) != (q.dtype, q.device):
+            raise ValueError(
+                f"out is {tuple(out.shape)} in {out.dtype} on {out.device};"
+                f" it must be {wanted} in {q.dtype} on {q.device}"
+            )
+        if out.stride(2) != 1:
+            raise ValueError(f"the last dimension of out has a stride of {out.stride(2)}; give 1")
         self._point("rows", choice.rows.contiguous())
         self._point("chosen", choice.blocks.contiguous())
         panels = self._store.kv_heads * self._store.k_base.numel()
@@ -268,6 +288,22 @@ class TiledAttention:
         self._problem.out_token, self._problem.out_head = out.stride(0), out.stride(1)
         self._code.trimtab_block_sparse(ctypes.byref(self._problem))
         return out
+
+
+def _check(q: Tensor, store: KeyStore) -> None:
+    """Refuses what the compiled code would read past its end, or as numbers of another type."""
+    if q.dim() != 3 or q.shape[2] != store.k_dim_at.numel() or q.shape[1] % store.kv_heads:
+        raise ValueError(
+            f"q is {tuple(q.shape)}; it must be [queries, a multiple of {store.kv_heads} heads,"
+            f" {store.k_dim_at.numel()}]"
+        )
+    if not q.dtype == store.k.dtype == store.v.dtype:
+        raise ValueError(
+            f"q, k and v are {q.dtype}, {store.k.dtype} and {store.v.dtype}; give one dtype"
+        )
+    places = [x.device.type for x in (q, store.k, store.v)]
+    if places != ["cpu"] * 3:
+        raise ValueError(f"q, k and v are on {', '.join(places)}; they must be on a CPU")
 
 
 def is_compiled_for(q: Tensor) -> bool:
@@ -281,12 +317,15 @@ def tiled_attention(
     """Causal attention of each tile to its blocks, written into ``out``.
 
     Args:
-        q: ``[queries, heads, d]``, its last dimension dense.
-        store: the keys.
+        q: ``[queries, heads, d]``.
+        store: the keys and values, of the same type.
         tiles: the tiles of ``q``.
         choice: their blocks; blocks past a tile's last query show nothing.
         out: ``[queries, heads, d_v]`` as ``q``, its last dimension dense.
         scale: of the logits.
+
+    Raises:
+        ValueError: they do not fit together.
     """
     if is_compiled_for(q):
         return TiledAttention(q, store, tiles, scale).attend(choice, out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from trimtab.sparse import SparseConfig
 from trimtab.sparse.in_transformers import register
@@ -54,6 +54,31 @@ def test_generation_decodes_densely(model, prompt):
     assert len(kept) == 2
     model.set_attn_implementation("sdpa")
     assert torch.equal(ours, model.generate(prompt, max_new_tokens=5, do_sample=False))
+
+
+def test_generation_with_a_static_cache_has_the_logits_of_dense_attention(model, prompt):
+    answers, kept = [], []
+    options = {"cache_implementation": "static", "disable_compile": True, "output_logits": True}
+    for name in ("sdpa", register(ALL_BLOCKS, kept.append)):
+        model.set_attn_implementation(name)
+        told = model.generate(
+            prompt, max_new_tokens=8, do_sample=False, return_dict_in_generate=True, **options
+        )
+        answers.append(torch.stack(told.logits))
+    torch.testing.assert_close(answers[1], answers[0], atol=1e-4, rtol=1e-4)
+    assert kept == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("parts", [(300,), (150, 150), (100, 1, 199)])
+@pytest.mark.parametrize("slots", [None, 300, 512])
+def test_caches_filled_at_once_and_in_parts_give_dense_logits(model, prompt, slots, parts):
+    found, kept = [], []
+    for name in ("sdpa", register(ALL_BLOCKS, kept.append)):
+        cache = StaticCache(model.config, max_cache_len=slots) if slots else DynamicCache()
+        runs = [logits(model, name, ids, past_key_values=cache) for ids in prompt.split(parts, 1)]
+        found.append(torch.cat(runs, 1))
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+    assert kept[:2] == [1.0, 1.0]
 
 
 def test_padded_and_several_and_short_prompts_stay_dense(model, prompt):

@@ -19,8 +19,9 @@ NAME = "trimtab_sparse"
 def register(config: SparseConfig, kept: Callable[[float], None] | None = None) -> str:
     """Registers the attention in transformers; a second call replaces the first.
 
-    Long prompts of one sequence without padding are filled in sparsely. Decoding, short or padded
-    prompts, training and models with dropout, windows or soft caps get transformers' own SDPA.
+    Long prompts of one sequence without padding are filled in sparsely, whatever cache they begin.
+    Decoding, short or padded prompts, parts of a prompt after its first, training and models with
+    dropout, windows or soft caps get transformers' own SDPA.
 
     Args:
         config: which prompts, and which blocks they keep.
@@ -68,7 +69,8 @@ def _sparse(
         and (getattr(module, "is_causal", True) if causal is None else causal)
         and not any(options.get(name) for name in ("dropout", "sliding_window", "softcap", "s_aux"))
     )
-    long = query.shape[2] >= TILE and key.shape[2] >= config.min_prompt and query.shape[0] == 1
+    tokens = query.shape[2]
+    long = tokens >= max(TILE, config.min_prompt) and key.shape[2] >= tokens and query.shape[0] == 1
     trained = torch.is_grad_enabled() and query.requires_grad
     here = query.device.type == "cpu" and not trained
     return plain and long and here and not keeps_everything(config)
@@ -82,12 +84,12 @@ def _filled_in(
     config: SparseConfig,
     kept: Callable[[float], None] | None,
 ) -> Tensor:
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Without a mask, sdpa_mask and SDPA have the first query at the first key: a prompt begins its
+    # cache, and keys past the queries are empty slots of a static one.
+    q, k, v = (x[0, :, : query.shape[2]].transpose(0, 1) for x in (query, key, value))
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     store = KeyStore.packed(k, v, torch.tensor([0, k.shape[0]], dtype=torch.int32))
-    share = sparse_prefill(
-        q, lambda: k, store, k.shape[0] - q.shape[0], out, scale, selection(config)
-    )
+    share = sparse_prefill(q, lambda: k, store, 0, out, scale, selection(config))
     if kept is not None:
         kept(share)
     return out[None]

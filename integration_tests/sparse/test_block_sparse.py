@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from importlib.machinery import EXTENSION_SUFFIXES
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -286,3 +289,17 @@ def test_without_compiled_code_plain_torch_does_it_and_the_plan_knows(monkeypatc
     prefill.sparse_prefill(q, lambda: k, store, 0, out, 0.25, Selection(mass=2.0))
     torch.testing.assert_close(out, dense(q, k, v), **NEAR[torch.float32])
     assert prefill.plan(4096, 4096, 3, 0.3, Selection()).path == "dense"
+
+
+@pytest.mark.parametrize(
+    ("built", "what"),
+    [(b"", "is for this machine"), (b"no library", "file too short|invalid ELF header")],
+)
+def test_compiled_code_that_does_not_load_is_told_of(built, what, tmp_path, monkeypatch, caplog):
+    if built:
+        (tmp_path / f"block_sparse_avx2{EXTENSION_SUFFIXES[0]}").write_bytes(built)
+    monkeypatch.setattr(block_sparse, "__file__", str(tmp_path / "block_sparse.py"))
+    assert block_sparse.library.__wrapped__() is None
+    (line,) = caplog.messages
+    assert line.startswith("prefills on a CPU run by plain torch")
+    assert re.search(what, line)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from openai import OpenAI
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
 
 from trimtab.core.errors import BadInput
+from trimtab.hosts.vllm.attention import TrimtabCpuAttention
 from trimtab.hosts.vllm.prefills import LayerShape, prefiller
 from trimtab.hosts.vllm.server import Server, running, small_cpu_environment
 from trimtab.hosts.vllm.small_model import small_model
+from trimtab.kernels.sparse import prefill
 from trimtab.sparse.vllm_prefill import make
 
 pytestmark = pytest.mark.integration
@@ -95,3 +100,36 @@ def test_short_chunks_odd_pages_and_full_shares_are_left_to_vllm():
     assert not usual.wants(1, 4096, layers(128))
     assert not usual.wants(1024, 1024, layers(128))
     assert not make({"mass": 1}).wants(4096, 4096, layers(128))
+
+
+def test_prompts_that_stay_dense_for_want_of_compiled_code_are_told_of_once(monkeypatch, caplog):
+    monkeypatch.setattr(prefill, "library", lambda: None)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, "vllm.trimtab.sparse")
+    usual = make({})
+    assert not usual.wants(4096, 4096, layers(128))
+    assert not usual.wants(8192, 8192, layers(128))
+    (line,) = caplog.messages
+    assert line.startswith("a prefill of 4096 tokens is left to vLLM (dense: ")
+    assert "no compiled code was loaded" in line
+
+
+def test_caches_that_are_not_the_layers_own_are_left_to_vllm():
+    config = EngineArgs(
+        model=str(small_model()),
+        dtype="float32",
+        max_model_len=512,
+        enforce_eager=True,
+        additional_config={"trimtab": ALL_BLOCKS},
+    ).create_engine_config()
+    usual = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto"}
+    for given, why in (
+        ({}, ""),
+        ({"kv_cache_dtype": "float32"}, ""),
+        ({"kv_cache_dtype": "bfloat16"}, "a cache in bfloat16"),
+        ({"kv_cache_dtype": "fp8"}, "a cache in fp8"),
+        ({"kv_sharing_target_layer_name": "another"}, "a cache of another layer"),
+    ):
+        with set_current_vllm_config(config):
+            layer = TrimtabCpuAttention.get_impl_cls()(9, 64, 0.125, 3, **(usual | given))
+        assert layer._refusal == why

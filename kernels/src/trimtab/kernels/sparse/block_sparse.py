@@ -6,6 +6,7 @@ Runs the compiled code of ``block_sparse.cpp`` where it was built, else the same
 from __future__ import annotations
 
 import ctypes
+import logging
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -20,6 +21,8 @@ TILE = 64
 """Queries of a tile, and keys of a block."""
 
 _SETS = ("avx512bf16", "avx512", "avx2", "portable")
+logger = logging.getLogger(__name__)
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -158,18 +161,32 @@ class _Problem(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The best compiled code that this machine can run, or None where none was built."""
+    """The best compiled code that this machine can run, or None where none was built.
+
+    What was built and does not load is said once in the log, and so is that nothing was found.
+    """
     folder = Path(__file__).parent
-    for name in _SETS:
-        for suffix in EXTENSION_SUFFIXES:
-            path = folder / f"block_sparse_{name}{suffix}"
-            try:
-                found = ctypes.CDLL(str(path))
-            except OSError:
-                continue
-            if _is_of_this_source(found) and found.trimtab_supported():
-                return found
-    return None
+    found, faults = None, []
+    for path in (
+        folder / f"block_sparse_{n}{suffix}" for n in _SETS for suffix in EXTENSION_SUFFIXES
+    ):
+        if not path.exists():
+            continue
+        try:
+            code = ctypes.CDLL(str(path))
+        except OSError as error:
+            faults.append(str(error))
+            continue
+        if not _is_of_this_source(code):
+            faults.append(f"{path.name} was built from another source")
+        elif code.trimtab_supported():
+            found = code
+            break
+    if faults or found is None:
+        instead = "plain torch, which is slow" if found is None else "a slower build"
+        why = "; ".join(faults) or f"none in {folder} is for this machine"
+        logger.warning("prefills on a CPU run by %s: no compiled code (%s)", instead, why)
+    return found
 
 
 def _is_of_this_source(found: ctypes.CDLL) -> bool:

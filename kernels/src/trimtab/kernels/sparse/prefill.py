@@ -47,11 +47,12 @@ class Plan:
     work: Mapping[str, float]
 
     def explain(self) -> str:
-        """One sentence: the path and the figures behind it."""
+        """One sentence: the path, the figures behind it, and whether compiled code is missing."""
         figures = ", ".join(
             f"{name} {self.work['dense'] / work:.2f}x" for name, work in self.work.items()
         )
-        return f"{self.path}: predicted speed against dense attention: {figures}"
+        missing = "; no compiled code was loaded" if "torch" in self.work else ""
+        return f"{self.path}: predicted speed against dense attention: {figures}{missing}"
 
 
 def plan(queries: int, keys: int, group: int, density: float, selection: Selection) -> Plan:

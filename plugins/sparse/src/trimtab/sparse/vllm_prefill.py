@@ -13,9 +13,9 @@ from trimtab.core.documents import validate
 from trimtab.hosts.vllm.cache_layout import PagedKeys
 from trimtab.kernels.sparse.block_sparse import TILE, KeyStore
 from trimtab.kernels.sparse.paged_prefill import LARGEST_HEAD, PagedCache, paged_prefill
-from trimtab.kernels.sparse.prefill import plan, sparse_prefill
+from trimtab.kernels.sparse.prefill import Plan, plan, sparse_prefill
 from trimtab.sparse.config import SparseConfig
-from trimtab.sparse.gpu_plan import plan_on_gpu
+from trimtab.sparse.gpu_plan import GpuPlan, plan_on_gpu
 from trimtab.sparse.selection import keeps_everything, selection
 
 if TYPE_CHECKING:
@@ -47,14 +47,16 @@ class SparsePrefill:
             return False
         group = layers.heads // layers.kv_heads
         found = plan(queries, keys, group, EXPECTED_DENSITY, selection(self.config))
-        self._why = found.explain()
-        return found.path != "dense"
+        return self._takes(found, keys)
 
     def _pays_on_gpu(self, queries: int, keys: int, layers: LayerShape) -> bool:
         if layers.head_size > LARGEST_HEAD:
             self._tell("no prefill is sparse: heads of %d are too large", layers.head_size)
             return False
         found = plan_on_gpu(queries, keys, layers, EXPECTED_DENSITY, selection(self.config))
+        return self._takes(found, keys)
+
+    def _takes(self, found: Plan | GpuPlan, keys: int) -> bool:
         self._why = found.explain()
         if found.path == "dense":
             self._tell("a prefill of %d tokens is left to vLLM (%s)", keys, self._why)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
@@ -79,19 +79,21 @@ class _Impl(CPUAttentionBackendImpl):
         config = get_current_vllm_config()
         self._prefiller = prefiller(config.additional_config)
         self._cache: PagedKeys | None = None
-        self._refusal = self._unsupported()
+        self._refusal = self._unsupported(config)
         if self._refusal:
             logger.warning_once("trimtab leaves prefills to vLLM: %s", self._refusal)
 
-    def _unsupported(self) -> str:
+    def _unsupported(self, config: VllmConfig) -> str:
         """What this layer has that plugins do not know; empty if nothing."""
+        own = str(config.model_config.dtype).removeprefix("torch.")
         features = {
             "sliding windows": self.sliding_window != -1,
             "ALiBi": self.alibi_slopes is not None,
             "soft-capped logits": bool(self.logits_soft_cap),
             "attention sinks": self.sinks is not None,
-            "a cache in FP8": self.is_fp8_kv_cache,
+            f"a cache in {self.kv_cache_dtype}": self.kv_cache_dtype not in ("auto", own),
             f"{self.attn_type} attention": self.attn_type != AttentionType.DECODER,
+            "a cache of another layer": self.kv_sharing_target_layer_name is not None,
         }
         return ", ".join(name for name, present in features.items() if present)
 

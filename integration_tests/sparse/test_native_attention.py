@@ -145,6 +145,49 @@ def test_padded_and_packed_rows_give_what_each_gives_alone(native):
         torch.testing.assert_close(told, packed)
 
 
+@pytest.mark.parametrize(("before", "between", "after"), [(0, 0, 12), (12, 0, 0), (3, 20, 4)])
+def test_rows_both_packed_and_padded_give_what_each_sequence_gives_alone(
+    native, before, between, after
+):
+    first, second = tokens(1, 45), tokens(1, 60, seed=2)
+    gaps = [torch.zeros(1, count, dtype=torch.int64) for count in (before, between, after)]
+    row = torch.cat([gaps[0], first, gaps[1], second, gaps[2]], 1)
+    place = torch.cat(
+        [gaps[0], torch.arange(45)[None], gaps[1], torch.arange(60)[None], gaps[2]], 1
+    )
+    whole = tokens(1, row.shape[1], seed=3)
+    ids = torch.cat([row, whole])
+    mask = torch.cat([(row > 0).long(), torch.ones_like(whole)])
+    places = torch.cat([place, torch.arange(row.shape[1])[None]])
+    with torch.no_grad():
+        rows = native(ids, attention_mask=mask, position_ids=places).logits
+        alone = [native(one).logits[0] for one in (first, second, whole)]
+    torch.testing.assert_close(rows[mask.bool()], torch.cat(alone))
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_padding_within_a_sequence_does_not_part_it(native, counted):
+    ids = tokens(1, 80)
+    mask = torch.ones_like(ids)
+    mask[0, 30:37] = 0
+    place = torch.arange(80)[None] if counted else (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    other = ids.clone()
+    other[0, 0] = ids[0, 0] % 40 + 1
+    with torch.no_grad():
+        one, two = (
+            native(each, attention_mask=mask, position_ids=place).logits for each in (ids, other)
+        )
+    assert (one[0, 37:] - two[0, 37:]).abs().amax() > 1e-4
+
+
+def test_a_mask_beside_the_ends_of_sequences_is_refused(native):
+    mask = torch.ones(1, 60, dtype=torch.int64)
+    mask[0, 50:] = 0
+    ends = torch.tensor([0, 20, 60], dtype=torch.int32)
+    with pytest.raises(BadInput, match="cu_seq_lens_q: rows have a mask of padding"):
+        native(tokens(1, 60), attention_mask=mask, cu_seq_lens_q=ends)
+
+
 def test_a_later_token_changes_no_earlier_logits(native):
     ids = tokens(1, 90)
     other = ids.clone()

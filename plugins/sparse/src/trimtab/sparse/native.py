@@ -76,8 +76,8 @@ class NativeAttention(NSAAttention):
         """Attends within each sequence of each row; padding is left out, and its output is 0.
 
         Raises:
-            BadInput: there is a cache of keys, or a mask that is not of padding, or rows are
-                padded or packed while ranks share sequences.
+            BadInput: there is a cache of keys, or a mask that is not of padding, or one beside
+                ``cu_seq_lens_q``, or rows are padded or packed while ranks share sequences.
         """
         if past_key_values is not None:
             raise BadInput(
@@ -91,6 +91,12 @@ class NativeAttention(NSAAttention):
                 where="attention_mask",
                 fix="give one of padding, [batch, tokens], and pack sequences by position_ids",
             )
+        if attention_mask is not None and cu_seq_lens_q is not None:
+            raise BadInput(
+                "rows have a mask of padding beside the ends of their sequences",
+                where="cu_seq_lens_q",
+                fix="leave the padding out of the rows, or pack sequences by position_ids",
+            )
         ends = cu_seq_lens_q
         if ends is None and position_ids is not None:
             ends = _ends(position_ids, hidden_states.shape[0])
@@ -101,13 +107,22 @@ class NativeAttention(NSAAttention):
                 fix="give each row one whole sequence",
             )
         if attention_mask is not None:
-            return self._padded(hidden_states, position_embeddings, attention_mask), None
+            out = self._padded(hidden_states, position_embeddings, attention_mask, position_ids)
+            return out, None
         return super().forward(hidden_states, position_embeddings, ends), None
 
-    def _padded(self, hidden: Tensor, rotation: Rotation | None, mask: Tensor) -> Tensor:
+    def _padded(
+        self,
+        hidden: Tensor,
+        rotation: Rotation | None,
+        mask: Tensor,
+        position_ids: Tensor | None,
+    ) -> Tensor:
         known = mask.bool()
         counts = known.sum(-1, dtype=torch.int32)
         ends = nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        if position_ids is not None:
+            ends = torch.cat([ends, _restarts(position_ids, known)]).sort().values
         if rotation is not None:
             cos, sin = (x.expand(*known.shape, x.shape[-1])[known] for x in rotation)
             rotation = cos, sin
@@ -129,6 +144,18 @@ def _ends(position_ids: Tensor, rows: int) -> Tensor | None:
         return None
     starts = begins.expand(rows, -1).flatten().nonzero()[:, 0].int()
     return nn.functional.pad(starts, (0, 1), value=rows * position_ids.shape[1])
+
+
+def _restarts(position_ids: Tensor, known: Tensor) -> Tensor:
+    """Where positions start again within rows, among the tokens that are no padding.
+
+    A sequence goes on where a position is one more than the last token's, or as many more as the
+    tokens of padding between them: both ways of counting around padding are in use.
+    """
+    row, column = known.nonzero(as_tuple=True)
+    steps = position_ids.expand(known.shape)[row, column].diff()
+    goes_on = (steps == 1) | (steps == column.diff())
+    return ((row.diff() == 0) & ~goes_on).nonzero()[:, 0].int() + 1
 
 
 def use_native_attention(

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 
-from trimtab.sparse import SparseConfig
+from trimtab.core.errors import BadInput
+from trimtab.sparse import SparseConfig, in_transformers
 from trimtab.sparse.in_transformers import register
 
 pytestmark = pytest.mark.integration
@@ -102,3 +109,95 @@ def test_training_stays_dense_and_has_gradients(model, prompt):
     model(prompt, labels=prompt).loss.backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
     assert kept == []
+
+
+@pytest.fixture
+def said(monkeypatch, caplog):
+    monkeypatch.setattr(in_transformers, "_said", set())
+    return lambda: [r.getMessage() for r in caplog.records if r.name == "trimtab"]
+
+
+def padding(length):
+    mask = torch.ones(1, length, dtype=torch.int64)
+    mask[:, :40] = 0
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"attention_mask": padding(300)}, "a mask (of padding"),
+        ({"attention_mask": torch.ones(1, 1, 300, 300).tril().bool()}, "a mask (of padding"),
+        (
+            {"position_ids": (torch.arange(300) % 150)[None], "use_cache": False},
+            "a mask (of padding, packed prompts",
+        ),
+    ],
+)
+def test_a_mask_is_named_as_what_attention_is_dense_for_once(model, prompt, said, options, reason):
+    name = register(ALL_BLOCKS)
+    for _ in range(2):
+        logits(model, name, prompt, **options)
+    (line,) = said()
+    assert "attention is dense" in line
+    assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dropout": 0.1}, "dropout"),
+        ({"sliding_window": 32}, "a sliding window"),
+        ({"softcap": 30.0}, "a soft cap"),
+        ({"position_bias": torch.zeros(1, 2, 100, 100)}, "a bias of positions"),
+        ({"is_causal": False}, "attention that is not causal"),
+        ({"device": "meta"}, "the device meta"),
+        ({"batch": 2}, "several prompts in a batch"),
+        ({"requires_grad": True}, "training"),
+    ],
+)
+def test_what_attention_is_dense_for_is_named_once(said, options, reason):
+    attend = AttentionInterface()[register(ALL_BLOCKS)]
+    options = dict(options)
+    made = {key: options.pop(key) for key in ("device", "requires_grad") if key in options}
+    x = torch.zeros(options.pop("batch", 1), 2, 100, 16, **made)
+    for _ in range(2):
+        attend(torch.nn.Module(), x, x, x, None, **options)
+    (line,) = said()
+    assert reason in line
+
+
+def test_a_part_of_a_prompt_after_its_first_is_said_to_be_dense(model, prompt, said):
+    name, cache = register(ALL_BLOCKS), DynamicCache()
+    logits(model, name, prompt[:, :150], past_key_values=cache)
+    assert said() == []
+    logits(model, name, prompt[:, 150:], past_key_values=cache)
+    (line,) = said()
+    assert "a later part of one" in line
+
+
+def test_nothing_is_said_of_sparse_prefill_decoding_and_short_prompts(model, prompt, said):
+    model.set_attn_implementation(register(ALL_BLOCKS))
+    model.generate(prompt, max_new_tokens=3, do_sample=False)
+    model.generate(prompt[:, :20].repeat(2, 1), max_new_tokens=3, do_sample=False)
+    assert said() == []
+
+
+def test_compiled_code_is_told_of_dense_attention_and_stays_one_graph(said):
+    attend = AttentionInterface()[register(ALL_BLOCKS)]
+    module, x = torch.nn.Module(), torch.randn(2, 2, 100, 16)
+
+    def run(q):
+        return attend(module, q, q, q, None)[0]
+
+    ours = torch.compile(run, fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(ours, run(x))
+    (line,) = said()
+    assert "several prompts in a batch" in line
+
+
+def test_attention_sinks_are_refused():
+    attend = AttentionInterface()[register(ALL_BLOCKS)]
+    x = torch.zeros(1, 2, 100, 16)
+    with pytest.raises(BadInput, match="Module has attention sinks"):
+        attend(torch.nn.Module(), x, x, x, None, s_aux=torch.zeros(2))

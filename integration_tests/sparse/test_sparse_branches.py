@@ -274,6 +274,8 @@ def test_checkpointing_differentiates_what_the_forward_chose(kept, monkeypatch):
         (lambda a: a.update(sliding_k=a["k"][:, :0], sliding_v=a["v"][:, :0]), "KV heads"),
         (lambda a: a.update(entries_k=a["entries_k"].float()), "one dtype"),
         (lambda a: a.update(entries_k=a["entries_k"][0]), "dimensions"),
+        (lambda a: a.update(cu_entries=ends([30])), "cu_entries ends at 30"),
+        (lambda a: a.update(cu_queries=ends([30])), "must end at the 40 queries"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(change, what):
@@ -291,3 +293,13 @@ def test_a_window_of_nothing_is_refused():
     (q, k, v, *_), cu_q, cu_k = drawn(14, 2, 1, 8, 8, [(4, 4)])
     with pytest.raises(ValueError, match="window of 0"):
         sliding_attention(q, k, v, cu_q, cu_k, window=0)
+
+
+def test_a_sliding_window_over_ends_that_do_not_fit_is_refused():
+    (q, k, v, *_), cu_q, _ = drawn(15, 2, 1, 8, 8, [(40, 40)])
+    for cu_keys, what in (
+        (ends([60]), "there are 40 keys"),
+        (ends([20]), "40 queries and 20 keys"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            sliding_attention(q, k, v, cu_q, cu_keys, window=4)

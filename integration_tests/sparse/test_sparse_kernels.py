@@ -335,6 +335,18 @@ def test_checkpointing_chooses_the_same_blocks_again():
         (lambda a: a.update(indices=a["indices"][:, :-1]), "indices is"),
         (lambda a: a.update(block=24), "power of two"),
         (lambda a: a.update(cu_keys=ends([10, 10])), "different numbers"),
+        (lambda a: a.update(indices=a["indices"] + 0.5), "indices is torch.float32"),
+        (lambda a: a.update(workspace_bytes=-5), "workspace of -5 bytes"),
+        (lambda a: a.update(cu_queries=ends([10])), "must end at the 20 queries"),
+        (lambda a: a.update(cu_keys=ends([21])), "there are 20 keys"),
+        (
+            lambda a: a.update(k=a["k"][:9], v=a["v"][:9], cu_keys=ends([9])),
+            "20 queries and 9 keys",
+        ),
+        (lambda a: a.update(cu_keys=torch.tensor([5, 20])), "cu_keys begins at 5"),
+        (lambda a: a.update(cu_queries=ends([15, -5, 10]), cu_keys=ends([20, 0, 0])), "decreases"),
+        (lambda a: a.update(cu_keys=ends([20]).float()), "whole numbers"),
+        (lambda a: a.update(cu_keys=ends([20])[:0]), "whole numbers"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(change, what):
@@ -344,6 +356,29 @@ def test_sizes_that_do_not_fit_are_named(change, what):
     change(arguments)
     with pytest.raises(ValueError, match=what):
         selected_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda a: a.update(q=a["q"][:, :3]), "KV heads"),
+        (lambda a: a.update(q=a["q"][..., :4]), "do not fit"),
+        (lambda a: a.update(cu_keys=ends([20, 20])), "different numbers"),
+        (lambda a: a.update(cu_queries=ends([30])), "must end at the 40 queries"),
+        (lambda a: a.update(cu_entries=ends([10])), "there are 9 entries"),
+        (lambda a: a.update(cu_entries=ends([2])), "2 entries; its 40 keys make 9"),
+        (lambda a: a.update(cu_entries=torch.tensor([1, 9])), "cu_entries begins at 1"),
+        (lambda a: a.update(cu_entries=ends([5, 4])), "cu_entries and cu_keys name different"),
+    ],
+)
+def test_a_choice_among_entries_that_do_not_fit_is_refused(change, what):
+    q, k, _, cu_q, cu_k = drawn(16, 4, 2, 8, 8, [(40, 40)])
+    arguments = {"q": q, "entries": naive.mean_compress(k, SMALL), "shape": SMALL}
+    arguments |= {"cu_queries": cu_q, "cu_keys": cu_k, "cu_entries": ends([9])}
+    select_blocks(**arguments)
+    change(arguments)
+    with pytest.raises(ValueError, match=what):
+        select_blocks(**arguments)
 
 
 @pytest.mark.parametrize("sizes", [{"stride": 12}, {"top": 2}, {"window": 128}, {"block": 0}])

@@ -16,6 +16,8 @@ from torch import Tensor
 from trimtab.kernels.sparse import launch_spans, spans, tables
 from trimtab.kernels.sparse.operators import (
     WORKSPACE_BYTES,
+    check_ends,
+    check_entries,
     check_sizes,
     exactly,
     like_gradients,
@@ -120,9 +122,11 @@ def compressed_attention(
         infinity for queries before the end of the first window.
 
     Raises:
-        ValueError: the sizes do not fit together.
+        ValueError: the sizes or the ends do not fit together.
     """
     check_sizes(q, entries_k, entries_v)
+    check_ends(cu_queries, cu_keys, q.shape[0])
+    check_entries(cu_entries, cu_keys, entries_k.shape[0], shape.window, shape.stride)
     queries = tables.place_queries(cu_queries, cu_keys, q.shape[0], shape.block)
     position = queries.last - cu_keys.long()[queries.sequence]
     seen = ((position + 1 - shape.window) // shape.stride + 1).clamp(min=0)
@@ -155,9 +159,10 @@ def sliding_attention(
         Output ``[queries, heads, d_v]`` and natural logarithm ``[queries, heads]``.
 
     Raises:
-        ValueError: the sizes do not fit together.
+        ValueError: the sizes or the ends do not fit together.
     """
     check_sizes(q, k, v)
+    check_ends(cu_queries, cu_keys, q.shape[0], k.shape[0])
     if window < 1:
         raise ValueError(f"a window of {window} tokens shows nothing; give at least 1")
     queries = tables.place_queries(cu_queries, cu_keys, q.shape[0], 1)
@@ -207,7 +212,7 @@ def native_sparse_attention(
         ``[queries, heads, d_v]``.
 
     Raises:
-        ValueError: the sizes do not fit together.
+        ValueError: the sizes or the ends do not fit together.
     """
     check_gates(gates, q)
     ends = (cu_queries, cu_keys)

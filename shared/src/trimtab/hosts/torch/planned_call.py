@@ -92,16 +92,19 @@ class _Future(torch.futures.Future[list[torch.Tensor]]):
         return super().wait()
 
     def then(self, callback: Callable[[Any], Any]) -> Any:
-        gate, following = self._gate(), lambda _: callback(self)
-        return gate.then(following)
+        gate: torch.futures.Future[None] = torch.futures.Future()
+        following = gate.then(lambda _: callback(self))
+        self._opens(gate)
+        return following
 
     def add_done_callback(self, callback: Callable[[Any], Any]) -> None:
-        self._gate().add_done_callback(lambda _: callback(self))
-
-    def _gate(self) -> torch.futures.Future[None]:
         gate: torch.futures.Future[None] = torch.futures.Future()
+        gate.add_done_callback(lambda _: callback(self))
+        self._opens(gate)
+
+    def _opens(self, gate: torch.futures.Future[None]) -> None:
+        """Lets what follows a gate run; were it added later, it might run in this thread."""
         super().add_done_callback(lambda _: self._callbacks.put(partial(gate.set_result, None)))
-        return gate
 
 
 class PlannedWork(dist.Work):

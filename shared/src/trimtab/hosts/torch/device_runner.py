@@ -103,10 +103,7 @@ class DevicePlanRunner:
             for work in self._post(receives, sends, tag):
                 work.wait()
             for (chunk, turn), room in zip(wave, rooms, strict=True):
-                for total in turn.sums:
-                    own = pieces[chunk][total.begin : total.end]
-                    come = room[total.room : total.room + total.rows * own.numel()]
-                    combine(own, come.view(total.rows, -1))
+                turn.add_up(pieces[chunk], room, combine)
 
     def _post(self, receives: Sequence[_Part], sends: Sequence[_Part], tag: int) -> list[Any]:
         """One batch; what is waited for to let the current stream wait for all of it."""

@@ -150,6 +150,13 @@ class _CutTurn:
     sums: tuple[_Total, ...]
     room: int
 
+    def add_up(self, piece: torch.Tensor, room: torch.Tensor, combine: Combine) -> None:
+        """Adds what has come into the room to what the piece holds of it."""
+        for total in self.sums:
+            own = piece[total.begin : total.end]
+            come = room[total.room : total.room + total.rows * own.numel()]
+            combine(own, come.view(total.rows, -1))
+
 
 _Wave = list[tuple[int, _CutTurn]]
 """What is done at the same time: a turn of each piece that is under way."""
@@ -257,10 +264,7 @@ class PlanRunner:
             ahead = self._receive(following, number + 1, data.dtype) if early else None
             for one, (room, receives) in zip(active, coming, strict=True):
                 self._wait(receives)
-                for total in one.turn.sums:
-                    own = one.piece[total.begin : total.end]
-                    come = room[total.room : total.room + total.rows * own.numel()]
-                    combine(own, come.view(total.rows, -1))
+                one.turn.add_up(one.piece, room, combine)
             for pending in sends:
                 self._wait(pending)
 

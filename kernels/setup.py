@@ -9,7 +9,7 @@ from setuptools import Extension, setup
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _X86 = {"avx512bf16": [*_AVX512, "-mavx512bf16"], "avx512": _AVX512, "avx2": _AVX2}
-_SETS = _X86 if platform.machine() in ("x86_64", "AMD64") else {"portable": []}
+_SETS = {**(_X86 if platform.machine() in ("x86_64", "AMD64") else {}), "portable": []}
 
 setup(
     ext_modules=[

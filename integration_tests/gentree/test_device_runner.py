@@ -40,13 +40,15 @@ def whole(count: int) -> list[Layout]:
 def plans(draw: st.DrawFn, most: int = 9) -> Schedule:
     """Stages, folds, rings and uneven parts, in chunks."""
     count = draw(st.integers(2, most))
-    kind = draw(st.sampled_from(["staged", "folded", "ring", "uneven"]))
+    kind = draw(st.sampled_from(["staged", "one-shot", "folded", "ring", "uneven"]))
     factors = draw(st.lists(st.integers(2, 4), min_size=1, max_size=3))
     if kind == "ring":
         steps = [ring(whole(count))[0]]
     elif kind == "uneven":
         shares = draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
         steps = [exchange(whole(count), [float(share) for share in shares])[0]]
+    elif kind == "one-shot":
+        steps = staged(whole(count), factors[:2], 1)[0]
     elif kind == "folded" and count > 2:
         extras = range(1, 2 * draw(st.integers(1, (count - 1) // 2)), 2)
         steps = folded(whole(count), extras, factors)[0]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import pytest
@@ -185,7 +186,8 @@ class Network:
         self._pause(rank)
 
     def wait(self, half: Half, rank: int) -> None:
-        """Waits for the end of a message."""
+        """Waits for the end of a message, once: gloo would wait for its next end."""
+        assert not half.waited, f"rank {rank} waits twice"
         self._waits[rank] = half
         self._pause(rank)
         assert half.done
@@ -285,7 +287,10 @@ def one_plan(draw: st.DrawFn, within: Sequence[Layout]) -> Plan:
 
 @st.composite
 def schedules(draw: st.DrawFn) -> Schedule:
-    """A plan of its own kind below each switch and above them, or two such side by side."""
+    """A plan of its own kind below each switch and above them, or two such side by side.
+
+    Some plans end in one shot.
+    """
     count = draw(st.integers(2, 9))
     ranks = [parties(count)[rank] for rank in draw(st.permutations(range(count)))]
     plan = grown(draw, ranks)
@@ -307,8 +312,19 @@ def grown(draw: st.DrawFn, ranks: Sequence[Layout]) -> Plan:
         Step.together([step for step in together if step is not None])
         for together in itertools.zip_longest(*(plan[0] for plan in subtrees))
     ]
-    more, layout = one_plan(draw, [layout for _, layout in subtrees])
+    above = [layout for _, layout in subtrees]
+    more, layout = staged(above, (2,), 1) if draw(st.booleans()) else one_plan(draw, above)
     return [*steps, *more], layout
+
+
+@st.composite
+def in_one_shot(draw: st.DrawFn) -> Schedule:
+    """Stages of which the last ones, or all, are one-shot."""
+    factors = draw(st.sampled_from([(2,), (3,), (7,), (9,), (2, 2), (2, 3), (4, 2), (2, 2, 2)]))
+    count = prod(factors)
+    ranks = [parties(count)[rank] for rank in draw(st.permutations(range(count)))]
+    steps, _ = staged(ranks, factors, draw(st.integers(1, len(factors))))
+    return Schedule.of(count, steps, draw(st.integers(1, 4)))
 
 
 hows = st.tuples(
@@ -358,7 +374,13 @@ def check(given: Sequence[Any], result: Any, op: str) -> None:
 
 
 @settings(max_examples=60)
-@given(schedules(), hows, lengths, st.sampled_from(NAMES), st.sampled_from(["sum", "prod", "max"]))
+@given(
+    st.one_of(schedules(), in_one_shot()),
+    hows,
+    lengths,
+    st.sampled_from(NAMES),
+    st.sampled_from(["sum", "prod", "max"]),
+)
 def test_any_plan_gives_all_ranks_the_same_right_result(plan, how, length, name, op) -> None:
     run_all(plan, how, [length], getattr(torch, name), op)
 
@@ -518,6 +540,10 @@ def test_shares_that_are_nearly_equal_count_as_unequal(weights) -> None:
     """Off by a thousandth, blocks of many elements would be cut at the wrong one."""
     plan = Schedule.of(3, [exchange(parties(3), weights)[0]])
     assert not halves(plan, BY_CHANCE, 200_000, torch.int64)
+
+
+def test_what_ends_in_one_shot_has_no_halves() -> None:
+    assert not halves(Schedule.of(4, staged(parties(4), (2, 2), 1)[0]), BY_CHANCE, 8, torch.int64)
 
 
 @pytest.mark.parametrize("early", [True, False])

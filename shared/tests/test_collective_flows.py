@@ -76,10 +76,14 @@ modes = st.sampled_from(["rate", "ports", "sources"])
     st.lists(st.integers(2, 4), min_size=1, max_size=3).filter(lambda f: math.prod(f) <= 16),
     modes,
     st.sampled_from([1e3, 1e6, 1e8]),
+    st.integers(0, 3),
 )
-def test_where_all_ranks_do_alike_both_formulations_give_one_time(factors, width, payload) -> None:
+def test_where_all_ranks_do_alike_both_formulations_give_one_time(
+    factors, width, payload, shots
+) -> None:
     count = math.prod(factors)
-    flows, steps = both(tree([count]), staged(whole(count), factors)[0], payload, width=width)
+    plan, _ = staged(whole(count), factors, min(shots, len(factors)))
+    flows, steps = both(tree([count]), plan, payload, width=width)
     assert flows == pytest.approx(steps, rel=1e-6)
 
 

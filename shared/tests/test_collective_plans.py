@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from trimtab.core.collectives import (
@@ -27,6 +30,7 @@ from trimtab.core.collectives.combine import (
     ring,
     staged,
 )
+from trimtab.core.collectives.schedule import merged
 from trimtab.core.errors import BadInput
 
 
@@ -78,6 +82,45 @@ def test_staged_exchange_of_any_number(count: int, factors: list[int]) -> None:
     assert set(layout.owners.tolist()) == set(range(count))
 
 
+@given(st.lists(st.integers(2, 4), min_size=1, max_size=4), st.data())
+def test_stages_in_one_shot(factors: list[int], data: st.DataObject) -> None:
+    count = prod(factors)
+    assume(count <= 36)
+    shots = data.draw(st.integers(1, len(factors)))
+    order = data.draw(st.permutations(ranks(count)))
+    steps, _ = staged(order, factors, shots)
+    check_all(count, steps)
+    assert len(steps) == len(factors)
+    assert [bool(step.one_shot.all()) for step in steps] == [
+        place >= len(factors) - shots for place in range(len(factors))
+    ]
+    gathers = [turn for turn in programme(Schedule.of(count, steps), 0) if _gathers(turn)]
+    assert len(gathers) == len(factors) - shots
+
+
+@given(st.integers(2, 24), st.integers(2, 7), st.integers(1, 6))
+def test_the_last_stage_in_one_shot_of_any_number(count: int, factor: int, few: int) -> None:
+    """Also behind owners of unequal stretches, and of fewer than there are ranks."""
+    check_all(count, staged(ranks(count), (factor, count), 1)[0])
+    groups = [ranks(count)[begin : begin + factor] for begin in range(0, count, factor)]
+    below = [concentrated_on(group, few) for group in groups]
+    steps = merged(plan for plan, _ in below)
+    last, _ = staged([layout for _, layout in below], (len(below),), 1)
+    check_all(count, [*steps, *last])
+
+
+def concentrated_on(group: Sequence[Layout], few: int) -> tuple[list[Step], Layout]:
+    if len(group) == 1:
+        return [], group[0]
+    steps, layout = staged(group, (len(group),))
+    moved = concentrated(layout, [int(party.owners[0]) for party in group[:few]])
+    return (steps, layout) if moved is None else ([*steps, moved[0]], moved[1])
+
+
+def _gathers(turn: Turn) -> bool:
+    return turn.phase == "all-gather"
+
+
 @given(st.integers(2, 24))
 def test_ring(count: int) -> None:
     check_all(count, [ring(ranks(count))[0]])
@@ -109,11 +152,12 @@ def test_moving_to_few_owners(count: int, few: int) -> None:
     st.lists(st.sampled_from([(12,), (3, 4), (2, 3, 2), (5, 3), ()]), min_size=2, max_size=2),
     st.integers(1, SHARES - 1),
     st.booleans(),
+    st.integers(0, 1),
 )
-def test_two_plans_side_by_side(order, factors, share: int, late: bool) -> None:
+def test_two_plans_side_by_side(order, factors, share: int, late: bool, shots: int) -> None:
     one = ranks(12)
     plans = [
-        staged(parties, sizes) if sizes else ([(made := ring(parties))[0]], made[1])
+        staged(parties, sizes, shots) if sizes else ([(made := ring(parties))[0]], made[1])
         for parties, sizes in zip((one, [one[rank] for rank in order]), factors, strict=True)
     ]
     steps, layout = beside(*plans, share, late=late)
@@ -132,11 +176,13 @@ def test_two_plans_side_by_side(order, factors, share: int, late: bool) -> None:
     st.lists(st.integers(2, 4), min_size=1, max_size=3),
     st.integers(0, 5),
     st.integers(1, 6),
+    st.integers(0, 1),
 )
-def test_no_rank_waits_for_a_chunk_that_waits_for_it(count, factors, folds, chunks) -> None:
+def test_no_rank_waits_for_a_chunk_that_waits_for_it(count, factors, folds, chunks, shots) -> None:
     """Ranks that wait for all messages of a wave, both ways, all come to the end."""
     extras = range(1, 2 * min(folds, (count - 1) // 2), 2)
-    steps, _ = folded(ranks(count), extras, factors) if extras else staged(ranks(count), factors)
+    whole = ranks(count)
+    steps, _ = folded(whole, extras, factors) if extras else staged(whole, factors, shots)
     schedule = Schedule.of(count, steps, chunks)
     turns = [programme(schedule, rank) for rank in range(count)]
     left = [waves(mine, chunks) for mine in turns]
@@ -203,6 +249,10 @@ def test_what_is_no_allreduce_is_refused() -> None:
         check_plan(Schedule.of(4, [*sound.arrays, sound.arrays[0]]))
     with pytest.raises(PlanFault, match="is missing"):
         check_plan(Schedule.of(4, sound.arrays[:1]))
+    with pytest.raises(PlanFault, match="is missing"):
+        check_plan(Schedule.of(4, staged(ranks(4), (2, 2), 2)[0][:1]))
+    with pytest.raises(PlanFault, match="added twice"):
+        check_plan(Schedule.of(4, staged(ranks(4), (2, 2), 2)[0][:1] * 2))
     half = changed(sound, cuts=(0, UNIT // 4, UNIT // 3))
     with pytest.raises(PlanFault):
         check_plan(half)
@@ -211,10 +261,13 @@ def test_what_is_no_allreduce_is_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cuts": (0, UNIT)}, "2 owners have 2 cuts"),
+        ({"cuts": (0, UNIT)}, "2 parts have 2 cuts"),
+        ({"one_shot": True}, "1 parts have 3 cuts"),
+        ({"one_shot": True, "ring": True, "cuts": (0, UNIT)}, "a ring is not one-shot"),
+        ({"one_shot": True, "owners": (0, 1), "cuts": (0, UNIT)}, "their senders as owners"),
         ({"cuts": (0, UNIT, UNIT // 2)}, "do not rise"),
         ({"senders": (0, 9)}, "names the rank 9 of 4"),
-        ({"ring": True, "owners": (0, 1)}, "a ring has its senders as owners"),
+        ({"ring": True, "owners": (0, 1)}, "have their senders as owners"),
     ],
 )
 def test_a_malformed_group_is_refused(change: dict[str, object], message: str) -> None:

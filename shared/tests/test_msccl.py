@@ -53,12 +53,13 @@ def test_a_file_is_proven_whoever_runs_first(name: str, seed: int) -> None:
 
 
 @settings(max_examples=15)
-@given(st.lists(st.integers(2, 4), min_size=1, max_size=3), st.integers(0, 99))
-def test_all_stages_are_proven(factors: list[int], seed: int) -> None:
+@given(st.lists(st.integers(2, 4), min_size=1, max_size=3), st.integers(0, 99), st.integers(0, 3))
+def test_all_stages_are_proven(factors: list[int], seed: int, shots: int) -> None:
     count = 1
     for factor in factors:
         count *= factor
-    made = read_msccl(write_msccl(Schedule.of(count, staged(whole(count), factors)[0]), "x"))
+    steps, _ = staged(whole(count), factors, min(shots, len(factors)))
+    made = read_msccl(write_msccl(Schedule.of(count, steps), "x"))
     check_msccl(made, choose=random.Random(seed).choice)
 
 

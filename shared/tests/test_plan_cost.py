@@ -246,15 +246,18 @@ def naive(network: NetworkTree, step: Step, width: str, gather: bool) -> tuple[f
     modes,
     st.sampled_from([0.02, 0.5, 3, 10]),
     st.integers(1, 3),
+    st.integers(0, 1),
 )
 def test_steps_on_trees_cost_what_their_messages_cost(
-    leaves, factors, width, faster, devices
+    leaves, factors, width, faster, devices, shots
 ) -> None:
     network = tree(leaves, uplink=faster * BANDWIDTH, devices=devices)
     evaluator = PlanEvaluator(network, CONSTANTS.model_copy(update={"width": width}))
-    for step in staged(whole(network.size), factors)[0]:
-        for gather in (False, True):
-            cost = evaluator.step(step, gather=gather)
+    for step in staged(whole(network.size), factors, shots)[0]:
+        for gather, cost in zip((False, True), evaluator.both(step), strict=True):
+            if gather and step.one_shot.all():
+                assert (cost.rounds, cost.latency_s, cost.seconds_per_byte) == (0, 0, 0)
+                continue
             slope, widest = naive(network, step, width, gather)
             assert cost.seconds_per_byte == pytest.approx(slope, rel=1e-9)
             assert cost.width == widest
@@ -269,19 +272,25 @@ def test_messages_are_those_that_ranks_send(n, data) -> None:
     core = data.draw(st.sampled_from([(), (n - folds,)]))
     kinds = [
         staged(whole(n), factors)[0],
+        staged(whole(n), factors, 1)[0],
         [ring(whole(n))[0]],
         [exchange(whole(n), shares if any(shares) else None)[0]],
         *([folded(whole(n), range(1, 2 * folds, 2), core)[0]] if folds else []),
     ]
     steps = data.draw(st.sampled_from(kinds))
+    processors = data.draw(st.sampled_from([None, 1, 2, 3]))
     rounds = defaultdict(lambda: [0] * n)
     for rank in range(n):
         for turn in programme(Schedule.of(n, steps), rank):
             rounds[turn.phase, turn.step, turn.round][rank] += len(turn.sends) + len(turn.receives)
-    expected_s = MESSAGE_S * sum(max(each) for each in rounds.values())
+    expected_s = MESSAGE_S * sum(
+        max(*each, sum(each) / processors if processors else 0) for each in rounds.values()
+    )
     network = tree([n])
+    shared = {"processors": processors}
     bare, dear = (
-        PlanEvaluator(network, given).cost(steps) for given in (CONSTANTS, with_messages()[1])
+        PlanEvaluator(network, given.model_copy(update=shared)).cost(steps)
+        for given in (CONSTANTS, with_messages()[1])
     )
     assert dear.latency_s - bare.latency_s == pytest.approx(expected_s, rel=1e-9, abs=1e-15)
     assert dear.messages_s == pytest.approx(expected_s, rel=1e-9, abs=1e-15)

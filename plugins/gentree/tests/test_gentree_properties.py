@@ -19,6 +19,7 @@ from trimtab.core.collectives.schedule import UNIT, Layout
 from trimtab.core.cost import Constants, PlanEvaluator
 from trimtab.gentree import choose
 from trimtab.gentree.baselines import baselines
+from trimtab.gentree.gentree import Search
 from trimtab.gentree.schemes import factorisations
 
 Shape = list["Shape"] | int
@@ -92,13 +93,29 @@ def test_where_rounds_are_dear_and_incast_is_free_all_send_to_all(count, payload
     )
     constants = LATENCY_AND_BANDWIDTH.model_copy(update={"alpha_s": 1e3, "gamma_s_per_byte": gamma})
     choice = choose(star, payload, constants)
-    assert choice.switches[-1] == ("s", str(count))
-    assert (choice.cost.rounds, choice.schedule.chunks) == (2, 1)
+    assert choice.switches[-1] == ("s", f"{count}, last 1 in one shot")
+    assert (choice.cost.rounds, choice.schedule.chunks) == (1, 1)
+    without = choose(star, payload, constants, search=Search(one_shot=False))
+    assert without.switches[-1] == ("s", str(count))
+    assert (without.cost.rounds, without.schedule.chunks) == (2, 1)
     evaluator = PlanEvaluator(star, constants)
     parties = [Layout.whole(rank) for rank in range(count)]
     for factors in factorisations(count):
         cost = evaluator.cost(staged(parties, factors)[0])
-        assert choice.seconds <= cost.seconds(payload) * (1 + 1e-9)
+        assert max(choice.seconds, without.seconds) <= cost.seconds(payload) * (1 + 1e-9)
+
+
+def test_ranks_that_share_processors_send_fewer_messages_in_all() -> None:
+    network = tree([8])
+    constants = LATENCY_AND_BANDWIDTH.model_copy(update={"message_s": 1e-4})
+    apart = choose(network, 1e3, constants)
+    shared = choose(network, 1e3, constants.model_copy(update={"processors": 2}))
+    messages = [
+        sum(len(t.sends) for r in range(8) for t in programme(one.schedule, r))
+        for one in (apart, shared)
+    ]
+    assert messages[1] == 14 < messages[0]
+    assert apart.cost.rounds == 3
 
 
 def latency_and_bandwidth_s(network: NetworkTree, schedule: Schedule, payload: float) -> float:

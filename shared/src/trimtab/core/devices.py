@@ -153,5 +153,6 @@ def device(name: str, own: Iterable[DeviceProfile] = ()) -> DeviceProfile:
     raise BadInput(f"there is no device {name!r}", fix=nearest(name, known))
 
 
+@cache
 def _folded(name: str) -> str:
     return "".join(filter(str.isalnum, name.casefold()))

@@ -64,6 +64,7 @@ def _summed(parties: list[Layout], target: Layout) -> Step:
         bounds[:-1],
         bounds[1:],
         np.zeros(len(stretches), dtype=np.bool_),
+        np.zeros(len(stretches), dtype=np.bool_),
     )
 
 

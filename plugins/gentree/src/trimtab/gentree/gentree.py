@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,8 @@ from trimtab.core.collectives.combine import concentrated
 from trimtab.core.collectives.schedule import merged
 from trimtab.core.cost import Constants, ExchangeCost, GenModel, PlanCost, PlanEvaluator
 from trimtab.gentree.equal_parts import equal_parts, has_equal_parts, towards_equal_parts
-from trimtab.gentree.grids import GridCosts
-from trimtab.gentree.schemes import Scheme, schemes
+from trimtab.gentree.grids import Grid, GridCosts, Pair
+from trimtab.gentree.schemes import Scheme, one_shot_name, schemes
 
 Floats = NDArray[np.float64]
 
@@ -36,6 +36,7 @@ class Search:
             part of the ranks below each of part of the switches.
         chunks: whether chunks of the payload may follow one another.
         beside: whether two such plans may share the payload.
+        one_shot: whether ranks may be sent all that others hold in the last rounds.
         equal: whether the reduce-scatter must leave each rank one equal part of the payload.
     """
 
@@ -43,6 +44,7 @@ class Search:
     flat: bool = True
     chunks: bool = True
     beside: bool = True
+    one_shot: bool = True
     equal: bool = False
 
 
@@ -58,7 +60,7 @@ GRIDS = 4
 WORTH = 0.99
 """Two plans side by side make more and smaller messages, so that they must be so much faster."""
 
-PAPER = Search(kept=1, flat=False, chunks=False)
+PAPER = Search(kept=1, flat=False, chunks=False, one_shot=False)
 """The paper's recursion."""
 
 
@@ -83,6 +85,11 @@ class Growth:
     up: Floats
     down: Floats
     memory: Floats
+
+    @property
+    def is_one_shot(self) -> bool:
+        """Whether it ends in one shot."""
+        return bool(self.steps) and bool(self.steps[-1].one_shot.any())
 
     def seconds(self, payload_bytes: float, chunks: bool) -> float:
         """How long it takes."""
@@ -122,10 +129,15 @@ class GenTree:
         if kind not in self._grown:
             found = list(self._candidates(point))
             if self._search.flat and self._is_grid(point):
-                found += self._in_grids(point, min(map(self._seconds, found)))
+                # Pairs are compared before either has stages in one shot.
+                plain = [growth for growth in found if not growth.is_one_shot]
+                found += self._in_grids(point, min(map(self._seconds, plain)))
             if self._search.equal:
                 # Stages of children that are unlike may be cut an unequal bit off one another.
                 found = [growth for growth in found if has_equal_parts(growth.layout)]
+            if point == 0 and self._constants.processors:
+                # What subtrees do at the same time they do on the same processors.
+                found = [replace(g, cost=self._evaluator.cost(g.steps)) for g in found]
             self._grown[kind] = self._best(found)
         return self._grown[kind]
 
@@ -164,7 +176,7 @@ class GenTree:
             yield below.growth(below.parties[0])
             return
         beta = self._tree.up_s_per_byte
-        for scheme in self._schemes([float(beta[child]) for child in children]):
+        for scheme in self._schemes(point, [float(beta[child]) for child in children]):
             yield self._behind(point, below, scheme, scheme.name)
 
     def _flat(self, point: int) -> Iterator[Growth]:
@@ -173,7 +185,7 @@ class GenTree:
         below = self._together_of_leaves(point)
         beta = self._tree.up_s_per_byte
         betas = [float(beta[leaf]) for leaf in self._tree.leaves[first:last]]
-        for scheme in self._schemes(betas):
+        for scheme in self._schemes(point, betas):
             yield self._behind(point, below, scheme, f"flat {scheme.name}")
 
     def _together_of_leaves(self, point: int) -> _Together:
@@ -194,7 +206,7 @@ class GenTree:
 
         Args:
             point: whose children are alike.
-            best_s: the time of the best plan that was found so far.
+            best_s: the time of the best plan so far that does not end in one shot.
         """
         first, last = self._tree.spans[point]
         children = len(self._tree.children[point])
@@ -211,11 +223,40 @@ class GenTree:
             growth = self._behind(point, below, Scheme(grid.name, grid.build), f"flat {grid.name}")
             best_s = min(best_s, self._seconds(growth))
             yield growth
+            for scheme in self._in_one_shot(point, grid):
+                yield self._behind(point, below, scheme, f"flat {scheme.name}")
         pair = costs.side_by_side(WORTH * best_s) if self._search.beside else None
         if pair is not None:
             yield self._behind(point, below, Scheme(pair.name, pair.build), f"flat {pair.name}")
+            for scheme in self._pair_in_one_shot(point, pair):
+                yield self._behind(point, below, scheme, f"flat {scheme.name}")
 
-    def _schemes(self, betas: Sequence[float]) -> list[Scheme]:
+    def _in_one_shot(self, point: int, grid: Grid) -> list[Scheme]:
+        """The same stages with the last ones in one shot."""
+        if not self._ends_in_one_shot(point):
+            return []
+        return [
+            Scheme(one_shot_name(grid.name, count), partial(grid.build, one_shots=count))
+            for count in range(1, len(grid.stages) + 1)
+        ]
+
+    def _pair_in_one_shot(self, point: int, pair: Pair) -> list[Scheme]:
+        """The same two plans with the last stage of either or both in one shot."""
+        if not self._ends_in_one_shot(point):
+            return []
+        return [
+            Scheme(
+                f"{pair.name}, last {one} and {other} in one shot",
+                partial(pair.build, one_shots=(one, other)),
+            )
+            for one, other in ((1, 0), (0, 1), (1, 1))
+        ]
+
+    def _ends_in_one_shot(self, point: int) -> bool:
+        """Whether one-shot stages may end what is done below a point: no others may follow."""
+        return point == 0 and self._search.one_shot and not self._search.equal
+
+    def _schemes(self, point: int, betas: Sequence[float]) -> list[Scheme]:
         given = self._constants
         beta = given.beta_ratio * max(betas)
         model = GenModel(
@@ -228,8 +269,15 @@ class GenTree:
             given.message_s,
         )
         most = TRIED if self._tree.size <= LARGE else TRIED_LARGE
-        equal = self._search.equal
-        return schemes(len(betas), self._payload, model, betas, most, equal=equal)
+        return schemes(
+            len(betas),
+            self._payload,
+            model,
+            betas,
+            most,
+            equal=self._search.equal,
+            one_shot=self._ends_in_one_shot(point),
+        )
 
     def _behind(self, point: int, below: _Together, scheme: Scheme, name: str) -> Growth:
         steps, layout = scheme.build(below.parties)

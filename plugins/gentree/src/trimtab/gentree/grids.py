@@ -57,10 +57,15 @@ class Grid:
         """For example ``4*2x2*4``: groups of 4 below each of 2 children, then of 2 below 4."""
         return "x".join(f"{a}*{b}" if b > 1 else str(a) for a, b in self.stages)
 
-    def build(self, parties: Sequence[Layout]) -> Built:
-        """The steps among parties in depth-first order, and the layout behind them."""
+    def build(self, parties: Sequence[Layout], one_shots: int = 0) -> Built:
+        """The steps among parties in depth-first order, and the layout behind them.
+
+        Args:
+            parties: their layouts.
+            one_shots: so many of the last stages are one-shot.
+        """
         factors = [a * b for a, b in self.stages]
-        return staged([parties[place] for place in self.places.tolist()], factors)
+        return staged([parties[place] for place in self.places.tolist()], factors, one_shots)
 
     @cached_property
     def places(self) -> NDArray[np.int64]:
@@ -117,9 +122,15 @@ class Pair:
         rest = 1 - self.share / SHARES
         return f"{self.one.name} beside {self.other.name} for {rest:.0%}"
 
-    def build(self, parties: Sequence[Layout]) -> Built:
-        """The steps among parties in depth-first order, and the layout behind them."""
-        one, other = self.one.build(parties), self.other.build(parties)
+    def build(self, parties: Sequence[Layout], one_shots: tuple[int, int] = (0, 0)) -> Built:
+        """The steps among parties in depth-first order, and the layout behind them.
+
+        Args:
+            parties: their layouts.
+            one_shots: so many of the last stages of each grid are one-shot.
+        """
+        one = self.one.build(parties, one_shots[0])
+        other = self.other.build(parties, one_shots[1])
         return beside(one, other, self.share, late=self.late)
 
 
@@ -287,7 +298,7 @@ def _only(stage: Stage, ranks: int, children: int) -> Step:
     cuts = np.array([UNIT * part // size for part in range(size + 1)])
     begin, end = (np.tile(each, count // size) for each in (cuts[:-1], cuts[1:]))
     direct = np.zeros(count // size, dtype=np.bool_)
-    return Step(groups, members, groups, members, begin, end, direct)
+    return Step(groups, members, groups, members, begin, end, direct, direct)
 
 
 def _unlike(busy: Floats) -> Floats:

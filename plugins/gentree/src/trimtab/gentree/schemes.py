@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,12 @@ AWKWARD = 3
 
 SMALL_BYTES = 64 * 1024
 """Up to here a reduction at one rank and a broadcast may be worth trying."""
+
+LEAST_ROUND = 0.01
+"""From so large a share of a payload's time on a link a round is worth saving."""
+
+WHOLE_ONE_SHOTS = 3
+"""So many plans of one-shot stages alone are tried at each switch."""
 
 SLOW = 1.5
 """A party whose link is so much slower than the middle one may fold into another."""
@@ -43,6 +50,7 @@ def schemes(
     most: int,
     *,
     equal: bool = False,
+    one_shot: bool = False,
 ) -> list[Scheme]:
     """All basic plan types for so many parties.
 
@@ -53,6 +61,7 @@ def schemes(
         betas: seconds for each byte of each party's link.
         most: of more staged plans, those that are best by GenModel's closed form for one switch.
         equal: only those in which all parties end with equal parts.
+        one_shot: also those of which ranks end with all of the payload.
     """
     sizes = stage_sizes(count, payload_bytes, model, most, equal=equal)
     found = [_staged(factors) for factors in sizes]
@@ -61,6 +70,8 @@ def schemes(
         return found
     found += _folds(count, payload_bytes, model)
     found += _unequal(betas)
+    if one_shot:
+        found += one_shots(count, payload_bytes, model, sizes)
     if payload_bytes <= SMALL_BYTES:
         found.append(Scheme("reduce-broadcast", _rooted))
     return found
@@ -76,6 +87,48 @@ def stage_sizes(
         return found
     ranked = sorted(found, key=lambda sizes: model.seconds(hierarchical_ps(sizes), payload_bytes))
     return list(dict.fromkeys([*ranked[:most], (count,)]))
+
+
+def one_shots(
+    parties: int, payload_bytes: float, model: GenModel, staged_sizes: Sequence[tuple[int, ...]]
+) -> list[Scheme]:
+    """Staged plans whose last stages are one-shot, for parties that end with all of the payload.
+
+    They save rounds of the all-gather for more bytes, and so pay where rounds cost something.
+
+    Args:
+        parties: how many there are.
+        payload_bytes: on each rank.
+        model: of the parties' links.
+        staged_sizes: group sizes of plans of which the last stage is tried.
+    """
+    round_s = model.alpha_s + 2 * model.message_s
+    if round_s < LEAST_ROUND * model.beta_s_per_byte * payload_bytes:
+        return []
+
+    def alone_s(sizes: tuple[int, ...]) -> float:
+        others = sum(size - 1 for size in sizes)
+        each_s = 2 * model.message_s + model.beta_s_per_byte * payload_bytes
+        return len(sizes) * model.alpha_s + others * each_s
+
+    whole = heapq.nsmallest(WHOLE_ONE_SHOTS, factorisations(parties), key=alone_s)
+    tails = [sizes for sizes in staged_sizes if len(sizes) > 1]
+    return [
+        *(_in_one_shots(sizes, len(sizes)) for sizes in whole),
+        *(_in_one_shots(sizes, 1) for sizes in tails),
+    ]
+
+
+def _in_one_shots(sizes: tuple[int, ...], count: int) -> Scheme:
+    return Scheme(
+        one_shot_name("x".join(map(str, sizes)), count),
+        lambda parties: staged(parties, sizes, count),
+    )
+
+
+def one_shot_name(stages: str, count: int) -> str:
+    """The name of stages of which the last are one-shot, e.g. ``4x2, last 1 in one shot``."""
+    return f"{stages}, last {count} in one shot"
 
 
 def _uneven(count: int) -> list[tuple[int, ...]]:

@@ -89,9 +89,11 @@ class _Execution:
 
     def _forget(self, turns: dict[int, Turn]) -> None:
         for rank, turn in turns.items():
+            kept = {(total.begin, total.end) for total in turn.sums if rank in total.operands}
             for message in turn.sends:
-                for at in self._stretches(message.begin, message.end):
-                    self._held[rank][at] = None
+                if (message.begin, message.end) not in kept:
+                    for at in self._stretches(message.begin, message.end):
+                        self._held[rank][at] = None
 
     def _take(
         self, where: str, rank: int, sums: Sequence[Sum], arrived: dict[tuple[int, int], int]

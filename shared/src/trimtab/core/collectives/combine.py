@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 
@@ -33,19 +34,84 @@ def ring(parties: Sequence[Layout]) -> tuple[Step, Layout]:
     return _step(owners, cuts, ring=True), _layout(owners, cuts)
 
 
-def staged(parties: Sequence[Layout], factors: Sequence[int]) -> tuple[list[Step], Layout]:
+def staged(
+    parties: Sequence[Layout], factors: Sequence[int], one_shots: int = 0
+) -> tuple[list[Step], Layout]:
     """Direct exchange in groups of ``factors[0]``, then in groups of ``factors[1]`` among those.
 
     Groups differ by at most one where a factor does not divide the parties; the last stage takes
     all that are left.
+
+    Args:
+        parties: their layouts.
+        factors: the sizes of the groups.
+        one_shots: so many of the last stages are one-shot (recursive doubling where their factors
+            are 2); all of these but the first have factors that divide what is left. The layout is
+            that of one of the ranks that then hold each stretch.
     """
     steps: list[Step] = []
     left = list(parties)
-    for number, factor in enumerate(factors):
+    sharing = len(factors) - one_shots
+    for number, factor in enumerate(factors[:sharing]):
         last = number == len(factors) - 1
         left, more = _in_groups(left, [len(left)] if last else even_sizes(len(left), factor))
         steps += more
+    if one_shots:
+        return [*steps, *_in_one_shots(left, factors[sharing:])], left[0]
     return steps, left[0]
+
+
+def _in_one_shots(parties: Sequence[Layout], factors: Sequence[int]) -> list[Step]:
+    if len({id(party.bounds) for party in parties}) == 1:
+        bounds, owners = _refined(parties)
+        return _in_equal_one_shots(bounds, owners.T, factors)
+    # Behind a stage all members of a group hold its sum; those in one place go on together.
+    holders = [[party] for party in parties]
+    steps = []
+    for size in _sizes_to_the_end(len(parties), factors):
+        groups = [holders[begin : begin + size] for begin in range(0, len(holders), size)]
+        together = [members for group in groups for members in zip(*group, strict=True)]
+        refined = [_refined(members) for members in together]
+        steps.append(Step.together([_one_shot(bounds, owners) for bounds, owners in refined]))
+        holders = [[layout for party in group for layout in party] for group in groups]
+    return steps
+
+
+def _in_equal_one_shots(bounds: Ints, owners: Ints, factors: Sequence[int]) -> list[Step]:
+    """As `_in_one_shots`, at once: all groups share the same stretches (M), of any owners (K, M).
+
+    Who holds a stretch stands in an array of parties, places in them and stretches.
+    """
+    holders, steps = owners[:, None, :], []
+    for size in _sizes_to_the_end(len(owners), factors):
+        _, places, stretches = holders.shape
+        groups = holders.reshape(-1, size, places, stretches)
+        steps.append(_one_shot(bounds, groups.transpose(0, 2, 3, 1).reshape(-1, size)))
+        holders = groups.reshape(-1, size * places, stretches)
+    return steps
+
+
+def _sizes_to_the_end(parties: int, factors: Sequence[int]) -> list[int]:
+    """The sizes of the groups of each stage, of which the last one takes all that are left."""
+    left = parties // prod(factors[:-1])
+    return [size for size in (*factors[:-1], left) if size > 1]
+
+
+def _one_shot(bounds: Ints, owners: Ints) -> Step:
+    """Groups that share the stretches between bounds (M + 1), all in turn, by group and member."""
+    count, size = owners.shape
+    groups = np.repeat(np.arange(count, dtype=np.int64), size)
+    begin, end = (np.tile(each, count // len(each)) for each in (bounds[:-1], bounds[1:]))
+    return Step(
+        groups,
+        owners.ravel(),
+        groups,
+        owners.ravel(),
+        np.repeat(begin, size),
+        np.repeat(end, size),
+        np.zeros(count, dtype=np.bool_),
+        np.ones(count, dtype=np.bool_),
+    )
 
 
 def folded(
@@ -97,6 +163,7 @@ def concentrated(layout: Layout, owners: Sequence[int]) -> tuple[Step, Layout] |
         after[moving],
         bounds[:-1][moving],
         bounds[1:][moving],
+        np.zeros(len(moving), dtype=np.bool_),
         np.zeros(len(moving), dtype=np.bool_),
     )
     return step, Layout(bounds, after)
@@ -224,6 +291,7 @@ def _step(owners: Ints, cuts: Ints, *, ring: bool) -> Step:
         begin[kept],
         end[kept],
         np.full(stretches, ring, dtype=np.bool_),
+        np.zeros(stretches, dtype=np.bool_),
     )
 
 

@@ -67,14 +67,13 @@ def programme(schedule: Schedule, rank: int) -> list[Turn]:
         [g for g in groups if rank in g.senders or (g.owners is not None and rank in g.owners)]
         for groups in schedule.steps
     ]
-    lengths = [_rounds(groups) for groups in schedule.steps]
     order: list[tuple[Phase, int]] = [("reduce-scatter", step) for step in range(len(mine))]
     order += [("all-gather", step) for step in reversed(range(len(mine)))]
     turns: list[Turn] = []
     place = 0
     for phase, step in order:
         turns += _turns(phase, step, place, mine[step], rank)
-        place += lengths[step]
+        place += _rounds(phase, schedule.steps[step])
     return turns
 
 
@@ -98,16 +97,21 @@ def waves(turns: Sequence[Turn], chunks: int) -> list[list[tuple[int, int]]]:
     return [sorted(found[wave]) for wave in sorted(found)]
 
 
-def _rounds(groups: Sequence[GroupDocument]) -> int:
-    return max((len(g.senders) - 1 if g.ring else 1 for g in groups), default=0)
+def _rounds(phase: Phase, groups: Sequence[GroupDocument]) -> int:
+    taking_part = _taking_part(phase, groups)
+    return max((len(g.senders) - 1 if g.ring else 1 for g in taking_part), default=0)
+
+
+def _taking_part(phase: Phase, groups: Sequence[GroupDocument]) -> list[GroupDocument]:
+    return [g for g in groups if phase == "reduce-scatter" or not g.one_shot]
 
 
 def _turns(
     phase: Phase, step: int, place: int, groups: Sequence[GroupDocument], rank: int
 ) -> Iterator[Turn]:
-    for number in range(_rounds(groups)):
+    for number in range(_rounds(phase, groups)):
         turn = Turn(phase, step, number, place + number)
-        for group in groups:
+        for group in _taking_part(phase, groups):
             if group.ring:
                 if number < len(group.senders) - 1:
                     _pass_on(turn, group, rank)
@@ -121,10 +125,7 @@ def _turns(
 
 def _parts(group: GroupDocument) -> Iterator[tuple[int, int, int]]:
     """The owner, the beginning and the end of each part that is not empty."""
-    owners = group.senders if group.owners is None else group.owners
-    for owner, begin, end in zip(owners, group.cuts, group.cuts[1:], strict=False):
-        if begin < end:
-            yield owner, begin, end
+    return (part for part in group.parts if part[1] < part[2])
 
 
 def _reduce(turn: Turn, group: GroupDocument, rank: int) -> None:

@@ -6,15 +6,17 @@ that part from all senders and adds them up at once. Every algorithm is made of 
 exchange has all senders as owners of equal parts, reduce-broadcast and folding have one owner,
 moving data to another rank has one sender that is no owner. A *ring* passes the parts around among
 its members in as many rounds as there are members but one. The all-gather runs the steps backwards:
-each owner sends its part to all senders of the group.
+each owner sends its part to all senders of the group. In a *one-shot* group each sender gets the
+whole stretch of all others and adds it up itself, so that nothing is left to gather; only steps of
+such groups may follow one.
 
 Positions are whole numbers of the payload's `UNIT`-th part, so that no plan depends on its size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, zip_longest
 from math import lcm
@@ -68,6 +70,7 @@ class Step:
         owner_group, owner: each owner of a part, likewise.
         begin, end: where the owner's part begins and ends; never empty.
         ring: whether each group is a ring; its owners then are its senders in the same order.
+        one_shot: whether each group is one; each sender then owns all of the stretch.
     """
 
     sender_group: Ints
@@ -77,6 +80,7 @@ class Step:
     begin: Ints
     end: Ints
     ring: NDArray[np.bool_]
+    one_shot: NDArray[np.bool_]
 
     @property
     def groups(self) -> int:
@@ -91,7 +95,7 @@ class Step:
     @cached_property
     def is_even(self) -> bool:
         """Whether each group is a direct exchange of equal parts among its senders."""
-        if self.ring.any() or not np.array_equal(self.sender, self.owner):
+        if (self.ring | self.one_shot).any() or not np.array_equal(self.sender, self.owner):
             return False
         if not np.array_equal(self.sender_group, self.owner_group):
             return False
@@ -108,26 +112,29 @@ class Step:
 
     def shifted(self, by: int) -> Step:
         """The same among ranks whose numbers are higher by so many."""
-        return Step(
-            self.sender_group,
-            self.sender + by,
-            self.owner_group,
-            self.owner + by,
-            self.begin,
-            self.end,
-            self.ring,
-        )
+        return replace(self, sender=self.sender + by, owner=self.owner + by)
 
     def renumbered(self, ranks: Ints) -> Step:
         """The same with rank ``ranks[i]`` in the place of rank ``i``."""
+        return replace(self, sender=ranks[self.sender], owner=ranks[self.owner])
+
+    @cached_property
+    def gathered(self) -> Step:
+        """The groups that the all-gather mirrors."""
+        if not self.one_shot.any():
+            return self
+        kept = ~self.one_shot
+        number = np.cumsum(kept) - 1
+        sends, owns = kept[self.sender_group], kept[self.owner_group]
         return Step(
-            self.sender_group,
-            ranks[self.sender],
-            self.owner_group,
-            ranks[self.owner],
-            self.begin,
-            self.end,
-            self.ring,
+            number[self.sender_group[sends]],
+            self.sender[sends],
+            number[self.owner_group[owns]],
+            self.owner[owns],
+            self.begin[owns],
+            self.end[owns],
+            self.ring[kept],
+            self.one_shot[kept],
         )
 
     @classmethod
@@ -145,6 +152,7 @@ class Step:
             np.concatenate([s.begin for s in steps]),
             np.concatenate([s.end for s in steps]),
             np.concatenate([s.ring for s in steps]),
+            np.concatenate([s.one_shot for s in steps]),
         )
 
 
@@ -157,36 +165,53 @@ def merged(parallel: Iterable[Sequence[Step]]) -> list[Step]:
 
 
 class GroupDocument(Document):
-    """A group as it stands in a file; a ring's owners are its senders.
+    """A group as it stands in a file; owners of rings and one-shot groups are their senders.
 
     Attributes:
         senders: ranks.
         owners: ranks; None for the senders, in their order.
-        cuts: where the parts begin, and where the last one ends.
+        cuts: where the parts begin, and where the last one ends; a one-shot group has one part.
         ring: whether the parts go round.
+        one_shot: whether each sender owns all of the one part.
     """
 
     senders: tuple[NonNegativeInt, ...] = Field(min_length=1)
     owners: tuple[NonNegativeInt, ...] | None = None
     cuts: tuple[int, ...] = Field(min_length=2)
     ring: bool = False
+    one_shot: bool = False
+
+    @property
+    def parts(self) -> Iterator[tuple[int, int, int]]:
+        """The owner, the beginning and the end of each part."""
+        owners = self.senders if self.owners is None else self.owners
+        if self.one_shot:
+            return ((owner, self.cuts[0], self.cuts[1]) for owner in owners)
+        return zip(owners, self.cuts, self.cuts[1:], strict=False)
 
     @model_validator(mode="after")
     def _whole(self) -> GroupDocument:
         owners = self.senders if self.owners is None else self.owners
-        if len(self.cuts) != len(owners) + 1:
+        parts = 1 if self.one_shot else len(owners)
+        if len(self.cuts) != parts + 1:
             raise InvalidValue(
-                f"{len(owners)} owners have {len(self.cuts)} cuts",
+                f"{parts} parts have {len(self.cuts)} cuts",
                 at=("cuts",),
-                fix="give one more than there are owners",
+                fix="give one more than there are parts: one for each owner, or one in one shot",
             )
         rising = all(a <= b for a, b in zip(self.cuts, self.cuts[1:], strict=False))
         if not (rising and self.cuts[0] >= 0 and self.cuts[-1] <= UNIT):
             raise InvalidValue(
                 "the cuts do not rise within the payload", at=("cuts",), fix=f"cut 0 to {UNIT}"
             )
-        if self.ring and self.owners is not None:
-            raise InvalidValue("a ring has its senders as owners", at=("owners",), fix="leave out")
+        if self.ring and self.one_shot:
+            raise InvalidValue("a ring is not one-shot", at=("one_shot",), fix="leave one out")
+        if (self.ring or self.one_shot) and self.owners is not None:
+            raise InvalidValue(
+                "rings and one-shot groups have their senders as owners",
+                at=("owners",),
+                fix="leave out",
+            )
         return self
 
 
@@ -238,25 +263,27 @@ def _documents(step: Step) -> tuple[GroupDocument, ...]:
     for group, begin, end, rank in zip(*(c.tolist() for c in columns), strict=True):
         owned[group].append((begin, end, rank))
     found: list[GroupDocument] = []
-    for who, parts, ring in zip(senders, owned, step.ring.tolist(), strict=True):
+    kinds = zip(step.ring.tolist(), step.one_shot.tolist(), strict=True)
+    for who, parts, (ring, one_shot) in zip(senders, owned, kinds, strict=True):
         owners = [rank for _, _, rank in parts]
+        begins = [begin for begin, _, _ in parts[: 1 if one_shot else None]]
         found.append(
             GroupDocument(
                 senders=tuple(who),
                 owners=None if owners == who else tuple(owners),
-                cuts=(*(begin for begin, _, _ in parts), parts[-1][1]),
+                cuts=(*begins, parts[-1][1]),
                 ring=bool(ring),
+                one_shot=bool(one_shot),
             )
         )
     return tuple(found)
 
 
 def _step(groups: Sequence[GroupDocument]) -> Step:
-    owners = [g.senders if g.owners is None else g.owners for g in groups]
     kept = [
         (number, rank, begin, end)
-        for number, (group, who) in enumerate(zip(groups, owners, strict=True))
-        for rank, begin, end in zip(who, group.cuts, group.cuts[1:], strict=False)
+        for number, group in enumerate(groups)
+        for rank, begin, end in group.parts
         if begin < end or group.ring
     ]
     columns = np.array(kept, dtype=np.int64).reshape(-1, 4).T
@@ -269,4 +296,5 @@ def _step(groups: Sequence[GroupDocument]) -> Step:
         columns[2],
         columns[3],
         np.array([g.ring for g in groups], dtype=np.bool_),
+        np.array([g.one_shot for g in groups], dtype=np.bool_),
     )

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from trimtab.core.collectives.network_tree import NetworkTree
 from trimtab.core.collectives.schedule import UNIT, Step
@@ -48,6 +48,8 @@ class Constants(Document):
         epsilon_ratio: ε as a share of the link's β, for each sender beyond the threshold.
         incast_threshold: the largest width that costs nothing extra; a width counts the receiver.
         message_s: what a rank does for each message that it sends or receives (LogP's overhead o).
+        processors: how many all ranks share for that, as where one machine runs them all; None
+            where each rank has its own.
         width: what meets in a link's queue. ``sources``: the ranks whose data cross it; ``ports``:
             the ports of the switch that feed it; ``rate``: how often these ports' rates hold the
             link's own.
@@ -61,6 +63,7 @@ class Constants(Document):
     epsilon_ratio: float = Field(1 / 16, ge=0)
     incast_threshold: int = Field(9, ge=2)
     message_s: Seconds = Field(0.0, ge=0)
+    processors: PositiveInt | None = None
     width: Width = "rate"
     fitted: ModelFit | None = None
 
@@ -113,7 +116,8 @@ class ExchangeCost:
     Attributes:
         rounds: of communication.
         latency_s: of all rounds and their messages, whatever the payload.
-        messages_s: of it, what the busiest rank of each round does for its messages.
+        messages_s: of it, what the busiest rank of each round, or all that share processors, do
+            for their messages.
         seconds_per_byte: of its messages and sums.
         up_busy, down_busy: seconds for each byte that the links to the parents are busy (V).
         memory_busy: likewise each rank's memory (N).
@@ -140,7 +144,7 @@ class PlanCost:
         seconds_per_byte: of the steps one after the other.
         busy_s_per_byte: how long the busiest link or memory is in use.
         alpha_s: what a further chunk costs beside its messages and bytes.
-        messages_s: what the busiest rank of each round does for its messages, once for each chunk.
+        messages_s: as in `ExchangeCost`, once for each chunk.
         width: the widest incast.
     """
 
@@ -193,7 +197,7 @@ class PlanEvaluator:
         """What a step costs in the reduce-scatter and, mirrored, in the all-gather."""
         reduce = self.step(step)
         if not (self._symmetric and step.is_even):
-            return reduce, self.step(step, gather=True)
+            return reduce, self.step(step.gathered, gather=True)
         # The same messages the other way round, and the same widths; only the sums fall away.
         sums_s_per_byte = float(reduce.memory_busy.max())
         gather = replace(
@@ -208,6 +212,9 @@ class PlanEvaluator:
     def step(self, step: Step, *, gather: bool = False) -> ExchangeCost:
         """What one step costs."""
         points, leaves = len(self.tree.names), self.tree.size
+        if not step.groups:
+            nothing = np.zeros(points)
+            return ExchangeCost(0, 0.0, 0.0, 0.0, nothing, nothing, np.zeros(leaves), 1)
         latency_s, messages_s, slope, width = 0.0, 0.0, 0.0, 1
         up, down = np.zeros(points), np.zeros(points)
         memory = np.zeros(leaves)
@@ -247,9 +254,13 @@ class PlanEvaluator:
         return self.constants.alpha_s + 2 * float(sum(used[points].max() for points in self._tiers))
 
     def _messages_s(self, flows: Flows) -> float:
-        """What the rank with the most messages of a round does for them."""
-        each_s = self.constants.message_s
-        return each_s * float(flows.messages(self.tree.size).max()) if each_s else 0.0
+        """What the busiest rank of a round does for its messages, or all on shared processors."""
+        each_s, processors = self.constants.message_s, self.constants.processors
+        if not each_s:
+            return 0.0
+        messages = flows.messages(self.tree.size)
+        shared = float(messages.sum()) / processors if processors else 0.0
+        return each_s * max(float(messages.max()), shared)
 
     @cached_property
     def _tiers(self) -> list[NDArray[np.int64]]:

@@ -79,6 +79,8 @@ class PlannedRank:
     def places(self) -> tuple[int, ...] | None:
         """Which N-th of the payload each rank owns between the phases; None where none is exact."""
         count = self.schedule.ranks
+        if any(group.one_shot for groups in self.schedule.steps for group in groups):
+            return None
         places: list[int | None] = [None] * count
         for (begin, end), rank in _owners(self.schedule).items():
             first, last = round(begin * count / UNIT), round(end * count / UNIT)
@@ -96,8 +98,7 @@ def _owners(schedule: Schedule) -> dict[tuple[int, int], int]:
     last = [0] * (len(cuts) - 1)
     for groups in schedule.steps:
         for group in groups:
-            owners = group.senders if group.owners is None else group.owners
-            for owner, begin, end in zip(owners, group.cuts, group.cuts[1:], strict=False):
+            for owner, begin, end in group.parts:
                 last[place[begin] : place[end]] = [owner] * (place[end] - place[begin])
     found: dict[tuple[int, int], int] = {}
     begin = 0
@@ -128,12 +129,21 @@ class _Message:
 
 @dataclass(frozen=True, slots=True)
 class _Total:
-    """A stretch of the piece, and the rows of the room (K, L) that are added to it."""
+    """A stretch of the piece, and the rows of the room (K, L) that are added to it.
+
+    Attributes:
+        begin, end: in the piece.
+        room: where the rows begin.
+        rows: how many there are.
+        own: the row into which the piece's own operand goes first, where the same sum is made at
+            several ranks and must be rounded alike.
+    """
 
     begin: int
     end: int
     room: int
     rows: int
+    own: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,19 +153,26 @@ class _CutTurn:
     Attributes:
         receives, sends, sums: what is done.
         room: elements of incoming operands.
+        keeps: whether what it sends is what it adds to, so that the sums wait for the sends.
     """
 
     receives: tuple[_Message, ...]
     sends: tuple[_Message, ...]
     sums: tuple[_Total, ...]
     room: int
+    keeps: bool
 
     def add_up(self, piece: torch.Tensor, room: torch.Tensor, combine: Combine) -> None:
         """Adds what has come into the room to what the piece holds of it."""
         for total in self.sums:
             own = piece[total.begin : total.end]
-            come = room[total.room : total.room + total.rows * own.numel()]
-            combine(own, come.view(total.rows, -1))
+            come = room[total.room : total.room + total.rows * own.numel()].view(total.rows, -1)
+            if total.own is None:
+                combine(own, come)
+            else:
+                come[total.own].copy_(own)
+                combine(come[0], come[1:])
+                own.copy_(come[0])
 
 
 _Wave = list[tuple[int, _CutTurn]]
@@ -262,8 +279,10 @@ class PlanRunner:
             following = actives[number + 1] if number + 1 < len(actives) else []
             early = _are_asked_early(active, following, data.nbytes)
             ahead = self._receive(following, number + 1, data.dtype) if early else None
-            for one, (room, receives) in zip(active, coming, strict=True):
+            for one, (room, receives), pending in zip(active, coming, sends, strict=True):
                 self._wait(receives)
+                if one.turn.keeps:
+                    self._wait(pending)
                 one.turn.add_up(one.piece, room, combine)
             for pending in sends:
                 self._wait(pending)
@@ -296,11 +315,13 @@ class PlanRunner:
         return sends
 
     def _wait(self, messages: _Pending) -> None:
+        """Waits for messages and forgets them: gloo's wait for the same one would last for ever."""
         for peer, work in messages:
             try:
                 work.wait(self.timeout)
             except RuntimeError as error:
                 raise PeerLost(peer, _first_line(error)) from None
+        messages.clear()
 
 
 class Cuts:
@@ -355,13 +376,18 @@ def _cut_turns(turns: Sequence[Turn], length: int) -> list[_CutTurn]:
 def _cut_turn(turn: Turn, length: int, slots: Counter[tuple[str, int]]) -> _CutTurn:
     sums, places, room = [], {}, 0
     come = {(message.peer, message.begin, message.end) for message in turn.receives}
+    sent = {(message.begin, message.end) for message in turn.sends}
     for total in turn.sums:
         begin, end = _cut(total.begin, length), _cut(total.end, length)
         peers = [p for p in total.operands if (p, total.begin, total.end) in come]
+        # Two operands give the same sum either way round.
+        ordered = (total.begin, total.end) in sent and len(peers) > 1
+        rows = list(total.operands) if ordered else peers
         if begin < end and peers:
-            sums.append(_Total(begin, end, room, len(peers)))
-            for peer in peers:
-                places[peer, total.begin, total.end] = room
+            own = next((row for row, rank in enumerate(rows) if rank not in peers), None)
+            sums.append(_Total(begin, end, room, len(rows), own))
+            for rank in rows:
+                places[rank, total.begin, total.end] = room
                 room += end - begin
     receives, sends = [], []
     for message in turn.receives:
@@ -377,7 +403,8 @@ def _cut_turn(turn: Turn, length: int, slots: Counter[tuple[str, int]]) -> _CutT
         slot = _next(slots, ("to", outgoing.peer))
         if begin < end:
             sends.append(_Message(outgoing.peer, begin, end, slot))
-    return _CutTurn(tuple(receives), tuple(sends), tuple(sums), room)
+    keeps = any((total.begin, total.end) in sent for total in turn.sums)
+    return _CutTurn(tuple(receives), tuple(sends), tuple(sums), room, keeps)
 
 
 def _next(slots: Counter[tuple[str, int]], way: tuple[str, int]) -> int:

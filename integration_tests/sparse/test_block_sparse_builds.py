@@ -31,9 +31,10 @@ NEAR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 def build(request, monkeypatch):
     """The compiled code of one build, in place of the best one for this machine."""
     folder = Path(block_sparse.__file__).parent
-    found = [folder / f"block_sparse_{request.param}{suffix}" for suffix in EXTENSION_SUFFIXES]
-    (path,) = [one for one in found if one.exists()]
-    code = ctypes.CDLL(str(path))
+    paths = [folder / f"block_sparse_{request.param}{suffix}" for suffix in EXTENSION_SUFFIXES]
+    built = [path for path in paths if path.exists()]
+    assert built, f"{request.param} was not built; pip install -e kernels builds all"
+    code = ctypes.CDLL(str(built[0]))
     if not code.trimtab_supported():
         pytest.skip(f"this machine has no {request.param}")
     monkeypatch.setattr(block_sparse, "library", lambda: code)

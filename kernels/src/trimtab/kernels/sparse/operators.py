@@ -339,7 +339,7 @@ def _select(
     scale: float,
 ) -> Tensor:
     shape = SparseShape(*sizes)
-    q, entries = q.contiguous(), entries.contiguous()
+    q, entries = q.contiguous(), entries.to(q.dtype).contiguous()
     if on_triton(q):
         queries = tables.place_queries(cu_q, cu_k, q.shape[0], shape.block)
         position = queries.last - cu_k.long()[queries.sequence]
@@ -369,7 +369,7 @@ def _select_by_sequence(
         for at in range(begin, end, step):
             stop = min(end, at + step)
             until = keys - (end - stop)
-            known = own[: shape.entries(until)].to(q.dtype)
+            known = own[: shape.entries(until)]
             out[:, at:stop] = naive.select(wide(q[at:stop]), wide(known), until, shape, scale)
     return out
 

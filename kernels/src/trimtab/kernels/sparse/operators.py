@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.kernels.sparse import blockwise, launch, launch_published, naive, published, tables
+from trimtab.kernels.sparse import (
+    block_lists,
+    blockwise,
+    launch,
+    launch_published,
+    naive,
+    published,
+    tables,
+)
 from trimtab.kernels.sparse.chosen import Chosen
 from trimtab.kernels.sparse.shape import SparseShape
 from trimtab.kernels.sparse.tiles import wide
@@ -346,7 +354,9 @@ def _select(
         seen = ((position + 1 - shape.window) // shape.stride + 1).clamp(min=0)
         return launch.select(q, entries, cu_q, cu_entries, seen, queries, shape, scale)
     with exactly(q):
-        return _select_by_sequence(q, entries, cu_q, cu_k, cu_entries, shape, scale)
+        every = (q, entries, cu_q, cu_k, cu_entries, shape, scale)
+        chosen = block_lists.select(*every)
+        return _select_by_sequence(*every) if chosen is None else chosen
 
 
 def _select_by_sequence(

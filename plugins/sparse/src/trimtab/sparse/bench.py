@@ -1,17 +1,16 @@
-"""``trimtab bench sparse``: prefill on the CPU, index tables, quality, and a real server's TTFT."""
+"""``trimtab bench sparse``: prefill on the CPU, lists of blocks, quality, a real server's TTFT."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from trimtab.core.benchmark import Case, Options, Progress
-from trimtab.kernels.sparse import tables
 from trimtab.kernels.sparse.block_sparse import TILE, Choice, KeyStore, Tiles, tiled_attention
+from trimtab.sparse.lists_bench import list_cases, timed
 from trimtab.sparse.quality_bench import quality_cases
 from trimtab.sparse.server_bench import server_cases
 
@@ -29,19 +28,11 @@ def run(options: Options, progress: Progress) -> list[Case]:
             for group in (4,) if options.quick else (1, 4):
                 progress(f"prefill of {tokens} tokens in {dtype}, {group} heads a KV head")
                 cases.append(_prefill_case(tokens, dtype, group, repeats))
-    for tokens in (4096,) if options.quick else (16_384, 65_536):
-        progress(f"index tables of {tokens} tokens")
-        cases += _table_cases(tokens, repeats)
+    cases += list_cases(options, progress)
     cases += quality_cases(options, progress)
     if not options.quick:
         cases += server_cases(progress)
     return cases
-
-
-def _timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def _prefill_case(tokens: int, dtype: torch.dtype, group: int, repeats: int) -> Case:
@@ -70,7 +61,7 @@ def _prefill_case(tokens: int, dtype: torch.dtype, group: int, repeats: int) -> 
 
     for work in (*rivals.values(), ours):
         work()
-    times = [(min(_timed(r) for r in rivals.values()), _timed(ours)) for _ in range(repeats)]
+    times = [(min(timed(r) for r in rivals.values()), timed(ours)) for _ in range(repeats)]
     name = str(dtype).removeprefix("torch.")
     return Case.compare(
         f"real/prefill/{tokens}/{name}/group-{group}",
@@ -94,36 +85,3 @@ def _random_choice(blocks: int) -> tuple[Choice, float]:
     best = rank.masked_fill(~causal, -1.0).argsort(-1, descending=True)[..., :KEPT_BLOCKS]
     mask = torch.zeros(HEADS, blocks, blocks, dtype=torch.bool).scatter(-1, best, True) & causal
     return Choice.of_mask(mask), int(mask.sum()) / int(causal.sum() * HEADS)
-
-
-def _dense_tables(ids: Tensor, blocks: int) -> list[Tensor]:
-    """The published index tables of one KV head, dense over blocks and tokens (FSA's code)."""
-    tokens, top = ids.shape
-    chosen = torch.zeros(blocks, tokens, dtype=torch.bool)
-    chosen[ids.T, torch.arange(tokens).expand(top, tokens)] = True
-    slot = (chosen.cumsum(1, dtype=torch.int32) - 1).masked_fill_(~chosen, -1)
-    order = chosen.int().argsort(dim=1, descending=True, stable=True).int()
-    maxima = torch.zeros(blocks, tokens)
-    scales = torch.zeros(blocks, tokens)
-    return [slot, order, maxima, scales]
-
-
-def _table_cases(tokens: int, repeats: int) -> Iterator[Case]:
-    top, blocks = 16, tokens // TILE
-    own = torch.arange(tokens)[:, None] // TILE
-    ids = (torch.rand(tokens, top) * (own + 1)).long()
-    made: dict[str, int] = {}
-
-    def dense() -> None:
-        made["theirs"] = sum(x.nbytes for x in _dense_tables(ids, blocks))
-
-    def rows() -> None:
-        table = tables.block_major(ids[None], blocks)
-        made["ours"] = table.rows.nbytes + table.query.nbytes + table.place.nbytes
-
-    times = [(_timed(dense), _timed(rows)) for _ in range(repeats)]
-    baseline = "the published dense tables, in torch"
-    case = f"real/tables/{tokens}"
-    yield Case.compare(case, "time", "s", "lower", baseline, times)
-    sizes = [(float(made["theirs"]), float(made["ours"]))]
-    yield Case.compare(case, "memory", "B", "lower", baseline, sizes)

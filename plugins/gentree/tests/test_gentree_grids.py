@@ -77,12 +77,14 @@ def test_every_grid_and_every_pair_is_proven(ranks: int, children: int, data) ->
     st.sampled_from([1e5, 1e7, 1e9]),
     st.booleans(),
     st.sampled_from([0.0, 2e-4]),
+    st.sampled_from([None, 4]),
 )
 def test_the_best_grid_by_the_estimate_is_the_best_by_the_evaluator(
-    shape, width, faster, payload, chunks, message_s
+    shape, width, faster, payload, chunks, message_s, processors
 ) -> None:
     tree, given_constants = network(*shape, faster), constants(1e-3, width)
-    given_constants = given_constants.model_copy(update={"message_s": message_s})
+    changes = {"message_s": message_s, "processors": processors}
+    given_constants = given_constants.model_copy(update=changes)
     evaluator = PlanEvaluator(tree, given_constants)
     costs = GridCosts(evaluator, 0, *shape, payload_bytes=payload, chunks=chunks)
     best_s = min(seconds(evaluator, grid, payload, chunks=chunks) for grid in grids(*shape))

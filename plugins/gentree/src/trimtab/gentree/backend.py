@@ -158,12 +158,12 @@ class GroupPlans:
         """What steps cost: alone with blocks, else with their mirror."""
         if not blocks:
             return self._evaluator.cost(steps)
-        return total([self._evaluator.step(step) for step in steps], self._constants.alpha_s)
+        return total([self._evaluator.step(step) for step in steps], self._constants)
 
 
 def _base_s(cost: PlanCost, payload_bytes: int) -> float:
     """What the base backend's ring takes: rounds and bytes of its segments overlap."""
-    parts = cost.latency_s, payload_bytes * cost.seconds_per_byte
+    parts = cost.latency_s, cost.seconds(payload_bytes) - cost.latency_s
     return (sum(parts) + (BASE_SEGMENTS - 1) * max(parts)) / BASE_SEGMENTS
 
 

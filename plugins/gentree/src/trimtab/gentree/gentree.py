@@ -19,6 +19,7 @@ from trimtab.core.collectives import Layout, NetworkTree, Step
 from trimtab.core.collectives.combine import concentrated
 from trimtab.core.collectives.schedule import merged
 from trimtab.core.cost import Constants, ExchangeCost, GenModel, PlanCost, PlanEvaluator
+from trimtab.core.cost.plan_cost import total
 from trimtab.gentree.equal_parts import equal_parts, has_equal_parts, towards_equal_parts
 from trimtab.gentree.grids import Grid, GridCosts, Pair
 from trimtab.gentree.schemes import Scheme, one_shot_name, schemes
@@ -135,9 +136,6 @@ class GenTree:
             if self._search.equal:
                 # Stages of children that are unlike may be cut an unequal bit off one another.
                 found = [growth for growth in found if has_equal_parts(growth.layout)]
-            if point == 0 and self._constants.processors:
-                # What subtrees do at the same time they do on the same processors.
-                found = [replace(g, cost=self._evaluator.cost(g.steps)) for g in found]
             self._grown[kind] = self._best(found)
         return self._grown[kind]
 
@@ -147,7 +145,7 @@ class GenTree:
     def _candidates(self, point: int) -> Iterator[Growth]:
         children = self._tree.children[point]
         if not children:
-            yield _leaf(self._constants.alpha_s)
+            yield _leaf(total([], self._constants))
             return
         if not self._search.equal or self._same_ranks(children):
             plans = [self._grow(child) for child in children]
@@ -191,7 +189,7 @@ class GenTree:
     def _together_of_leaves(self, point: int) -> _Together:
         first, last = self._tree.spans[point]
         parties = [Layout.whole(rank) for rank in range(last - first)]
-        return _Together.of_leaves(parties, self._size(point), self._constants.alpha_s)
+        return _Together.of_leaves(parties, self._size(point), total([], self._constants))
 
     def _is_grid(self, point: int) -> bool:
         """Whether a point has children that are alike, with several ranks below each."""
@@ -259,6 +257,7 @@ class GenTree:
     def _schemes(self, point: int, betas: Sequence[float]) -> list[Scheme]:
         given = self._constants
         beta = given.beta_ratio * max(betas)
+        sharing = len(betas) / given.processors if given.processors else 1
         model = GenModel(
             given.alpha_s,
             beta,
@@ -266,7 +265,7 @@ class GenTree:
             given.delta_s_per_byte or 0.0,
             beta * given.epsilon_ratio,
             given.incast_threshold,
-            given.message_s,
+            sharing * given.message_s,
         )
         most = TRIED if self._tree.size <= LARGE else TRIED_LARGE
         return schemes(
@@ -404,8 +403,8 @@ class _Together:
         parties: their layouts.
         choices: of one of each kind.
         latency_s, slope, rounds, width: of the slowest.
-        messages_s: of the slowest, for its messages.
-        alpha_s: of a further chunk.
+        messages_s: of the slowest, for its messages, or of all on processors that they share.
+        alone: the cost of nothing.
         up, down, memory: as in `Growth`, of the point above.
     """
 
@@ -417,7 +416,7 @@ class _Together:
     rounds: int
     width: int
     messages_s: float
-    alpha_s: float
+    alone: PlanCost
     up: Floats
     down: Floats
     memory: Floats
@@ -431,6 +430,8 @@ class _Together:
         own_point: bool = True,
     ) -> _Together:
         above = [np.zeros(1)] if own_point else []
+        alone = replace(chosen[0].cost, messages_s=0.0)
+        messages = [growth.cost.messages_s for growth in chosen]
         return cls(
             merged(
                 [step.shifted(by) for step in growth.steps]
@@ -442,18 +443,18 @@ class _Together:
             max(growth.cost.seconds_per_byte for growth in chosen),
             max(growth.cost.rounds for growth in chosen),
             max(growth.cost.width for growth in chosen),
-            max(growth.cost.messages_s for growth in chosen),
-            chosen[0].cost.alpha_s,
+            sum(messages) if alone.shares_processors else max(messages),
+            alone,
             np.concatenate([*above, *(growth.up for growth in chosen)]),
             np.concatenate([*above, *(growth.down for growth in chosen)]),
             np.concatenate([growth.memory for growth in chosen]),
         )
 
     @classmethod
-    def of_leaves(cls, parties: list[Layout], points: int, alpha_s: float) -> _Together:
+    def of_leaves(cls, parties: list[Layout], points: int, alone: PlanCost) -> _Together:
         nothing = np.zeros(points)
         idle = np.zeros(len(parties))
-        return cls([], parties, (), 0.0, 0.0, 0, 1, 0.0, alpha_s, nothing, nothing, idle)
+        return cls([], parties, (), 0.0, 0.0, 0, 1, 0.0, alone, nothing, nothing, idle)
 
     def growth(self, layout: Layout) -> Growth:
         busy = max(self.up.max(), self.down.max(), self.memory.max())
@@ -462,9 +463,10 @@ class _Together:
             self.latency_s,
             self.slope,
             float(busy),
-            self.alpha_s,
+            self.alone.alpha_s,
             self.messages_s,
             self.width,
+            self.alone.shares_processors,
         )
         return Growth(self.steps, layout, self.choices, cost, self.up, self.down, self.memory)
 
@@ -497,6 +499,5 @@ class _Together:
         return later.growth(layout)
 
 
-def _leaf(alpha_s: float) -> Growth:
-    cost = PlanCost(0, 0.0, 0.0, 0.0, alpha_s, 0.0, 1)
-    return Growth([], Layout.whole(0), (), cost, np.zeros(1), np.zeros(1), np.zeros(1))
+def _leaf(alone: PlanCost) -> Growth:
+    return Growth([], Layout.whole(0), (), alone, np.zeros(1), np.zeros(1), np.zeros(1))

@@ -273,18 +273,20 @@ class GridCosts:
         Args:
             links: how long each is busy for each byte.
             memory: likewise each rank's.
-            latency_s: of all rounds and messages.
+            latency_s: of all rounds and messages, as in `ExchangeCost`.
             messages_s: of the messages, which each further chunk sends again.
         """
         slope = links.max(axis=-1).sum(axis=(-1, -2)) + memory.max(axis=-1).sum(axis=-1)
         busy = np.maximum(links.sum(axis=(-3, -2)).max(axis=-1), memory.sum(axis=-2).max(axis=-1))
-        alpha_s = self._evaluator.constants.alpha_s
+        constants = self._evaluator.constants
+        overlapped_s = messages_s if constants.processors else 0.0
         best = np.full(slope.shape, np.inf)
         chunks = 1
         while chunks <= self._most_chunks:
             part = self._payload / chunks
-            following = (chunks - 1) * (alpha_s + np.maximum(messages_s, part * busy))
-            best = np.minimum(best, latency_s + part * slope + following)
+            first_s = np.maximum(overlapped_s, part * slope)
+            further_s = constants.alpha_s + np.maximum(messages_s, part * busy)
+            best = np.minimum(best, latency_s + first_s + (chunks - 1) * further_s)
             chunks *= 2
         return best
 

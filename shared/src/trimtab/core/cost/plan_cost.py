@@ -48,8 +48,8 @@ class Constants(Document):
         epsilon_ratio: ε as a share of the link's β, for each sender beyond the threshold.
         incast_threshold: the largest width that costs nothing extra; a width counts the receiver.
         message_s: what a rank does for each message that it sends or receives (LogP's overhead o).
-        processors: how many all ranks share for that, as where one machine runs them all; None
-            where each rank has its own.
+        processors: how many all ranks share for that, as where one machine runs them all; they
+            work while bytes are on their way. None where each rank has its own.
         width: what meets in a link's queue. ``sources``: the ranks whose data cross it; ``ports``:
             the ports of the switch that feed it; ``rate``: how often these ports' rates hold the
             link's own.
@@ -115,9 +115,9 @@ class ExchangeCost:
 
     Attributes:
         rounds: of communication.
-        latency_s: of all rounds and their messages, whatever the payload.
-        messages_s: of it, what the busiest rank of each round, or all that share processors, do
-            for their messages.
+        latency_s: of all rounds, and of their messages where no processors are shared.
+        messages_s: what the busiest rank of each round does for its messages, or what all keep
+            the processors that they share busy.
         seconds_per_byte: of its messages and sums.
         up_busy, down_busy: seconds for each byte that the links to the parents are busy (V).
         memory_busy: likewise each rank's memory (N).
@@ -140,12 +140,13 @@ class PlanCost:
 
     Attributes:
         rounds: A.
-        latency_s: of all rounds and their messages.
+        latency_s: as in `ExchangeCost`.
         seconds_per_byte: of the steps one after the other.
         busy_s_per_byte: how long the busiest link or memory is in use.
         alpha_s: what a further chunk costs beside its messages and bytes.
         messages_s: as in `ExchangeCost`, once for each chunk.
         width: the widest incast.
+        shares_processors: whether the messages are the work of processors that all ranks share.
     """
 
     rounds: int
@@ -155,15 +156,20 @@ class PlanCost:
     alpha_s: float
     messages_s: float
     width: int
+    shares_processors: bool = False
 
     def seconds(self, payload_bytes: float, chunks: int = 1) -> float:
         """How long it takes with so many bytes on each rank.
 
-        Ranks handle the messages of a chunk while bytes of others are on their way.
+        Ranks handle the messages of a chunk while bytes of others are on their way; processors
+        that they share do so all the time.
         """
         part = payload_bytes / chunks
+        first_s = part * self.seconds_per_byte
+        if self.shares_processors:
+            first_s = max(first_s, self.messages_s)
         further_s = self.alpha_s + max(self.messages_s, part * self.busy_s_per_byte)
-        return self.latency_s + part * self.seconds_per_byte + (chunks - 1) * further_s
+        return self.latency_s + first_s + (chunks - 1) * further_s
 
     def best_chunks(self, payload_bytes: float) -> int:
         """How many chunks are fastest, a power of two; more only where they gain something."""
@@ -191,7 +197,7 @@ class PlanEvaluator:
 
     def cost(self, steps: Sequence[Step]) -> PlanCost:
         """What an AllReduce costs: the steps of its reduce-scatter, and their mirror."""
-        return total([c for step in steps for c in self.both(step)], self.constants.alpha_s)
+        return total([c for step in steps for c in self.both(step)], self.constants)
 
     def both(self, step: Step) -> tuple[ExchangeCost, ExchangeCost]:
         """What a step costs in the reduce-scatter and, mirrored, in the all-gather."""
@@ -231,9 +237,9 @@ class PlanEvaluator:
             down += rounds * downs
             memory += rounds * sums
             width = max(width, widest)
-        return ExchangeCost(
-            lengths[-1], latency_s + messages_s, messages_s, slope, up, down, memory, width
-        )
+        if not self.constants.processors:
+            latency_s += messages_s
+        return ExchangeCost(lengths[-1], latency_s, messages_s, slope, up, down, memory, width)
 
     def _busy(self, flows: Flows) -> tuple[Floats, Floats, int]:
         """Seconds for each byte of the payload that each link is busy, and the widest incast."""
@@ -259,8 +265,7 @@ class PlanEvaluator:
         if not each_s:
             return 0.0
         messages = flows.messages(self.tree.size)
-        shared = float(messages.sum()) / processors if processors else 0.0
-        return each_s * max(float(messages.max()), shared)
+        return each_s * float(messages.sum() / processors if processors else messages.max())
 
     @cached_property
     def _tiers(self) -> list[NDArray[np.int64]]:
@@ -286,10 +291,11 @@ def memory_s_per_byte(tree: NetworkTree, constants: Constants) -> Floats:
     return np.array([1 / rate if rate > 0 else 0.0 for rate in tree.memory_bytes_per_s])
 
 
-def total(costs: Sequence[ExchangeCost], alpha_s: float) -> PlanCost:
+def total(costs: Sequence[ExchangeCost], constants: Constants) -> PlanCost:
     """The cost of steps one after the other."""
+    shares = constants.processors is not None
     if not costs:
-        return PlanCost(0, 0.0, 0.0, 0.0, alpha_s, 0.0, 1)
+        return PlanCost(0, 0.0, 0.0, 0.0, constants.alpha_s, 0.0, 1, shares)
     busy = max(
         float(sum(c.up_busy for c in costs).max()),  # type: ignore[union-attr]
         float(sum(c.down_busy for c in costs).max()),  # type: ignore[union-attr]
@@ -300,9 +306,10 @@ def total(costs: Sequence[ExchangeCost], alpha_s: float) -> PlanCost:
         sum(c.latency_s for c in costs),
         sum(c.seconds_per_byte for c in costs),
         busy,
-        alpha_s,
+        constants.alpha_s,
         sum(c.messages_s for c in costs),
         max(c.width for c in costs),
+        shares,
     )
 
 

@@ -104,6 +104,9 @@ covers_everything(torch.float32, 1e-5, 1, 1, 16, 1, 65, 16)
 for selector in ("mass", "pooled", "antidiagonal", "top"):
     kept = Selection(selector, mass=0.4, top=2, first=0, recent=1)
     is_what_a_cpu_does(kept, 2, 1, 16, 100, 260, 16)
+for selector in ("mass", "pooled", "minmax", "fixed"):
+    alone = Selection(selector, mass=0.4, top=2, first=0, recent=1, by="query")
+    is_what_a_cpu_does(alone, 2, 1, 16, 75, 200, 16)
 paged.ESTIMATE_BYTES = 1  # a tile of queries at a time
 is_what_a_cpu_does(Selection("mass", mass=0.4, first=0, recent=1), 2, 1, 16, 150, 260, 16)
 shares_are_the_sampled_ones(8, 4, 2, 16, 135, 200, 16)

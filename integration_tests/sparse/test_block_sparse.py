@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from trimtab.kernels.sparse.block_sparse import (
     tiled_attention,
     tiled_attention_in_torch,
 )
-from trimtab.kernels.sparse.selectors import ESTIMATES, Selection, sampled
+from trimtab.kernels.sparse.paged_prefill import PagedCache, paged_prefill
+from trimtab.kernels.sparse.selectors import COUNTED, ESTIMATES, Selection, sampled
 
 pytestmark = pytest.mark.integration
 
@@ -191,7 +193,7 @@ def test_an_estimate_shares_the_whole_attention_among_blocks_that_can_be_seen(na
     tiles, blocks = -(-queries // 64), -(-keys // 64)
     assert shares.shape == (6, tiles, blocks)
     torch.testing.assert_close(shares.sum(-1), torch.ones(6, tiles))
-    last = (keys - queries + torch.arange(63, tiles * 64, 64)).clamp(max=keys - 1) // 64
+    last = (keys - queries) // 64 + torch.arange(tiles)
     assert not shares[:, torch.arange(blocks) > last[:, None]].any()
 
 
@@ -225,6 +227,13 @@ def test_each_sequence_of_several_has_its_own_estimate():
         wanted = sampled(q[part], k[part], 0, 0.2, step=8)
         found = shares[:, first : first + blocks, :blocks]
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_blocks_to_come_take_no_place_of_those_that_can_be_seen(name):
+    q, k, _ = drawn(10, 2, 1, 16, 16, [(640, 640)], torch.float32)
+    chosen = blocks_of(Selection(selector=name, top=4), q, k, 0, 0.25)
+    assert torch.equal(chosen.sum(-1), torch.arange(1, 11).clamp(max=4).expand(2, -1))
 
 
 @pytest.mark.parametrize("name", ["mass", "antidiagonal", "oracle"])
@@ -272,11 +281,58 @@ def test_the_latest_and_the_first_blocks_are_always_kept():
 
 def test_short_prompts_and_full_selections_stay_dense():
     selection = Selection()
-    assert prefill.plan(4096, 4096, 3, 0.3, selection).path == "compiled"
-    assert prefill.plan(4096, 4096, 3, 1.0, Selection(selector="oracle")).path == "dense"
-    assert prefill.plan(128, 128, 3, 0.3, selection).path == "dense"
-    sentence = prefill.plan(4096, 4096, 3, 0.3, selection).explain()
+    assert prefill.plan(4096, 4096, 3, selection).path == "compiled"
+    assert prefill.plan(1024, 1024, 3, Selection("oracle")).path == "dense"
+    assert prefill.plan(4096, 4096, 3, Selection("fixed", stride=1)).density == 1
+    assert prefill.plan(128, 128, 3, selection).path == "dense"
+    sentence = prefill.plan(4096, 4096, 3, selection).explain()
     assert sentence.startswith("compiled: predicted speed against dense attention: dense 1.00x")
+    assert "; mass 0.97, 40% of the blocks" in sentence
+
+
+counted = st.builds(
+    Selection,
+    st.sampled_from(["top", "minmax", "fixed"]),
+    top=st.integers(1, 20),
+    first=st.integers(0, 4),
+    recent=st.integers(1, 6),
+    stride=st.integers(0, 5),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(counted, st.integers(1, 1000), st.integers(0, 500))
+def test_a_plan_of_a_number_of_blocks_knows_how_many_are_kept(selection, queries, position):
+    keys = position + queries
+    shares = ESTIMATES["fixed"](torch.empty(queries, 1, 2), torch.empty(keys, 1, 2), position, 1)
+    mask = selection.keep(shares, position, queries)
+    own = position // 64 + torch.arange(mask.shape[1])
+    found = torch.tensor([prefill.expected_blocks(int(n) + 1, selection) for n in own])
+    assert torch.equal(mask[0].sum(-1), found)
+    rows = torch.minimum((own + 1) * 64, torch.tensor(keys)) - (own * 64).clamp(min=position)
+    density = float((rows * found).sum() / (rows * (own + 1)).sum())
+    planned = prefill.plan(queries, keys, 2, selection)
+    assert planned.density == pytest.approx(density)
+    assert f"{selection.describe()}, {density:.0%} of the blocks" in planned.explain()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["mass", "pooled", "antidiagonal", "oracle"]),
+    st.floats(0.5, 1),
+    st.integers(64, 50_000),
+    st.integers(0, 50_000),
+)
+def test_a_plan_keeps_more_of_more_mass_and_a_smaller_share_of_longer_prompts(
+    selector, mass, queries, position
+):
+    def density(mass, queries, position):
+        return prefill.plan(queries, position + queries, 3, Selection(selector, mass)).density
+
+    share = density(mass, queries, position)
+    assert 0 < share <= 1
+    assert share <= density(min(1.0, mass + 0.1), queries, position) + 1e-9
+    assert share >= density(mass, queries, position + 4096) - 1e-9
 
 
 def test_without_compiled_code_plain_torch_does_it_and_the_plan_knows(monkeypatch):
@@ -288,7 +344,7 @@ def test_without_compiled_code_plain_torch_does_it_and_the_plan_knows(monkeypatc
     store = KeyStore.packed(k, v, ends([100]))
     prefill.sparse_prefill(q, lambda: k, store, 0, out, 0.25, Selection(mass=2.0))
     torch.testing.assert_close(out, dense(q, k, v), **NEAR[torch.float32])
-    assert prefill.plan(4096, 4096, 3, 0.3, Selection()).path == "dense"
+    assert prefill.plan(4096, 4096, 3, Selection()).path == "dense"
 
 
 @pytest.mark.parametrize(
@@ -303,3 +359,319 @@ def test_compiled_code_that_does_not_load_is_told_of(built, what, tmp_path, monk
     (line,) = caplog.messages
     assert line.startswith("prefills on a CPU run by plain torch")
     assert re.search(what, line)
+
+
+def filled_in(selection, q, k, v, position, parts):
+    """The prefill in parts, one after the other, and what each kept."""
+    out, shares = torch.empty_like(q), []
+    for part in parts:
+        keys = position + part.stop
+        store = KeyStore.packed(k[:keys], v[:keys], ends([keys]))
+        known = k[:keys]
+        at = position + part.start
+        shares.append(
+            prefill.sparse_prefill(
+                q[part], lambda known=known: known, store, at, out[part], 0.5, selection
+            )
+        )
+    return out, shares
+
+
+def cut_at(queries, cuts):
+    edges = sorted({0, queries, *(cut for cut in cuts if cut < queries)})
+    return [slice(a, b) for a, b in pairwise(edges)]
+
+
+SOME = {"mass": 0.6, "top": 3, "first": 0, "recent": 1}
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 99),
+    st.integers(1, 400),
+    st.integers(0, 200),
+    st.sampled_from(["mass", "oracle", "pooled", "top", "minmax", "fixed"]),
+    st.lists(st.integers(1, 399), max_size=3),
+)
+def test_where_queries_choose_any_cut_of_a_prompt_gives_one_answer(
+    seed, queries, position, selector, cuts
+):
+    """The compiled estimate to the bit; torch's products of other sizes differ in the last one."""
+    keys = position + queries
+    q, k, v = drawn(seed, 4, 2, 16, 16, [(queries, keys)], torch.float32)
+    selection = Selection(selector=selector, by="query", stride=3, **SOME)
+    whole, _ = filled_in(selection, q, k, v, position, [slice(0, queries)])
+    cut, _ = filled_in(selection, q, k, v, position, cut_at(queries, cuts))
+    if selection.sample_step or selector == "fixed":
+        assert torch.equal(cut, whole)
+    else:
+        off = (cut - whole).abs().amax(-1) > 1e-5
+        assert off.float().mean() < 0.01
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(0, 99),
+    st.integers(65, 400),
+    st.integers(0, 200),
+    st.sampled_from(["mass", "pooled", "antidiagonal", "minmax", "top"]),
+    st.integers(1, 6),
+)
+def test_where_tiles_choose_a_cut_at_a_multiple_of_64_gives_one_answer(
+    seed, queries, position, selector, cut
+):
+    keys = position + queries
+    q, k, v = drawn(seed, 4, 2, 16, 16, [(queries, keys)], torch.float32)
+    selection = Selection(selector=selector, **SOME)
+    whole, _ = filled_in(selection, q, k, v, position, [slice(0, queries)])
+    at = cut * 64 - position % 64
+    parts, _ = filled_in(selection, q, k, v, position, cut_at(queries, [at]))
+    if selector == "mass":
+        assert torch.equal(parts, whole)
+    else:
+        off = (parts - whole).abs().amax(-1) > 1e-5
+        assert off.float().mean() < 0.01
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 99),
+    st.integers(1, 300),
+    st.integers(0, 150),
+    st.sampled_from(["mass", "oracle", "pooled", "top", "minmax", "fixed"]),
+    st.sampled_from(list(NEAR)),
+    st.data(),
+)
+def test_where_queries_choose_no_later_token_changes_an_earlier_one(
+    seed, queries, position, selector, dtype, data
+):
+    keys = position + queries
+    q, k, v = drawn(seed, 4, 2, 16, 16, [(queries, keys)], dtype)
+    selection = Selection(selector=selector, by="query", stride=2, **SOME)
+    token = data.draw(st.integers(0, queries - 1))
+    outs, chosen = [], []
+    for change in (0.0, 5.0):
+        q[token:] += change
+        k[position + token :] -= change
+        v[position + token :] += change
+        outs.append(filled_in(selection, q, k, v, position, [slice(0, queries)])[0][:token])
+        shares = selection.estimate(q, k, position, 0.5)
+        chosen.append(selection.keep(shares, position, queries)[:, :token])
+    assert torch.equal(*outs)
+    assert torch.equal(*chosen)
+
+
+@pytest.mark.parametrize("selector", ["mass", "pooled", "antidiagonal", "top", "minmax", "fixed"])
+def test_where_tiles_choose_no_token_changes_what_lies_before_its_block(selector):
+    """So a page of whole blocks depends on nothing behind it, wherever chunks began."""
+    q, k, v = drawn(7, 2, 1, 32, 32, [(256, 301)], torch.float32)
+    selection = Selection(selector=selector, mass=0.6, top=2, first=0, recent=1)
+    results = []
+    for change in (0.0, 3.0):
+        q[192 - 45 :] -= change
+        k[192:] += change
+        v[192:] += change
+        results.append(filled_in(selection, q, k, v, 45, [slice(0, 256)])[0][: 192 - 45])
+    assert torch.equal(*results)
+
+
+def one_by_one(q, k, v, mask, position, scale):
+    """Attention of each query to its own blocks: the slow twin."""
+    at = position + torch.arange(q.shape[0])
+    shown = mask.repeat_interleave(64, -1)[..., : k.shape[0]]
+    shown = shown & (torch.arange(k.shape[0]) <= at[:, None])
+    group = q.shape[1] // k.shape[1]
+    logits = torch.einsum("qhd,khd->hqk", q.float(), k.float().repeat_interleave(group, 1)) * scale
+    p = logits.masked_fill(~shown, float("-inf")).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("hqk,khd->qhd", p, v.float().repeat_interleave(group, 1)).to(q.dtype)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 99),
+    st.integers(1, 200),
+    st.integers(0, 200),
+    st.sampled_from([(16, 16), (40, 72)]),
+    st.sampled_from(list(NEAR)),
+)
+def test_each_query_attends_to_its_own_blocks(seed, queries, position, sizes, dtype):
+    keys = position + queries
+    q, k, v = drawn(seed, 4, 2, *sizes, [(queries, keys)], dtype)
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(4, queries, -(-keys // 64), generator=generator) < 0.4
+    cu_q, cu_k = ends([queries]), ends([keys])
+    store, tiles = KeyStore.packed(k, v, cu_k), Tiles.of(cu_q, cu_k, queries)
+    choice = Choice.of_queries(mask, position)
+    expected = one_by_one(q, k, v, mask, position, 0.2)
+    for attend in (tiled_attention, tiled_attention_in_torch):
+        out = q.new_full((queries, 4, sizes[1]), float("nan"))
+        attend(q, store, tiles, choice, out, 0.2)
+        torch.testing.assert_close(out, expected, **NEAR[dtype])
+
+
+def test_what_lies_in_a_block_that_only_another_query_chose_does_not_leak():
+    q, k, v = drawn(3, 2, 1, 32, 32, [(192, 192)], torch.float32)
+    mask = torch.ones(2, 192, 3, dtype=torch.bool).tril()
+    mask[:, 1::2, 0] = False
+    cu = ends([192])
+    choice, tiles = Choice.of_queries(mask, 0), Tiles.of(cu, cu, 192)
+    before, after = torch.empty_like(q), torch.empty_like(q)
+    for attend in (tiled_attention, tiled_attention_in_torch):
+        for out, fault in ((before, 0.0), (after, float("nan"))):
+            keys, values = k.clone(), v.clone()
+            keys[:64] += fault
+            values[:64] += fault
+            attend(q, KeyStore.packed(keys, values, cu), tiles, choice, out, 0.2)
+        assert torch.equal(before[1::2], after[1::2])
+        assert after[2::2].isnan().all()
+
+
+@pytest.mark.parametrize("by", ["tile", "query"])
+@pytest.mark.parametrize("selector", ["mass", "pooled", "minmax"])
+def test_a_prefill_in_segments_is_that_of_one(selector, by, monkeypatch):
+    q, k, v = drawn(14, 4, 2, 16, 16, [(300, 333)], torch.float32)
+    selection = Selection(selector=selector, by=by, **SOME)
+    whole, (share,) = filled_in(selection, q, k, v, 33, [slice(0, 300)])
+    monkeypatch.setattr(prefill, "ESTIMATE_BYTES", 1)
+    cut, (cut_share,) = filled_in(selection, q, k, v, 33, [slice(0, 300)])
+    torch.testing.assert_close(cut, whole, atol=1e-5, rtol=1e-5)
+    assert abs(share - cut_share) < 1e-3
+
+
+def bounds_one_by_one(q, k, position, scale):
+    """The slow twin of `minmax` where queries choose: pools of 16 that are whole before a query."""
+    shares = torch.zeros(q.shape[1], q.shape[0], -(-k.shape[0] // 64))
+    group = q.shape[1] // k.shape[1]
+    for h, t in product(range(q.shape[1]), range(q.shape[0])):
+        weights = {}
+        for pool in range((position + t + 1) // 16):
+            keys = k[pool * 16 : pool * 16 + 16, h // group]
+            best = torch.maximum(q[t, h] * keys.amin(0), q[t, h] * keys.amax(0)).sum()
+            assert best >= (keys @ q[t, h]).max() - 1e-4
+            weights[pool] = (best * scale).exp()
+        for pool, weight in weights.items():
+            shares[h, t, pool // 4] += weight / sum(weights.values())
+    return shares
+
+
+def test_minmax_is_the_bound_of_each_page():
+    q, k, _ = drawn(15, 4, 2, 8, 8, [(20, 150)], torch.float32)
+    found = ESTIMATES["minmax"](q, k, 130, 0.3, "query")
+    torch.testing.assert_close(found, bounds_one_by_one(q, k, 130, 0.3), atol=1e-5, rtol=1e-4)
+
+
+def test_fixed_keeps_the_first_the_latest_and_every_so_many_blocks():
+    q, k, _ = drawn(16, 2, 1, 16, 16, [(640, 640)], torch.float32)
+    selection = Selection(selector="fixed", first=1, recent=2, stride=4)
+    chosen = blocks_of(selection, q, k, 0, 0.25)
+    ids = torch.arange(10)
+    expected = (ids < 1) | (ids % 4 == 0) | (ids > ids[:, None] - 2)
+    assert torch.equal(chosen, (expected & (ids <= ids[:, None])).expand(2, -1, -1))
+
+
+def test_selections_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="antidiagonals go through 16 queries"):
+        Selection(selector="antidiagonal", by="query")
+    with pytest.raises(ValueError, match="'best' is none of"):
+        Selection(selector="best")
+    with pytest.raises(ValueError, match="chosen by 'all'"):
+        Selection(by="all")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"k_base": torch.tensor([0, 10_000])}, "blocks of k lie at 0 to .*; it has 3200 numbers"),
+        ({"v_base": torch.tensor([-1, 0])}, "blocks of v lie at -1"),
+        ({"v_token_at": torch.arange(64) * 4000}, "blocks of v lie at"),
+        ({"k_dim_at": torch.arange(16) - 3}, "blocks of k lie at -3"),
+        ({"k_head": 10**6}, "blocks of k lie at 0"),
+        ({"block_length": torch.tensor([65, 1], dtype=torch.int32)}, "1 to 65 tokens"),
+        ({"block_length": torch.tensor([64, -1], dtype=torch.int32)}, "-1 to 64 tokens"),
+        ({"block_token": torch.tensor([0, 40], dtype=torch.int32)}, "end at place 76 of 64"),
+        ({"block_token": torch.tensor([0, -2], dtype=torch.int32)}, "end at place"),
+        ({"before": torch.tensor([0, 3])}, "rise from 0 to the 2 blocks"),
+        ({"k_base": torch.tensor([0])}, r"v_base is \(2,\); it must be \(1,\)"),
+        ({"v_token_at": torch.arange(60)}, "64 places of keys and 60 of values"),
+    ],
+)
+def test_keys_and_values_outside_of_their_tensors_are_refused(change, what):
+    _, k, v = drawn(12, 2, 2, 16, 16, [(100, 100)], torch.float32)
+    at = torch.arange(64)
+    given = {
+        "k": k,
+        "v": v,
+        "k_head": 16,
+        "v_head": 16,
+        "kv_heads": 2,
+        "k_base": torch.tensor([0, 2048]),
+        "v_base": torch.tensor([0, 2048]),
+        "k_token_at": at * 32,
+        "v_token_at": at * 32,
+        "k_dim_at": torch.arange(16),
+        "v_dim_at": torch.arange(16),
+        "block_token": torch.tensor([0, 0], dtype=torch.int32),
+        "block_length": torch.tensor([64, 36], dtype=torch.int32),
+        "before": torch.tensor([0, 2]),
+    }
+    KeyStore(**given)
+    with pytest.raises(ValueError, match=what):
+        KeyStore(**(given | change))
+
+
+@pytest.mark.parametrize("position", [-1, -64, 1, 64])
+def test_a_position_that_does_not_fit_the_keys_is_refused(position):
+    q, k, v = drawn(12, 2, 1, 16, 16, [(100, 100)], torch.float32)
+    store, out = KeyStore.packed(k, v, ends([100])), torch.empty_like(q)
+    with pytest.raises(ValueError, match="the position must be 0, and at least 0"):
+        prefill.sparse_prefill(q, lambda: k, store, position, out, 0.2, Selection())
+    q, _, _ = drawn(12, 2, 1, 16, 16, [(120, 120)], torch.float32)
+    with pytest.raises(ValueError, match="the position must be -20, and at least 0"):
+        prefill.sparse_prefill(q, lambda: k, store, -20, out, 0.2, Selection())
+
+
+@pytest.mark.parametrize(
+    ("blocks", "rows", "queries", "what"),
+    [
+        ([0, 2], [0, 1, 2, 2, 2], None, "blocks 0 to 2 are chosen; a sequence has blocks 0 to 1"),
+        ([0, -1], [0, 1, 2, 2, 2], None, "blocks -1 to 0 are chosen"),
+        ([0, 1], [0, 1, 2], None, "for 2 heads of 2 tiles"),
+        ([0, 1], [0, 2, 1, 2, 2], None, "must rise from 0 to 2"),
+        ([0, 1], [0, 1, 2, 2, 3], None, "must rise from 0 to 2"),
+        ([0, 1], [0, 1, 2, 2, 2], [1], "1 sets of queries are of 2 blocks"),
+    ],
+)
+def test_lists_that_name_no_block_are_refused(blocks, rows, queries, what):
+    q, k, v = drawn(12, 2, 1, 16, 16, [(100, 100)], torch.float32)
+    cu = ends([100])
+    bits = None if queries is None else torch.tensor(queries)
+    choice = Choice(torch.tensor(rows), torch.tensor(blocks, dtype=torch.int32), bits)
+    given = (q, KeyStore.packed(k, v, cu), Tiles.of(cu, cu, 100), choice, torch.empty_like(q), 0.2)
+    for attend in (tiled_attention, tiled_attention_in_torch):
+        with pytest.raises(ValueError, match=what):
+            attend(*given)
+
+
+def test_tiles_that_do_not_fit_the_keys_are_refused():
+    q, k, v = drawn(12, 2, 1, 16, 16, [(100, 100)], torch.float32)
+    store = KeyStore.packed(k, v, ends([100]))
+    with pytest.raises(ValueError, match="sequence 0 has more queries than keys"):
+        Tiles.of(ends([100]), ends([99]), 100)
+    with pytest.raises(ValueError, match="it must end at 100"):
+        Tiles.of(ends([99]), ends([100]), 100)
+    for tiles, what in (
+        (Tiles.of(ends([100]), ends([180]), 100), "to block 2; there are 2 blocks"),
+        (Tiles.of(ends([120]), ends([120]), 120), "tiles end at query 120; there are 100"),
+        (Tiles.of(ends([50, 50]), ends([50, 50]), 100), "tiles are of 2 sequences"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            TiledAttention(q, store, tiles, 0.2)
+
+
+def test_a_request_without_enough_pages_is_refused():
+    q = torch.zeros(20, 2, 16)
+    pages = torch.zeros(3, 1, 16, 32)
+    cache = PagedCache(*pages.split(16, -1), torch.tensor([1, 2]))
+    for position in (-1, 13):
+        with pytest.raises(ValueError, match="do not fit the 32 places"):
+            paged_prefill(q, cache, position, torch.empty_like(q), 0.2, Selection())

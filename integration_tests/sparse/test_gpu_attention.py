@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from trimtab.hosts.vllm import general, gpu_attention
-from trimtab.hosts.vllm.prefills import LayerShape
+from trimtab.hosts.vllm.cache_layout import PagedKeys
+from trimtab.hosts.vllm.prefills import LayerShape, Prefill
 from trimtab.kernels.sparse.paged_prefill import PagedCache
+from trimtab.kernels.sparse.prefill import Plan
 from trimtab.kernels.sparse.selectors import Selection
 from trimtab.sparse import vllm_prefill
 from trimtab.sparse.gpu_plan import plan_on_gpu
@@ -112,7 +115,7 @@ def layers(dense="FLASH_ATTN", heads=32, head_size=128):
 
 selections = st.builds(
     Selection,
-    st.sampled_from(["mass", "pooled", "antidiagonal", "top", "oracle"]),
+    st.sampled_from(["mass", "pooled", "antidiagonal", "top", "minmax", "oracle"]),
     top=st.integers(3, 64),
 )
 
@@ -156,6 +159,55 @@ def test_the_plugin_takes_what_the_model_says_pays():
     assert not taker.wants(65536, 65536, layers(head_size=512))
     assert not taker.wants(1, 65536, layers())
     assert not vllm_prefill.make({"mass": 1}).wants(65536, 65536, layers())
+
+
+def prefill_of(tokens, layer, last=None):
+    """A request's prefill on a CPU, in pages of 64 tokens, and its dense attention.
+
+    Only the last queries are new, if their number is given.
+    """
+    generator = torch.Generator().manual_seed(tokens)
+    q = torch.randn(tokens, 2, 16, generator=generator)
+    k, v = (torch.randn(tokens, 1, 16, generator=generator) for _ in range(2))
+    pages = torch.randperm(-(-tokens // 64), generator=generator)
+    storage = torch.zeros(len(pages), 1, 64, 32)
+    at = torch.arange(tokens)
+    storage[pages[at // 64], :, at % 64] = torch.cat([k, v], -1)
+    dims, places = torch.arange(16), torch.arange(64) * 32
+    cache = PagedKeys(storage, 64, 1, 64 * 32, 64 * 32, places, places, dims, dims + 16)
+    heads_first = (x.transpose(0, 1) for x in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *heads_first, is_causal=True, scale=1.0, enable_gqa=True
+    ).transpose(0, 1)
+    new = slice(tokens - (last or tokens), tokens)
+    q, k, expected = q[new], k[new], expected[new]
+    return Prefill(layer, q, k, torch.empty_like(q), cache, pages, tokens, 1.0), expected
+
+
+def test_the_first_layers_stay_dense_where_they_are_told_to():
+    few = {"selector": "fixed", "first": 0, "recent": 1, "min_prompt": 64, "dense_layers": 2}
+    taker = vllm_prefill.make(few)
+    for number in range(4):
+        work, expected = prefill_of(300, f"model.layers.{number}.self_attn.attn", last=200)
+        taker.prefill(work)
+        off = float((work.out - expected).abs().max())
+        assert (off < 1e-5) == (number < 2)
+
+
+def test_a_prefill_is_told_of_with_what_was_predicted_for_it(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(vllm_prefill, "plan", lambda q, k, *_: Plan("compiled", {"dense": q / k}))
+    caplog.set_level(logging.INFO, "vllm.trimtab.sparse")
+    taker = vllm_prefill.make({"selector": "top", "top": 2, "min_prompt": 64})
+    on_cpu = LayerShape(2, 1, 16, 64, 0, "CPU_ATTN")
+    for queries, keys in ((200, 400), (300, 300), (100, 300)):
+        assert taker.wants(queries, keys, on_cpu)
+    for last in (300, 200):
+        work, _ = prefill_of(300 if last == 300 else 400, "layers.5.attn", last)
+        taker.prefill(work)
+    (line,) = caplog.messages
+    assert "sparse prefill of 300 tokens" in line
+    assert Plan("compiled", {"dense": 1.0}).explain() in line
 
 
 def test_a_cache_whose_keys_and_values_lie_differently_is_refused():

@@ -21,8 +21,25 @@ def test_the_plugin_is_found_with_its_defaults() -> None:
         ({"recent": 0}, "recent"),
         ({"min_prompt": 1}, "min_prompt"),
         ({"blocks": 3}, "blocks"),
+        ({"dense_layers": -1}, "dense_layers"),
+        ({"by": "head"}, "by"),
+        ({"by": "query", "selector": "antidiagonal"}, "antidiagonals go through 16 queries"),
+        ({"stride": 4}, "stride 4 is for the selector fixed, not mass"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, object], named: str) -> None:
     with pytest.raises(BadInput, match=rf"trimtab\.sparse.*{named}"):
         plugin("sparse").configure(options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"selector": "minmax", "top": 8, "by": "query"},
+        {"selector": "fixed", "recent": 16, "stride": 8, "dense_layers": 2},
+        {"selector": "antidiagonal", "mass": 0.9},
+    ],
+)
+def test_each_selector_takes_its_options(options: dict[str, object]) -> None:
+    made = plugin("sparse").configure(options).model_dump()
+    assert {key: made[key] for key in options} == options

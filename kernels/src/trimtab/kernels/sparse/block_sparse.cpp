@@ -24,6 +24,7 @@ constexpr int VECTORS = 2;
 constexpr int WIDTH = 4;
 constexpr int VECTORS = 4;
 #endif
+constexpr uint8_t NEEDED = 1, PACKED = 2;
 constexpr float MASKED = -3e38f;
 constexpr float LEAST = -1e30f;
 
@@ -176,10 +177,13 @@ struct Problem {
   const int32_t *tile_queries, *tile_position;       // [tiles]: how many, position of the first
   const int64_t* rows;                               // [heads * tiles + 1]
   const int32_t* chosen;                             // ids within the sequence, ascending
-  uint8_t* needed;                                   // [kv_heads * blocks], zeros
-  float* shares;                                     // [heads * tiles * blocks]
+  const uint64_t* chosen_by;                         // of each, the places in the tile's own block
+                                                     // of the queries that see it; null: all
+  uint8_t* needed;                                   // [kv_heads * blocks]: 0, NEEDED or PACKED
+  float* shares;                                     // [heads * (share_rows or tiles) * blocks]
   int64_t q_token, q_head, out_token, out_head, k_head, v_head;
   int64_t tiles, blocks, heads, kv_heads, d, d_v;
+  int64_t share_rows;   // queries of the tiles, each with shares of its own; 0: each tile's mean
   float scale;
   int32_t dtype;        // 0 float32, 1 bfloat16, 2 float16
   int32_t threads;
@@ -294,41 +298,92 @@ inline float soften(float* logits, typename Kind::element* weights, float& top, 
   return keep;
 }
 
+// What a thread holds of a tile.
+template <class Kind>
+struct Work {
+  typedef typename Kind::element element;
+  float *logits, *acc, *kept;
+  element *q, *weights;
+  float top[BLOCK], total[BLOCK], keep[BLOCK];
+  Work(const Panels<Kind>& panels, float* scratch)
+      : logits(scratch),
+        acc(logits + BLOCK * BLOCK),
+        kept(acc + BLOCK * panels.wide),
+        q(reinterpret_cast<element*>(kept + ROWS * panels.wide)),
+        weights(q + BLOCK * panels.depth) {
+    std::memset(static_cast<void*>(q), 0, BLOCK * panels.depth * sizeof(element));
+    std::memset(acc, 0, BLOCK * panels.wide * sizeof(float));
+    for (int i = 0; i < BLOCK; ++i) top[i] = LEAST, total[i] = 0;
+  }
+};
+
+// Rows from `first` on meet one block.
+template <class Kind>
+void meet(const Problem& p, const Panels<Kind>& panels, Work<Kind>& work, int64_t tile,
+          int64_t kv_head, int64_t id, int first, int rows) {
+  const int64_t at = kv_head * p.blocks + p.tile_block[tile] + id;
+  const float scale = p.scale * 1.44269504088896f;
+  float* logits = work.logits + first * BLOCK;
+  auto* weights = work.weights + first * BLOCK;
+  multiply<Kind>(work.q + first * panels.depth, panels.depth, panels.keys(at), BLOCK, logits, BLOCK,
+                 rows, BLOCK, panels.depth, nullptr);
+  for (int i = 0; i < rows; ++i) {
+    float* line = logits + i * BLOCK;
+    scale_and_mask(line, scale, visible(p, tile, first + i, id));
+    work.keep[first + i] =
+        soften<Kind>(line, weights + i * BLOCK, work.top[first + i], work.total[first + i]);
+  }
+  multiply<Kind>(weights, BLOCK, panels.values(at), panels.wide, work.acc + first * panels.wide,
+                 panels.wide, rows, int(panels.wide), BLOCK, work.keep + first);
+}
+
+// The rows of a register tile of which only some have chosen a block; the others stay as they are,
+// whatever lies in it.
+template <class Kind>
+void meet_some(const Problem& p, const Panels<Kind>& panels, Work<Kind>& work, int64_t tile,
+               int64_t kv_head, int64_t id, int first, unsigned chosen) {
+  float top[ROWS], total[ROWS];
+  const int64_t line = panels.wide * sizeof(float);
+  for (int i = 0; i < ROWS; ++i) top[i] = work.top[first + i], total[i] = work.total[first + i];
+  std::memcpy(work.kept, work.acc + first * panels.wide, ROWS * line);
+  meet(p, panels, work, tile, kv_head, id, first, ROWS);
+  for (int i = 0; i < ROWS; ++i) {
+    if (chosen >> i & 1) continue;
+    work.top[first + i] = top[i], work.total[first + i] = total[i];
+    std::memcpy(work.acc + (first + i) * panels.wide, work.kept + i * panels.wide, line);
+  }
+}
+
 template <class Source, class Kind>
 void attend(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t tile,
             float* scratch) {
-  typedef typename Kind::element element;
   const int64_t kv_head = head / (p.heads / p.kv_heads);
   const int queries = p.tile_queries[tile];
   const int rows = (queries + ROWS - 1) / ROWS * ROWS;
-  float *logits = scratch, *acc = logits + BLOCK * BLOCK;
-  element* q = reinterpret_cast<element*>(acc + BLOCK * panels.wide);
-  element* weights = q + BLOCK * panels.depth;
-  float top[BLOCK], total[BLOCK], keep[BLOCK];
-  const float log2_e = 1.44269504088896f, scale = p.scale * log2_e;
-  std::memset(static_cast<void*>(q), 0, BLOCK * panels.depth * sizeof(element));
-  std::memset(acc, 0, BLOCK * panels.wide * sizeof(float));
+  constexpr unsigned EVERY = (1u << ROWS) - 1;
+  Work<Kind> work(panels, scratch);
   for (int i = 0; i < queries; ++i)
-    copy_query<Source, Kind>(p, p.tile_query[tile] + i, head, q + i * panels.depth);
-  for (int i = 0; i < BLOCK; ++i) top[i] = LEAST, total[i] = 0;
+    copy_query<Source, Kind>(p, p.tile_query[tile] + i, head, work.q + i * panels.depth);
   const int64_t row = head * p.tiles + tile;
   for (int64_t at = p.rows[row]; at < p.rows[row + 1]; ++at) {
-    const int64_t panel_at = kv_head * p.blocks + p.tile_block[tile] + p.chosen[at];
-    multiply<Kind>(q, panels.depth, panels.keys(panel_at), BLOCK, logits, BLOCK, rows, BLOCK,
-                   panels.depth, nullptr);
-    for (int i = 0; i < rows; ++i) {
-      float* line = logits + i * BLOCK;
-      scale_and_mask(line, scale, visible(p, tile, i, p.chosen[at]));
-      keep[i] = soften<Kind>(line, weights + i * BLOCK, top[i], total[i]);
+    if (!p.chosen_by) {
+      meet(p, panels, work, tile, kv_head, p.chosen[at], 0, rows);
+      continue;
     }
-    multiply<Kind>(weights, BLOCK, panels.values(panel_at), panels.wide, acc, panels.wide, rows,
-                   int(panels.wide), BLOCK, keep);
+    const uint64_t bits = p.chosen_by[at] >> (p.tile_position[tile] % BLOCK);
+    for (int first = 0; first < rows; first += ROWS) {
+      const unsigned chosen = unsigned(bits >> first) & EVERY;
+      if (chosen == EVERY)
+        meet(p, panels, work, tile, kv_head, p.chosen[at], first, ROWS);
+      else if (chosen)
+        meet_some(p, panels, work, tile, kv_head, p.chosen[at], first, chosen);
+    }
   }
   auto* out = static_cast<Source*>(p.out) + p.tile_query[tile] * p.out_token + head * p.out_head;
   for (int i = 0; i < queries; ++i) {
-    const float share = total[i] > 0 ? 1.0f / total[i] : 0.0f;
+    const float share = work.total[i] > 0 ? 1.0f / work.total[i] : 0.0f;
     for (int64_t c = 0; c < p.d_v; ++c)
-      narrow(acc[i * panels.wide + c] * share, out[i * p.out_token + c]);
+      narrow(work.acc[i * panels.wide + c] * share, out[i * p.out_token + c]);
   }
 }
 
@@ -340,7 +395,8 @@ void look(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t ti
   typedef typename Kind::element element;
   const int64_t kv_head = head / (p.heads / p.kv_heads), line_size = padded(p.blocks);
   const int queries = p.tile_queries[tile], step = p.sample_step;
-  const int samples = (queries + step - 1) / step;
+  const int before = p.tile_position[tile] % step;  // the last of each step, wherever a chunk begins
+  const int samples = (before + queries + step - 1) / step;
   const int rows = (samples + ROWS - 1) / ROWS * ROWS;
   const int64_t blocks = (p.tile_position[tile] + queries - 1) / BLOCK + 1;
   float *logits = scratch, *tops = logits + BLOCK * BLOCK, *sums = tops + BLOCK * line_size;
@@ -348,7 +404,8 @@ void look(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t ti
   int at[BLOCK];
   std::memset(static_cast<void*>(q), 0, rows * panels.depth * sizeof(element));
   for (int i = 0; i < samples; ++i) {
-    at[i] = (step * (i + 1) < queries ? step * (i + 1) : queries) - 1;
+    const int end = step * (i + 1) - before;
+    at[i] = (end < queries ? end : queries) - 1;
     copy_query<Source, Kind>(p, p.tile_query[tile] + at[i], head, q + i * panels.depth);
     for (int64_t j = 0; j < line_size; ++j)
       tops[i * line_size + j] = MASKED, sums[i * line_size + j] = 0;
@@ -369,9 +426,12 @@ void look(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t ti
       sums[i * line_size + id] = sum_of(sum);
     }
   }
-  float* shares = p.shares + (head * p.tiles + tile) * p.blocks;
-  for (int64_t j = 0; j < p.blocks; ++j) shares[j] = 0;
+  const bool alone = p.share_rows > 0;
+  const int64_t row =
+      alone ? head * p.share_rows + p.tile_query[tile] - p.tile_query[0] : head * p.tiles + tile;
+  for (int64_t j = 0; j < p.blocks * (alone ? queries : 1); ++j) p.shares[row * p.blocks + j] = 0;
   for (int i = 0; i < samples; ++i) {
+    float* shares = p.shares + (row + (alone ? at[i] : 0)) * p.blocks;
     float *line = sums + i * line_size, *tops_here = tops + i * line_size;
     const float highest = highest_of(tops_here, line_size, MASKED);
     vfloat total = {};
@@ -380,7 +440,7 @@ void look(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t ti
       total += x;
       store(line + j, x);
     }
-    const float part = 1.0f / (sum_of(total) * samples);
+    const float part = 1.0f / (sum_of(total) * (alone ? 1 : samples));
     for (int64_t j = 0; j < blocks; ++j) shares[j] += line[j] * part;
   }
 }
@@ -388,7 +448,8 @@ void look(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t ti
 template <class Kind>
 int64_t scratch_bytes(const Problem& p, const Panels<Kind>& panels) {
   const int64_t element = sizeof(typename Kind::element);
-  const int64_t attending = BLOCK * panels.wide * 4 + BLOCK * (panels.depth + BLOCK) * element;
+  const int64_t attending =
+      (BLOCK + ROWS) * panels.wide * 4 + BLOCK * (panels.depth + BLOCK) * element;
   const int64_t looking = 2 * BLOCK * padded(p.blocks) * 4 + BLOCK * panels.depth * element;
   return BLOCK * BLOCK * 4 + (attending > looking ? attending : looking);
 }
@@ -401,7 +462,7 @@ void estimate(const Problem& p) {
     float* own = static_cast<float*>(__builtin_malloc(scratch_bytes(p, panels)));
 #pragma omp for schedule(dynamic, 4)
     for (int64_t at = 0; at < p.kv_heads * p.blocks; ++at)
-      pack_keys<Source, Kind>(p, panels, at / p.blocks, at % p.blocks);
+      if (!p.keys_packed) pack_keys<Source, Kind>(p, panels, at / p.blocks, at % p.blocks);
 #pragma omp for schedule(dynamic, 4)
     for (int64_t at = 0; at < p.heads * p.tiles; ++at)
       look<Source, Kind>(p, panels, at % p.heads, p.tiles - 1 - at / p.heads, own);
@@ -414,14 +475,18 @@ void run(const Problem& p) {
   const Panels<Kind> panels(p);
   const int64_t group_rows = p.heads / p.kv_heads * p.tiles;
   for (int64_t row = 0; row < p.heads * p.tiles; ++row)
-    for (int64_t at = p.rows[row]; at < p.rows[row + 1]; ++at)
-      p.needed[row / group_rows * p.blocks + p.tile_block[row % p.tiles] + p.chosen[at]] = 1;
+    for (int64_t at = p.rows[row]; at < p.rows[row + 1]; ++at) {
+      const int64_t block = p.tile_block[row % p.tiles] + p.chosen[at];
+      uint8_t& state = p.needed[row / group_rows * p.blocks + block];
+      if (state != PACKED) state = NEEDED;
+    }
 #pragma omp parallel num_threads(p.threads)
   {
     float* own = static_cast<float*>(__builtin_malloc(scratch_bytes(p, panels)));
 #pragma omp for schedule(dynamic, 4)
     for (int64_t at = 0; at < p.kv_heads * p.blocks; ++at) {
-      if (!p.needed[at]) continue;
+      if (p.needed[at] != NEEDED) continue;
+      p.needed[at] = PACKED;
       if (!p.keys_packed) pack_keys<Source, Kind>(p, panels, at / p.blocks, at % p.blocks);
       pack_values<Source, Kind>(p, panels, at / p.blocks, at % p.blocks);
     }

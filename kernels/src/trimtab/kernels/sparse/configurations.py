@@ -56,7 +56,10 @@ KERNELS: Mapping[str, Kernel] = {
     "span": Kernel("triton_spans", "forward", "span", {}),
     "span_dq": Kernel("triton_spans", "backward_queries", "span_backward", {}),
     "span_dkv": Kernel("triton_spans", "backward_keys", "span_backward", {}),
-    "prefill": Kernel("triton_prefill", "attend", "prefill", {}, square=True),
+    "prefill": Kernel("triton_prefill", "attend", "prefill", {"bits": "*i64"}, square=True),
+    "prefill_by_query": Kernel(
+        "triton_prefill", "attend", "prefill", {"bits": "*i64"}, square=True
+    ),
     "prefill_estimate": Kernel(
         "triton_prefill", "block_logarithms", "prefill_estimate", {"out": "wide"}, square=True
     ),
@@ -128,6 +131,7 @@ class Configuration:
             "D_V": d_v,
             "PAD_V": padded(d_v),
             "WIDEN": False,
+            "BY_QUERY": self.kernel == "prefill_by_query",
             "BLOCK": self.block,
             "TOP": 1024 // self.block,
             "KEPT": max(16, 1024 // self.block),

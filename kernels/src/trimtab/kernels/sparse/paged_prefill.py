@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from trimtab.kernels.sparse.block_sparse import TILE
+from trimtab.kernels.sparse.block_sparse import TILE, query_bits
 from trimtab.kernels.sparse.gpu_tiles import Need, tile
 from trimtab.kernels.sparse.launch import launched, of_keys
-from trimtab.kernels.sparse.selectors import SAMPLE_STEPS, Selection
+from trimtab.kernels.sparse.prefill import visible_blocks
+from trimtab.kernels.sparse.selectors import By, Selection, tile_means
 
 LARGEST_HEAD = 256
 """Dimensions of keys, and as many of values."""
@@ -83,31 +83,33 @@ def paged_prefill(
         The share of the causal blocks that was kept, a tensor of one number.
 
     Raises:
-        ValueError: heads are larger than any tile.
+        ValueError: heads are larger than any tile, or the cache has too few pages.
     """
+    room = cache.pages.numel() * cache.k.shape[2]
+    if position < 0 or position + q.shape[0] > room:
+        raise ValueError(
+            f"{q.shape[0]} queries from position {position} on do not fit the {room} places of the"
+            " request's pages; give a position from 0 on, and all its pages"
+        )
     q = q.contiguous()
     written = out if out.is_contiguous() else torch.empty_like(q)
-    sampled = selection.selector in SAMPLE_STEPS
-    keys = None if sampled else cache.keys(position + q.shape[0])
+    step, by = selection.sample_step, selection.by
+    keys = cache.keys(position + q.shape[0]) if step is None else None
     kept: list[Tensor] = []
-    causal = 0
+    visible = 0
     for rows in segments(q.shape[0], q.shape[1], position, selection):
         part, begin = q[rows], position + rows.start
-        if keys is None:
-            step = SAMPLE_STEPS[selection.selector]
-            shares = block_shares(part, cache, begin, scale, step)
-        else:
+        if step is not None:
+            shares = block_shares(part, cache, begin, scale, step, by)
+        elif keys is not None:
             shares = selection.estimate(part, keys[: begin + part.shape[0]], begin, scale)
         mask = selection.keep(shares, begin, part.shape[0])
-        attend(part, cache, begin, mask, written[rows], scale)
+        attend(part, cache, begin, mask, written[rows], scale, by)
         kept.append(mask.sum())
-        causal += q.shape[1] * sum(
-            (min(begin + at + TILE, begin + part.shape[0]) - 1) // TILE + 1
-            for at in range(0, part.shape[0], TILE)
-        )
+        visible += q.shape[1] * visible_blocks(begin, part.shape[0], by)
     if written is not out:
         out.copy_(written)
-    return torch.stack(kept).sum() / causal
+    return torch.stack(kept).sum() / visible
 
 
 def segments(queries: int, heads: int, position: int, selection: Selection) -> Iterator[slice]:
@@ -119,26 +121,27 @@ def segments(queries: int, heads: int, position: int, selection: Selection) -> I
         position: the first query's place among the keys.
         selection: which blocks are kept.
     """
-    blocks = -(-(position + queries) // TILE)
-    step = SAMPLE_STEPS.get(selection.selector, 1)
-    size = max(TILE, ESTIMATE_BYTES // (4 * heads * blocks) * step // TILE * TILE)
-    yield from (slice(at, min(queries, at + size)) for at in range(0, queries, size))
+    yield from selection.segments(queries, heads, position, ESTIMATE_BYTES)
 
 
-def block_shares(q: Tensor, cache: PagedCache, position: int, scale: float, step: int) -> Tensor:
-    """What `selectors.sampled` estimates, ``[heads, tiles, blocks]``.
+def block_shares(
+    q: Tensor, cache: PagedCache, position: int, scale: float, step: int, by: By = "tile"
+) -> Tensor:
+    """What `selectors.sampled` estimates, ``[heads, tiles or queries, blocks]``.
 
     Args:
         q: queries ``[queries, heads, d]``, contiguous.
         cache: all keys up to the last query's.
         position: the first query's place among them.
         scale: of the logits.
-        step: every how many queries one is looked at.
+        step: every how many queries one is looked at, 1 where queries choose.
+        by: who chooses.
     """
     from trimtab.kernels.sparse import triton_prefill as kernels
 
     count, heads, _ = q.shape
-    samples, blocks = -(-count // step), -(-(position + count) // TILE)
+    samples = (position + count - 1) // step - position // step + 1
+    blocks = -(-(position + count) // TILE)
     how = tile("prefill_estimate", Need.of(q, q))
     logarithms = q.new_full((heads, samples, blocks), float("-inf"), dtype=torch.float32)
     grid = (-(-samples // how.rows), heads, -(-blocks // how.columns))
@@ -152,35 +155,43 @@ def block_shares(q: Tensor, cache: PagedCache, position: int, scale: float, step
         PER_PROGRAM=how.columns,
     )
     by_sample = torch.softmax(logarithms.mul_(log(2)), -1)
-    per_tile = TILE // step
-    tiles = pad(by_sample, (0, 0, 0, -samples % per_tile)).unflatten(1, (-1, per_tile)).sum(2)
-    shares: Tensor = tiles / tiles.sum(-1, keepdim=True)
-    return shares
+    return tile_means(by_sample, position, step) if by == "tile" else by_sample
 
 
 def attend(
-    q: Tensor, cache: PagedCache, position: int, mask: Tensor, out: Tensor, scale: float
+    q: Tensor,
+    cache: PagedCache,
+    position: int,
+    mask: Tensor,
+    out: Tensor,
+    scale: float,
+    by: By = "tile",
 ) -> None:
-    """Causal attention of each head's tiles to their blocks, written into ``out``.
+    """Causal attention of each head's tiles or queries to their blocks, written into ``out``.
 
     Args:
         q: ``[queries, heads, d]``, contiguous.
         cache: all keys and values up to the last query's.
         position: the first query's place among them.
-        mask: the blocks of each tile ``[heads, tiles, blocks]``.
+        mask: their blocks ``[heads, tiles or queries, blocks]``.
         out: ``[queries, heads, d]``, contiguous.
         scale: of the logits.
+        by: who chose.
     """
     from trimtab.kernels.sparse import triton_prefill as kernels
 
     how = tile("prefill", Need.of(q, q))
-    lists = mask.byte().sort(dim=-1, descending=True, stable=True).indices.int()
-    counts = mask.sum(-1, dtype=torch.int32)
-    kernels.attend[(-(-q.shape[0] // how.rows), q.shape[1])](
-        *(q, cache.k, cache.v, out, cache.pages, lists, counts, position, *q.shape[:1]),
-        *(mask.shape[1], mask.shape[2], scale, *cache.strides),
+    bits = query_bits(mask, position) if by == "query" else None
+    of_tiles = mask if bits is None else bits != 0
+    lists = of_tiles.byte().sort(dim=-1, descending=True, stable=True).indices.int()
+    counts = of_tiles.sum(-1, dtype=torch.int32)
+    kernels.attend[(-(-(position % TILE + q.shape[0]) // how.rows), q.shape[1])](
+        *(q, cache.k, cache.v, out, cache.pages, lists, counts),
+        *(lists if bits is None else bits, position, *q.shape[:1]),
+        *(of_tiles.shape[1], of_tiles.shape[2], scale, *cache.strides),
         **cache.constants(q),
         **launched(how),
         ROWS=how.rows,
         KEYS=how.columns,
+        BY_QUERY=bits is not None,
     )

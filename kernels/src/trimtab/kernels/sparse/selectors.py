@@ -1,15 +1,16 @@
 """Which blocks a dense model's prefill needs: estimates of attention, and how many blocks to keep.
 
-An estimate gives each tile of 64 queries and head the share of its attention that falls on each
-block of 64 keys. `Selection` keeps the fewest blocks that hold a share of it, or a fixed number.
+Tiles are 64 queries and blocks 64 keys, both from multiples of 64 in the sequence on, wherever a
+call begins. An estimate tells the share of its attention that a tile, or a single query, has for
+each block; `Selection` keeps the fewest blocks that hold a share of it, or a fixed number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,28 +18,51 @@ from torch.nn.functional import pad
 
 from trimtab.kernels.sparse.block_sparse import TILE
 
-Estimate = Callable[[Tensor, Tensor, int, float], Tensor]
-"""From ``q [queries, heads, d]``, ``k [keys, kv_heads, d]``, the first query's position and the
-scale to shares ``[heads, tiles, blocks]`` whose last dimension adds up to 1."""
+By = Literal["tile", "query"]
+"""Who chooses: the queries of a tile together, or each query by itself."""
+
+Estimate = Callable[[Tensor, Tensor, int, float, By], Tensor]
+"""From ``q [queries, heads, d]``, ``k [keys, kv_heads, d]``, the first query's position, the scale
+and who chooses, to shares ``[heads, tiles or queries, blocks]``. Those of a tile add up to 1."""
 
 _QUERY_STEP = 4
 _POOL = 16
 _STRIDE = 16
+_LEAST = -1.0e30
 SAMPLE_STEPS: Mapping[str, int] = {"mass": 8, "oracle": 1}
-"""Selectors that look at whole queries, and at every how many."""
+"""Selectors that look at whole queries, and at every how many where tiles choose."""
 
 
-def _shares(logits: Tensor, visible: Tensor, per_block: int, rows: int) -> Tensor:
-    """From logits ``[heads, samples, groups of keys]``, which it uses up, to mean shares.
+def sampled_positions(queries: int, position: int, step: int, device: torch.device) -> Tensor:
+    """The last query of each ``step`` positions, and the last of all; the same in every chunk."""
+    last = position + queries - 1
+    steps = torch.arange(position // step, last // step + 1, device=device)
+    return (steps * step + step - 1).clamp(max=last)
 
-    Every sample must see something.
+
+def tile_means(shares: Tensor, position: int, step: int) -> Tensor:
+    """Means over the samples of each tile, ``[heads, tiles, blocks]``.
+
+    Args:
+        shares: ``[heads, samples, blocks]``, a sample for each ``step`` positions.
+        position: the first query's.
+        step: divides a tile.
+    """
+    before = position // step % (TILE // step)
+    tiles = _in_groups(pad(shares.transpose(1, 2), (before, 0)), TILE // step).transpose(1, 2)
+    means: Tensor = tiles / tiles.sum(-1, keepdim=True).clamp(min=1e-30)
+    return means
+
+
+def _shares(logits: Tensor, visible: Tensor, per_block: int) -> Tensor:
+    """From logits ``[heads, samples, groups of keys]``, which it uses up, to shares of blocks.
+
+    Samples that see nothing have zeros.
     """
     logits.masked_fill_(~visible, float("-inf"))
-    by_block = _in_groups(logits.sub_(logits.amax(-1, keepdim=True)).exp_(), per_block)
-    by_block /= by_block.sum(-1, keepdim=True)
-    tiles = _in_groups(by_block.transpose(1, 2), rows).transpose(1, 2)
-    shares: Tensor = tiles / tiles.sum(-1, keepdim=True).clamp(min=1e-30)
-    return shares
+    top = logits.amax(-1, keepdim=True).clamp_(min=_LEAST)
+    by_block = _in_groups(logits.sub_(top).exp_(), per_block)
+    return by_block / by_block.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
 def _in_groups(x: Tensor, size: int) -> Tensor:
@@ -62,40 +86,78 @@ def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return logits.mul_(scale)
 
 
-def pooled(q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
-    """Every fourth query against means of 16 keys: a hundredth of the work of attention."""
-    means = pad(k, (0, 0, 0, 0, 0, -k.shape[0] % _POOL)).unflatten(0, (-1, _POOL)).mean(1)
-    at = position + torch.arange(0, q.shape[0], _QUERY_STEP, device=q.device)
-    begins = torch.arange(means.shape[0], device=q.device) * _POOL
-    logits = _logits(q[::_QUERY_STEP], means, scale)
-    return _shares(logits, begins <= at[:, None], TILE // _POOL, TILE // _QUERY_STEP)
+def _pools(k: Tensor) -> Tensor:
+    """Groups of 16 neighbouring keys ``[pools, 16, kv_heads, d]``; zeros behind the last."""
+    groups: Tensor = pad(k, (0, 0, 0, 0, 0, -k.shape[0] % _POOL)).unflatten(0, (-1, _POOL))
+    return groups
 
 
-def antidiagonal(q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
+def _of_pools(
+    logits: Callable[[Tensor], Tensor], q: Tensor, pools: int, position: int, by: By
+) -> Tensor:
+    """Shares by logits of pools of 16 keys, of every fourth query where tiles choose.
+
+    A single query sees pools that are whole before it: what is in one must not reach it sooner.
+    """
+    step = _QUERY_STEP if by == "tile" else 1
+    at = sampled_positions(q.shape[0], position, step, q.device)
+    begins = torch.arange(pools, device=q.device) * _POOL
+    visible = begins + (0 if by == "tile" else _POOL - 1) <= at[:, None]
+    shares = _shares(logits(q[at - position]), visible, TILE // _POOL)
+    return tile_means(shares, position, step) if by == "tile" else shares
+
+
+def pooled(q: Tensor, k: Tensor, position: int, scale: float, by: By = "tile") -> Tensor:
+    """Queries against means of 16 keys: a hundredth of the work of attention for a tile."""
+    means = _pools(k).mean(1)
+    return _of_pools(lambda some: _logits(some, means, scale), q, means.shape[0], position, by)
+
+
+def minmax(q: Tensor, k: Tensor, position: int, scale: float, by: By = "tile") -> Tensor:
+    """Queries against what any of 16 keys could reach at most (Quest, arXiv 2406.10774)."""
+    pools = _pools(k)
+    absent = torch.arange(pools.shape[0] * _POOL, device=k.device) >= k.shape[0]
+    absent = absent.view(-1, _POOL, 1, 1)
+    most = pools.masked_fill(absent, float("-inf")).amax(1)
+    least = pools.masked_fill(absent, float("inf")).amin(1)
+    bounds = torch.cat([most, least], -1)
+
+    def logits(some: Tensor) -> Tensor:
+        return _logits(torch.cat([some.clamp(min=0), some.clamp(max=0)], -1), bounds, scale)
+
+    return _of_pools(logits, q, pools.shape[0], position, by)
+
+
+def antidiagonal(q: Tensor, k: Tensor, position: int, scale: float, by: By = "tile") -> Tensor:
     """Means of logits along antidiagonals of 16 by 16 squares (XAttention, arXiv 2503.16428)."""
-    queries = pad(q, (0, 0, 0, 0, 0, -q.shape[0] % _STRIDE)).unflatten(0, (-1, _STRIDE))
-    keys = pad(k, (0, 0, 0, 0, 0, -k.shape[0] % _STRIDE)).unflatten(0, (-1, _STRIDE)).flip(1)
-    folded_q, folded_k = (x.permute(0, 2, 1, 3).flatten(2) for x in (queries, keys))
+    assert by == "tile"
+    before = position % _STRIDE
+    queries, keys = (
+        pad(x, (0, 0, 0, 0, front, -(front + x.shape[0]) % _STRIDE)).unflatten(0, (-1, _STRIDE))
+        for x, front in ((q, before), (k, 0))
+    )
+    folded_q, folded_k = (x.permute(0, 2, 1, 3).flatten(2) for x in (queries, keys.flip(1)))
     logits = _logits(folded_q, folded_k, scale / _STRIDE)
-    at = position + torch.arange(queries.shape[0], device=q.device) * _STRIDE + _STRIDE - 1
+    ends = position - before + torch.arange(1, queries.shape[0] + 1, device=q.device) * _STRIDE
     begins = torch.arange(keys.shape[0], device=q.device) * _STRIDE
-    return _shares(logits, begins <= at[:, None], TILE // _STRIDE, TILE // _STRIDE)
+    shares = _shares(logits, begins < ends[:, None], TILE // _STRIDE)
+    return tile_means(shares, position, _STRIDE)
 
 
-def sampled(q: Tensor, k: Tensor, position: int, scale: float, *, step: int) -> Tensor:
+def sampled(
+    q: Tensor, k: Tensor, position: int, scale: float, by: By = "tile", *, step: int
+) -> Tensor:
     """Every ``step``-th query against all keys; `TiledAttention.shares` is the same, compiled."""
-    at = position + torch.arange(step - 1, q.shape[0] + step - 1, step).clamp(max=q.shape[0] - 1)
-    visible = torch.arange(k.shape[0]) <= at[:, None]
-    parts = [
-        _shares(
-            _logits(q[at - position, h : h + 1], k[:, g : g + 1], scale),
-            visible,
-            TILE,
-            TILE // step,
-        )
-        for h, g in _heads(q, k)
-    ]
-    return torch.cat(parts)
+    step = step if by == "tile" else 1
+    at = sampled_positions(q.shape[0], position, step, q.device)
+    visible = torch.arange(k.shape[0], device=q.device) <= at[:, None]
+    shares = torch.cat(
+        [
+            _shares(_logits(q[at - position, h : h + 1], k[:, g : g + 1], scale), visible, TILE)
+            for h, g in _heads(q, k)
+        ]
+    )
+    return tile_means(shares, position, step) if by == "tile" else shares
 
 
 def _heads(q: Tensor, k: Tensor) -> list[tuple[int, int]]:
@@ -103,29 +165,86 @@ def _heads(q: Tensor, k: Tensor) -> list[tuple[int, int]]:
     return [(head, head // group) for head in range(q.shape[1])]
 
 
+def evenly(q: Tensor, k: Tensor, position: int, scale: float, by: By = "tile") -> Tensor:
+    """The same for each block that can be seen: for those who look at no numbers."""
+    own = _own_blocks(q.shape[0], position, by, q.device)
+    ids = torch.arange(-(-k.shape[0] // TILE), device=q.device)
+    shares = (ids <= own[:, None]) / (own[:, None] + 1)
+    return shares.expand(q.shape[1], -1, -1)
+
+
+def _own_blocks(queries: int, position: int, by: By, device: torch.device) -> Tensor:
+    """The block of each tile or query."""
+    step = TILE if by == "tile" else 1
+    return sampled_positions(queries, position, step, device) // TILE
+
+
+Selector = Literal["mass", "pooled", "antidiagonal", "top", "minmax", "fixed", "oracle"]
+
 ESTIMATES: Mapping[str, Estimate] = {
     "pooled": pooled,
     "antidiagonal": antidiagonal,
     "top": pooled,
+    "minmax": minmax,
+    "fixed": evenly,
     **{name: partial(sampled, step=step) for name, step in SAMPLE_STEPS.items()},
 }
 """The estimate behind each selector; the oracle's is attention itself, at attention's price."""
 
+COUNTED = ("top", "minmax")
+"""Selectors that keep a number of blocks, not a share of the estimate."""
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """How many blocks each tile keeps of an estimate; always the first ones and the latest."""
+    """Which blocks are kept of an estimate; always the first ones and the latest.
 
-    selector: Literal["mass", "pooled", "antidiagonal", "top", "oracle"] = "mass"
+    Raises:
+        ValueError: the options do not go together.
+    """
+
+    selector: Selector = "mass"
     mass: float = 0.97
-    """Share of the estimated attention that the kept blocks hold; not for ``top``."""
+    """Share of the estimated attention that the kept blocks hold; not for `COUNTED`."""
     top: int = 16
-    """Blocks that ``top`` keeps."""
+    """Blocks that `COUNTED` keep."""
     first: int = 1
     recent: int = 2
+    stride: int = 0
+    """``fixed`` also keeps each block whose number is a multiple of it; 0 is none."""
+    by: By = "tile"
+    """``tile``: a query may see blocks that later ones of its tile have chosen. ``query``: what it
+    sees depends on itself and the keys before it alone."""
+
+    def __post_init__(self) -> None:
+        if self.selector not in get_args(Selector):
+            raise ValueError(f"the selector {self.selector!r} is none of {get_args(Selector)}")
+        if self.by not in get_args(By):
+            raise ValueError(f"blocks are chosen by {self.by!r}; give one of {get_args(By)}")
+        if self.by == "query" and self.selector == "antidiagonal":
+            raise ValueError(
+                "antidiagonals go through 16 queries, and no query can choose blocks by itself;"
+                " give another selector than 'antidiagonal', or by='tile'"
+            )
+
+    def describe(self) -> str:
+        """A few words for logs."""
+        amount = f"{self.selector} {self.mass:g}"
+        if self.selector in COUNTED:
+            amount = f"{self.selector} {self.top}"
+        elif self.selector == "fixed":
+            amount = f"fixed {self.first} and {self.recent}"
+            amount += f" and every {self.stride}th" if self.stride else ""
+        return amount + (" by query" if self.by == "query" else "")
+
+    @property
+    def sample_step(self) -> int | None:
+        """Every how many queries one is looked at whole; None where none is."""
+        step = SAMPLE_STEPS.get(self.selector)
+        return step if step is None or self.by == "tile" else 1
 
     def estimate(self, q: Tensor, k: Tensor, position: int, scale: float) -> Tensor:
-        """Shares ``[heads, tiles, blocks]`` in plain torch.
+        """Shares ``[heads, tiles or queries, blocks]`` in plain torch.
 
         Args:
             q: queries of one sequence ``[queries, heads, d]``.
@@ -133,27 +252,48 @@ class Selection:
             position: the first query's place among them.
             scale: of the logits.
         """
-        return ESTIMATES[self.selector](q, k, position, scale)
+        return ESTIMATES[self.selector](q, k, position, scale, self.by)
 
     def keep(self, shares: Tensor, position: int, queries: int) -> Tensor:
-        """The blocks of each tile, a mask as large as ``shares``.
+        """The blocks of each tile or query, a mask as large as ``shares``.
 
         Args:
-            shares: an estimate ``[heads, tiles, blocks]``.
+            shares: an estimate ``[heads, tiles or queries, blocks]``.
             position: the first query's place among the keys.
-            queries: how many there are, the last of them at the last key.
+            queries: how many there are.
         """
         ids = torch.arange(shares.shape[-1], device=shares.device)
-        begin = torch.arange(0, shares.shape[1] * TILE, TILE, device=shares.device)[:, None]
-        begin += position
-        own = (begin + TILE - 1).clamp(max=position + queries - 1) // TILE
-        forced = (ids < self.first) | (ids > begin // TILE - self.recent)
+        own = _own_blocks(queries, position, self.by, shares.device)[:, None]
+        visible = ids <= own
+        forced = visible & ((ids < self.first) | (ids > own - self.recent))
+        if self.selector == "fixed":
+            kept = forced | (visible & (ids % self.stride == 0)) if self.stride else forced
+            return kept.expand_as(shares)
+        # Blocks that cannot be seen have no share, and come last.
         ranked = shares.masked_fill(forced, 2.0).sort(dim=-1, descending=True, stable=True)
-        if self.selector == "top":
+        if self.selector in COUNTED:
             keep = (ids < self.top).expand_as(shares)
         else:
             sorted_shares = shares.gather(-1, ranked.indices)
             before = sorted_shares.cumsum(-1) - sorted_shares
             keep = before < self.mass
         chosen = torch.zeros_like(keep).scatter(-1, ranked.indices, keep)
-        return (chosen | forced) & (ids <= own)
+        return (chosen | forced) & visible
+
+    def segments(
+        self, queries: int, heads: int, position: int, estimate_bytes: int
+    ) -> Iterator[slice]:
+        """Queries of whole tiles whose estimate, and what is made of it, fits.
+
+        Args:
+            queries: how many there are.
+            heads: their heads.
+            position: the first query's place among the keys.
+            estimate_bytes: what one number for each of its samples and blocks may take.
+        """
+        blocks = -(-(position + queries) // TILE)
+        step = self.sample_step or 1
+        size = max(TILE, estimate_bytes // (4 * heads * blocks) * step // TILE * TILE)
+        begins = range(position // TILE * TILE, position + queries, size)
+        for begin in begins:
+            yield slice(max(0, begin - position), min(queries, begin - position + size))

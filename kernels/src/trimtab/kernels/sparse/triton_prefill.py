@@ -53,13 +53,13 @@ def block_logarithms(
     PER_PROGRAM: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Logarithms, to base 2, of what each block weighs for every ``STEP``-th query, and the last.
+    """Logarithms, to base 2, of what each block weighs for the last query of each ``STEP``.
 
     ``out [heads, samples, blocks]`` is left as it is where nothing is visible.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < samples
-    token = tl.minimum(row * STEP + STEP - 1, queries - 1)
+    token = tl.minimum(row * STEP + STEP - 1 - position % STEP, queries - 1)
     own = position + token
     head = tl.program_id(1).to(tl.int64)
     query = _tile(q, token.to(tl.int64), head, there, HEADS, D, PAD)
@@ -90,6 +90,7 @@ def attend(
     pages,
     lists,
     counts,
+    bits,
     position,
     queries,
     tiles,
@@ -107,16 +108,18 @@ def attend(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     WIDEN: tl.constexpr,
+    BY_QUERY: tl.constexpr,
 ):
     """Attention of ``ROWS`` queries and a head to the blocks of their tile, ``lists``.
 
     ``lists [heads, tiles, blocks]``, of which the first ``counts [heads, tiles]`` are looked at;
-    tiles are as long as blocks.
+    tiles are as long as blocks, and the first one is the first query's block. Where queries choose,
+    ``bits [heads, tiles, blocks]`` says which of a tile chose a block.
     """
     # The last tiles have most to do, and begin first.
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
-    token = begin + tl.arange(0, ROWS)
-    there = token < queries
+    token = begin - position % BLOCK + tl.arange(0, ROWS)
+    there = (token >= 0) & (token < queries)
     own = position + token
     head = tl.program_id(1).to(tl.int64)
     query = _tile(q, token.to(tl.int64), head, there, HEADS, D, PAD)
@@ -134,6 +137,9 @@ def attend(
         keys = _read(k, place, inside, D, PAD)
         values = _read(v, place, inside, D, PAD)
         visible = inside[None, :] & (key[None, :] <= own[:, None])
+        if BY_QUERY:
+            chose = tl.load(bits + row * blocks + block) >> (own % BLOCK) & 1
+            visible = visible & (chose[:, None] != 0)
         logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
         acc, total, top = _attend(acc, total, top, logits, visible, values, WIDEN)
     result = acc / tl.where(total > 0, total, 1.0)[:, None]

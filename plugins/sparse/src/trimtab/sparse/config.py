@@ -51,20 +51,31 @@ class SparseConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    selector: Literal["mass", "pooled", "antidiagonal", "top", "oracle"] = Field(
+    selector: Literal["mass", "pooled", "antidiagonal", "top", "minmax", "fixed", "oracle"] = Field(
         "mass",
-        description="how attention to blocks is estimated: from every eighth query (mass), pooled"
-        " keys (pooled, top), antidiagonals, or exactly and slowly (oracle)",
+        description="how attention to blocks is estimated: mass looks with every eighth query;"
+        " pooled and top at means of 16 keys; minmax at what 16 keys could reach at most;"
+        " antidiagonal at squares of 16 by 16; fixed at nothing; oracle at everything, slowly",
     )
     mass: float = Field(
         0.97,
         gt=0,
         le=1,
-        description="share of the estimated attention that kept blocks hold; 1 keeps all of them",
+        description="share of the estimated attention that kept blocks hold, for mass, pooled,"
+        " antidiagonal and oracle; 1 keeps all of them",
     )
-    top: int = Field(16, ge=1, description="blocks that the selector top keeps")
+    top: int = Field(16, ge=1, description="blocks that the selectors top and minmax keep")
     first: int = Field(1, ge=0, description="blocks at a prompt's beginning that are always kept")
     recent: int = Field(2, ge=1, description="latest blocks that are always kept, the own included")
+    stride: int = Field(
+        0, ge=0, description="fixed also keeps blocks whose number is a multiple of it; 0 is none"
+    )
+    by: Literal["tile", "query"] = Field(
+        "tile",
+        description="who chooses: 64 queries together, or each query by itself, so that no later"
+        " token and no cut of the prompt reaches what it sees, which takes longer",
+    )
+    dense_layers: int = Field(0, ge=0, description="first layers that attend to all blocks")
     min_prompt: int = Field(
         2048, ge=64, description="tokens from which on a prompt is filled in sparsely"
     )
@@ -72,3 +83,13 @@ class SparseConfig(BaseModel):
         default_factory=NativeConfig,
         description="in a DeepSpeed configuration: the native sparse attention to train with",
     )
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.by == "query" and self.selector == "antidiagonal":
+            raise ValueError(
+                "antidiagonals go through 16 queries: give by 'tile', or another selector"
+            )
+        if self.stride and self.selector != "fixed":
+            raise ValueError(f"stride {self.stride} is for the selector fixed, not {self.selector}")
+        return self

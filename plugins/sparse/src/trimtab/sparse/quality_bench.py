@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from trimtab.core.benchmark import Case, Options, Progress
 from trimtab.hosts.vllm.small_model import small_model
+from trimtab.kernels.sparse.selectors import COUNTED
 from trimtab.sparse.config import SparseConfig
 from trimtab.sparse.in_transformers import register
 
@@ -28,7 +29,10 @@ def settings(quick: bool) -> Sequence[SparseConfig]:
         {},
         *({"mass": share} for share in (0.8, 0.9, 0.95, 0.99)),
         *({"selector": name, "mass": 0.9} for name in ("pooled", "antidiagonal", "oracle")),
-        {"selector": "top", "top": 16},
+        *({"selector": name, "top": 16} for name in ("top", "minmax")),
+        {"selector": "fixed", "recent": 16},
+        {"mass": 0.9, "by": "query"},
+        {"mass": 0.9, "dense_layers": 2},
     )
     return [default.model_copy(update=change) for change in changes]
 
@@ -45,13 +49,13 @@ def quality_cases(options: Options, progress: Progress) -> Iterator[Case]:
     model.set_attn_implementation("sdpa")
     dense = _nll(model, ids)
     for config in settings(options.quick):
-        amount = config.top if config.selector == "top" else config.mass
-        progress(f"likelihood of {tokens} tokens under {config.selector} {amount:g}")
+        name = _name(config)
+        progress(f"likelihood of {tokens} tokens under {name}")
         kept: list[float] = []
         model.set_attn_implementation(register(config, kept.append))
         ours = _nll(model, ids)
         yield Case.compare(
-            f"real/quality/{tokens}/{config.selector}-{amount:g}",
+            f"real/quality/{tokens}/{name}",
             "negative_log_likelihood",
             "nat",
             "lower",
@@ -59,6 +63,17 @@ def quality_cases(options: Options, progress: Progress) -> Iterator[Case]:
             [(dense, ours)],
             notes=f"{ours - dense:+.4f} nat at {mean(kept):.1%} of the causal blocks",
         )
+
+
+def _name(config: SparseConfig) -> str:
+    """The selector and how much it keeps, and what is not as usual."""
+    amount = config.top if config.selector in COUNTED else config.mass
+    name = f"{config.selector}-{config.recent if config.selector == 'fixed' else amount:g}"
+    if config.by == "query":
+        name += "-by-query"
+    if config.dense_layers:
+        name += f"-after-{config.dense_layers}-layers"
+    return name
 
 
 def _text(tokens: int) -> Tensor:

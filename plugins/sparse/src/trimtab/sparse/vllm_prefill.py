@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,15 +15,17 @@ from trimtab.hosts.vllm.cache_layout import PagedKeys
 from trimtab.kernels.sparse.block_sparse import TILE, KeyStore
 from trimtab.kernels.sparse.paged_prefill import LARGEST_HEAD, PagedCache, paged_prefill
 from trimtab.kernels.sparse.prefill import Plan, plan, sparse_prefill
+from trimtab.kernels.sparse.selectors import Selection
 from trimtab.sparse.config import SparseConfig
 from trimtab.sparse.gpu_plan import GpuPlan, plan_on_gpu
-from trimtab.sparse.selection import keeps_everything, selection
+from trimtab.sparse.selection import EVERYTHING, keeps_everything, selection
 
 if TYPE_CHECKING:
     from trimtab.hosts.vllm.prefills import LayerShape, PagedTensors, Prefill
 
 EXPECTED_DENSITY = 0.4
-"""Share of the causal blocks that a prompt is expected to keep, to tell whether it pays."""
+"""Share of the causal blocks that a prompt is expected to keep on a GPU, to tell whether it pays;
+for a CPU `plan` knows better."""
 
 logger = logging.getLogger("vllm.trimtab.sparse")
 
@@ -33,7 +36,8 @@ class SparsePrefill:
 
     config: SparseConfig
     _told: set[str] = field(default_factory=set, init=False)
-    _why: str = field(default="", init=False)
+    _whys: dict[tuple[int, int], str] = field(default_factory=dict, init=False)
+    """Why prefills are sparse, by their queries and keys, until it is told."""
 
     def wants(self, queries: int, keys: int, layers: LayerShape) -> bool:
         """Whether it pays; never where all would be kept, so that vLLM's own bits come out."""
@@ -46,34 +50,48 @@ class SparsePrefill:
             self._tell("no prefill is sparse: pages of %d tokens hold no whole blocks", page)
             return False
         group = layers.heads // layers.kv_heads
-        found = plan(queries, keys, group, EXPECTED_DENSITY, selection(self.config))
-        return self._takes(found, keys)
+        found = plan(queries, keys, group, selection(self.config))
+        return self._takes(found, queries, keys)
 
     def _pays_on_gpu(self, queries: int, keys: int, layers: LayerShape) -> bool:
         if layers.head_size > LARGEST_HEAD:
             self._tell("no prefill is sparse: heads of %d are too large", layers.head_size)
             return False
         found = plan_on_gpu(queries, keys, layers, EXPECTED_DENSITY, selection(self.config))
-        return self._takes(found, keys)
+        return self._takes(found, queries, keys)
 
-    def _takes(self, found: Plan | GpuPlan, keys: int) -> bool:
-        self._why = found.explain()
+    def _takes(self, found: Plan | GpuPlan, queries: int, keys: int) -> bool:
         if found.path == "dense":
-            self._tell("a prefill of %d tokens is left to vLLM (%s)", keys, self._why)
+            self._tell("a prefill of %d tokens is left to vLLM (%s)", keys, found.explain())
+        elif _DONE not in self._told:
+            self._whys[queries, keys] = found.explain()
         return found.path != "dense"
 
     def prefill(self, work: Prefill) -> None:
         """Writes the attention of a request's new tokens."""
-        position = work.keys - work.query.shape[0]
+        queries = work.query.shape[0]
+        position = work.keys - queries
+        kept_of = self._kept_in(work.layer)
         if isinstance(work.cache, PagedKeys):
-            kept: float | Tensor = self._on_cpu(work, work.cache, position)
+            kept: float | Tensor = self._on_cpu(work, work.cache, position, kept_of)
         else:
-            kept = self._on_gpu(work, work.cache, position)
-        if _DONE not in self._told:
+            kept = self._on_gpu(work, work.cache, position, kept_of)
+        if _DONE not in self._told and kept_of is not EVERYTHING:
             # Only here does a GPU's share have to be waited for.
-            self._tell(_DONE, work.keys, 100 * float(kept), work.layer, self._why)
+            why = self._whys.get((queries, work.keys), "")
+            self._tell(_DONE, work.keys, 100 * float(kept), work.layer, why)
+            self._whys.clear()
 
-    def _on_cpu(self, work: Prefill, cache: PagedKeys, position: int) -> float:
+    def _kept_in(self, layer: str) -> Selection:
+        """The first layers may attend to all blocks."""
+        number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer)
+        if number is None and self.config.dense_layers:
+            self._tell("no layer is left dense: %s has no number", layer)
+        elif number is not None and int(number[1]) < self.config.dense_layers:
+            return EVERYTHING
+        return selection(self.config)
+
+    def _on_cpu(self, work: Prefill, cache: PagedKeys, position: int, kept: Selection) -> float:
         def keys() -> Tensor:
             return torch.cat([cached_keys(cache, work.pages, position), work.new_keys])
 
@@ -84,17 +102,17 @@ class SparsePrefill:
             position=position,
             out=work.out,
             scale=work.scale,
-            selection=selection(self.config),
+            selection=kept,
         )
 
-    def _on_gpu(self, work: Prefill, cache: PagedTensors, position: int) -> Tensor:
+    def _on_gpu(self, work: Prefill, cache: PagedTensors, position: int, kept: Selection) -> Tensor:
         return paged_prefill(
             work.query,
             PagedCache(cache.k, cache.v, work.pages),
             position,
             work.out,
             work.scale,
-            selection(self.config),
+            kept,
         )
 
     def _tell(self, message: str, *facts: object) -> None:

@@ -127,7 +127,8 @@ def padding(length):
     ("options", "reason"),
     [
         ({"attention_mask": padding(300)}, "a mask (of padding"),
-        ({"attention_mask": torch.ones(1, 1, 300, 300).tril().bool()}, "a mask (of padding"),
+        ({"attention_mask": torch.ones(1, 1, 300, 300).tril(-1).bool()}, "a mask (of padding"),
+        ({"attention_mask": torch.zeros(1, 1, 300, 300)}, "a mask (of padding"),
         (
             {"position_ids": (torch.arange(300) % 150)[None], "use_cache": False},
             "a mask (of padding, packed prompts",
@@ -167,13 +168,48 @@ def test_what_attention_is_dense_for_is_named_once(said, options, reason):
     assert reason in line
 
 
-def test_a_part_of_a_prompt_after_its_first_is_said_to_be_dense(model, prompt, said):
-    name, cache = register(ALL_BLOCKS), DynamicCache()
-    logits(model, name, prompt[:, :150], past_key_values=cache)
+@pytest.mark.parametrize("by", ["tile", "query"])
+@pytest.mark.parametrize("slots", [None, 512])
+@pytest.mark.parametrize("cut", [64, 150])
+def test_later_parts_of_a_prompt_are_sparse_too(model, prompt, said, slots, cut, by):
+    some = SparseConfig(mass=0.5, first=0, recent=1, min_prompt=64, by=by)
+    kept, found = [], []
+    name = register(some, kept.append)
+    for parts in ((300,), (cut, 300 - cut)):
+        cache = StaticCache(model.config, max_cache_len=slots) if slots else DynamicCache()
+        runs = [logits(model, name, ids, past_key_values=cache) for ids in prompt.split(parts, 1)]
+        found.append(torch.cat(runs, 1))
+    assert len(kept) == 2 + 4
+    assert max(kept[4:]) < 1
     assert said() == []
-    logits(model, name, prompt[:, 150:], past_key_values=cache)
-    (line,) = said()
-    assert "a later part of one" in line
+    if by == "query" or cut % 64 == 0:
+        torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+def test_a_mask_that_changes_in_place_is_read_again(model, prompt, said):
+    mask = torch.ones(1, 1, 300, 300).tril().bool()
+    name = register(ALL_BLOCKS)
+    ours = logits(model, name, prompt, attention_mask=mask)
+    torch.testing.assert_close(ours, logits(model, "sdpa", prompt), atol=1e-4, rtol=1e-4)
+    assert said() == []
+    mask[..., 40:, :20] = False
+    ours = logits(model, name, prompt, attention_mask=mask)
+    expected = logits(model, "sdpa", prompt, attention_mask=mask)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    assert "a mask (of padding" in said()[0]
+
+
+def test_the_first_layers_stay_dense_where_they_are_told_to(model, prompt):
+    kept = []
+    few = SparseConfig(selector="fixed", first=0, recent=1, min_prompt=64, dense_layers=1)
+    ours = logits(model, register(few, kept.append), prompt)
+    assert len(kept) == 1
+    assert kept[0] < 1
+    every = few.model_copy(update={"dense_layers": 2})
+    dense = logits(model, register(every, kept.append), prompt)
+    assert len(kept) == 1
+    assert torch.equal(dense, logits(model, "sdpa", prompt))
+    assert (ours - dense).abs().max() > 1e-3
 
 
 def test_nothing_is_said_of_sparse_prefill_decoding_and_short_prompts(model, prompt, said):

@@ -6,6 +6,9 @@
 
 #include <cstdint>
 #include <cstring>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -207,6 +210,14 @@ struct Panels {
   int64_t size() const { return BLOCK * (depth + wide); }
   element* keys(int64_t at) const { return base + at * size(); }
   element* values(int64_t at) const { return keys(at) + BLOCK * depth; }
+  // They are new memory: a page of the usual size each would take as long as filling it.
+  void ask_for_large_pages(const Problem& p) const {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = 4096, first = (reinterpret_cast<uintptr_t>(base) + page - 1) / page * page;
+    const uintptr_t end = reinterpret_cast<uintptr_t>(keys(p.kv_heads * p.blocks)) / page * page;
+    if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+  }
 };
 
 template <class Source, class Kind>
@@ -224,10 +235,17 @@ void pack_keys(const Problem& p, const Panels<Kind>& panels, int64_t head, int64
   }
 }
 
+inline bool lie_together(const int64_t* at, int64_t count) {
+  for (int64_t c = 0; c < count; ++c)
+    if (at[c] != c) return false;
+  return true;
+}
+
 template <class Source, class Kind>
 void pack_values(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t block) {
   typedef typename Kind::element element;
   constexpr int PAIR = Kind::PAIR;
+  const bool together = lie_together(p.v_dim_at, p.d_v);
   element* values = panels.values(head * p.blocks + block);
   const int64_t length = p.block_length[block], first = p.block_token[block];
   std::memset(static_cast<void*>(values), 0, BLOCK * panels.wide * sizeof(element));
@@ -235,7 +253,10 @@ void pack_values(const Problem& p, const Panels<Kind>& panels, int64_t head, int
   for (int64_t t = 0; t < length; ++t) {
     const Source* row = v + p.v_token_at[first + t];
     element* line = values + t / PAIR * panels.wide * PAIR + t % PAIR;
-    for (int64_t c = 0; c < p.d_v; ++c) Kind::put(widen(row[p.v_dim_at[c]]), line[c * PAIR]);
+    if (together)
+      for (int64_t c = 0; c < p.d_v; ++c) Kind::put(widen(row[c]), line[c * PAIR]);
+    else
+      for (int64_t c = 0; c < p.d_v; ++c) Kind::put(widen(row[p.v_dim_at[c]]), line[c * PAIR]);
   }
 }
 
@@ -457,6 +478,7 @@ int64_t scratch_bytes(const Problem& p, const Panels<Kind>& panels) {
 template <class Source, class Kind>
 void estimate(const Problem& p) {
   const Panels<Kind> panels(p);
+  if (!p.keys_packed) panels.ask_for_large_pages(p);
 #pragma omp parallel num_threads(p.threads)
   {
     float* own = static_cast<float*>(__builtin_malloc(scratch_bytes(p, panels)));
@@ -473,6 +495,7 @@ void estimate(const Problem& p) {
 template <class Source, class Kind>
 void run(const Problem& p) {
   const Panels<Kind> panels(p);
+  if (!p.keys_packed) panels.ask_for_large_pages(p);
   const int64_t group_rows = p.heads / p.kv_heads * p.tiles;
   for (int64_t row = 0; row < p.heads * p.tiles; ++row)
     for (int64_t at = p.rows[row]; at < p.rows[row + 1]; ++at) {

@@ -5,11 +5,14 @@ On a GPU, or without one in Triton's interpreter.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from trimtab.kernels.sparse import (
     SparseShape,
     compressed_attention,
+    launch,
     naive,
     select_blocks,
     selected_attention,
@@ -57,6 +60,35 @@ def agree(
     expected.backward(above)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad.float(), b.grad, **near)
+
+
+def a_popular_block_is_cut_the_same_way_twice():
+    """Its list is longer than a program takes, which is little here, in each of two segments."""
+    whole = launch.fitted
+
+    def in_short_chains(kernel, chosen):
+        chosen, how = whole(kernel, chosen)
+        return chosen, replace(how, tiles=2)
+
+    tokens, heads = 60, 3
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    qkv = [torch.randn(tokens, n, 16, generator=generator) for n in (heads, 1, 1)]
+    cu = torch.tensor([0, tokens], dtype=torch.int32)
+    indices = torch.stack([torch.zeros(tokens), torch.arange(tokens) // 16], -1).int()[None]
+    found = []
+    launch.fitted = in_short_chains
+    for attend in (selected_attention, selected_attention, None):
+        leaves = [x.clone().requires_grad_() for x in qkv]
+        if attend is None:
+            out, _ = naive.selected(*leaves, indices, 16, 0.25)
+        else:
+            out, _ = attend(*leaves, indices, cu, cu, block=16, scale=0.25, workspace_bytes=30_000)
+        out.square().sum().backward()
+        found.append([out, *(x.grad for x in leaves)])
+    launch.fitted = whole
+    for once, again, expected in zip(*found, strict=True):
+        assert torch.equal(once, again)
+        torch.testing.assert_close(once, expected, atol=1e-4, rtol=1e-4)
 
 
 def select_agrees():
@@ -116,12 +148,14 @@ def branch_agrees(dtype, heads, kv_heads, d, d_v, queries, tolerance, branch):
 
 
 agree(torch.float32, 6, 2, 16, 24, 20, 50, 1e-4, workspace_bytes=20_000)
+agree(torch.float32, 3, 3, 16, 16, 20, 40, 1e-4, workspace_bytes=9_000)  # two KV heads, then one
 agree(torch.float32, 2, 1, 16, 16, 9, 200, 1e-4, block=128)  # its backward takes blocks in halves
 agree(torch.float32, 1, 1, 136, 128, 5, 20, 1e-4)  # too wide for a backward in Triton
 agree(torch.float16, 3, 3, 12, 16, 33, 33, 2e-2)
 agree(torch.bfloat16, 5, 1, 16, 16, 33, 33, 6e-2)
 agree(torch.float32, 6, 2, 16, 24, 20, 50, 1e-4, workspace_bytes=20_000, as_published=True)
 agree(torch.float16, 3, 3, 12, 16, 33, 33, 2e-2, as_published=True)
+a_popular_block_is_cut_the_same_way_twice()
 select_agrees()
 branch_agrees(torch.float32, 6, 2, 16, 24, 70, 1e-4, "sliding")
 branch_agrees(torch.float32, 6, 2, 16, 24, 70, 1e-4, "compressed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from trimtab.kernels.sparse import (
     SparseShape,
     blockwise,
+    launch,
     naive,
     published,
     select_blocks,
@@ -23,6 +25,7 @@ from trimtab.kernels.sparse import (
     tables,
 )
 from trimtab.kernels.sparse.chosen import Chosen
+from trimtab.kernels.sparse.gpu_tiles import Tile
 
 pytestmark = pytest.mark.integration
 
@@ -243,6 +246,66 @@ def test_items_cover_a_row_that_everybody_chose():
     assert items.row.tolist()[:47] == [0] * 47
     assert items.chunk.tolist()[:47] == list(range(47))
     assert (items.row[47:] == -1).all()
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 50), min_size=3, max_size=3), min_size=1), st.integers(1, 9)
+)
+def test_work_items_cover_every_row_once_and_the_longest_come_first(lengths, size):
+    most = max(sum(row) for row in lengths)
+    work = tables.work(torch.tensor(lengths), most, size)
+    for number, segment in enumerate(lengths):
+        items = zip(work.row[number].tolist(), work.chunk[number].tolist(), strict=True)
+        known = [(row, chunk) for row, chunk in items if row >= 0]
+        expected = [(r, c) for r, n in enumerate(segment) for c in range(-(-n // size))]
+        assert sorted(known) == expected
+        assert (work.row[number, len(known) :] == -1).all()
+        left = [min(size, segment[row] - chunk * size) for row, chunk in known]
+        assert left == sorted(left, reverse=True)
+        beyond = [max(0, -(-n // size) - 1) for n in segment]
+        assert work.further[number].diff().tolist() == beyond
+        assert sum(beyond) <= most // size
+
+
+@given(
+    st.sampled_from([(1, 1), (6, 3), (7, 7), (10, 5)]),
+    st.integers(1, 40),
+    st.integers(0, 20_000),
+    st.booleans(),
+)
+def test_lots_cover_every_query_and_kv_head_once_within_the_workspace(
+    head_counts, queries, workspace_bytes, shared
+):
+    *qkv, cu_q, cu_k = drawn(14, *head_counts, 8, 8, [(queries, queries)])
+    indices = some_blocks(14, head_counts[1], queries, 3)
+    chosen = chosen_of(qkv, cu_q, cu_k, indices, workspace_bytes=workspace_bytes)
+    seen = torch.zeros(head_counts[1], queries, dtype=torch.int64)
+    found = list(launch.segments(chosen, Tile(16, 4, 1), 24, shared=shared))
+    for of in found:
+        seen[of.kv, of.part] += 1
+        assert of.heads == slice(of.kv.start * chosen.group, of.kv.stop * chosen.group)
+        taken = of.entries * chosen.group * 24
+        assert taken <= workspace_bytes or of.entries == chosen.top
+        rows = of.table.rows - of.table.rows[0]
+        ids = chosen.ids[of.kv, of.part]
+        assert rows[-1] == (ids >= 0).sum()
+        for at, kv_head in enumerate(ids):
+            for number in range(chosen.blocks.first.numel()):
+                row = at * chosen.blocks.first.numel() + number
+                listed = of.table.query[of.table.rows[row] : of.table.rows[row + 1]]
+                assert listed.tolist() == (kv_head == number).any(-1).nonzero().flatten().tolist()
+    assert (seen == 1).all()
+
+
+def test_segments_have_as_many_queries_of_a_kv_head_as_fit():
+    *qkv, cu_q, cu_k = drawn(15, 6, 3, 8, 8, [(40, 40)])
+    room = 2 * 40 * 4 * 24
+    chosen = chosen_of(qkv, cu_q, cu_k, some_blocks(15, 3, 40, 4), workspace_bytes=room)
+    parts = [(of.kv, of.part) for of in launch.segments(chosen, Tile(16, 4, 1), 24)]
+    assert parts == [(slice(n, n + 1), slice(0, 40)) for n in range(3)]
+    chosen = replace(chosen, workspace_bytes=2 * room)
+    parts = [(of.kv, of.part) for of in launch.segments(chosen, Tile(16, 4, 1), 24)]
+    assert parts == [(slice(0, 2), slice(0, 40)), (slice(2, 3), slice(0, 40))]
 
 
 def chosen_of(qkv, cu_q, cu_k, indices, block=16, workspace_bytes=1 << 24):

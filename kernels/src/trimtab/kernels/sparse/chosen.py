@@ -12,6 +12,24 @@ from trimtab.kernels.sparse import tables
 from trimtab.kernels.sparse.tables import BlockMajor, Blocks, Queries
 from trimtab.kernels.sparse.tiles import wide
 
+_TABLE_BYTES = 64
+"""What a choice takes at most while its table is made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lot:
+    """Segments that share an index table: all are of so many KV heads and queries.
+
+    A segment has some queries of one KV head, or all queries of some.
+    """
+
+    kv: slice
+    part: slice
+    heads: int
+    """KV heads of each segment."""
+    step: int
+    """Queries of each but the last of a KV head."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
@@ -55,6 +73,32 @@ class Chosen:
         for begin in range(0, count, step):
             part = slice(begin, min(count, begin + step))
             yield part, tables.block_major(self.ids[:, part], self.blocks.first.numel())
+
+    def lots(self, part_bytes: int, *, shared: bool) -> Iterator[Lot]:
+        """Segments of KV heads and queries whose partial results fit the workspace.
+
+        They have as many queries of a KV head as fit, so that lists are long and a block's keys are
+        read few times, and more KV heads only where all queries fit.
+
+        Args:
+            part_bytes: what one query, head and slot takes.
+            shared: whether segments share tables, which then fit the workspace too.
+        """
+        count, kv_heads = self.q.shape[0], self.k.shape[1]
+        query_bytes = max(1, self.group * self.top * part_bytes)
+        pieces = -(-count // max(1, self.workspace_bytes // query_bytes))
+        step = -(-count // pieces)
+        pieces = -(-count // step)
+        heads = max(1, min(kv_heads, self.workspace_bytes // (query_bytes * count)))
+        together = self.workspace_bytes // (heads * step * self.top * _TABLE_BYTES) if shared else 1
+        lines = heads * max(1, together // pieces)
+        queries = step * max(1, min(pieces, together))
+        whole = kv_heads // heads * heads
+        for first, end, each in ((0, whole, heads), (whole, kv_heads, kv_heads - whole)):
+            for kv in range(first, end, lines):
+                for begin in range(0, count, queries):
+                    part = slice(begin, min(count, begin + queries))
+                    yield Lot(slice(kv, min(end, kv + lines)), part, each, step)
 
     def halved(self) -> Chosen:
         """The same in blocks of half as many tokens, two for each that was chosen."""

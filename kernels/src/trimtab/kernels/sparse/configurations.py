@@ -50,6 +50,9 @@ KERNELS: Mapping[str, Kernel] = {
     "backward": Kernel(
         "triton_selected", "backward", "backward", {"dk": "wide", "dv": "wide"}, blocks=True
     ),
+    "add_chunks": Kernel(
+        "triton_selected", "add_chunks", "backward", {"dk": "wide", "dv": "wide"}, blocks=True
+    ),
     "sum_parts": Kernel("triton_selected", "sum_parts", None, {"part": "wide"}),
     "entry_logarithms": Kernel("triton_select", "entry_logarithms", "select", {}),
     "best_blocks": Kernel("triton_select", "best_blocks", "select", {"out": "*i32"}),
@@ -77,9 +80,9 @@ _PASSES: Mapping[str, int] = {"forward": 0, "published_maxima": 1, "published_fo
 """``WHOLE``, ``MAXIMA`` and ``SHIFTED`` of `triton_selected`."""
 
 _NARROW = ("q", "k", "v", "entries", "gradient", "out", "part", "dq", "dk", "dv")
-_WIDE = ("part_max", "part_sum", "lse", "delta", "dq_part")
+_WIDE = ("part_max", "part_sum", "lse", "delta", "dq_part", "further_k", "further_v")
 _LONG = ("rows", "block_first", "block_length", "last", "low", "high", "first_query", "end_query")
-_LONG_TOO = ("tile_first", "tile_length", "entry_first", "visible", "own")
+_LONG_TOO = ("further", "tile_first", "tile_length", "entry_first", "visible", "own")
 _INT = ("query", "item_row", "item_chunk", "place", "pages", "lists", "counts")
 _NUMBERS = ("blocks", "queries", "tokens", "tiles", "samples", "position")
 _STRIDES = ("page_stride", "head_stride", "slot_stride")
@@ -146,6 +149,7 @@ class Configuration:
             "RECENT": 2,
             "NORMALISED": self.kernel == "merge",
             "PASS": _PASSES.get(self.kernel),
+            "CHUNK": self.tile.chunk,
             "STEP": 8,
             "PAGE": 16,
             "PER_PROGRAM": self.tile.columns,

@@ -21,6 +21,14 @@ class Tile:
     stages: int
     columns: int = 0
     """Keys or entries of a tile, where these are no blocks; of an estimate, blocks of a program."""
+    tiles: int = 8
+    """What a program of the selected branch takes at most of a block's queries; it reads its keys
+    once, and a chain of more than that would keep others waiting."""
+
+    @property
+    def chunk(self) -> int:
+        """Rows of a program of the selected branch at most."""
+        return self.rows * self.tiles
 
 
 def padded(size: int) -> int:
@@ -63,30 +71,51 @@ class Rule:
     """0 for kernels that know no blocks."""
 
 
-_MAIN = (Rule(384, Tile(64, 4, 2), 128), Rule(512, Tile(64, 8, 2), 128))
-_MAIN_WIDE = (Rule(512, Tile(32, 4, 2), 64),)
-_MAIN_IN_FP32 = (Rule(256, Tile(32, 8, 1), 32), Rule(512, Tile(16, 8, 1), 32))
+_MAIN: Mapping[tuple[str, int], tuple[Rule, ...]] = {
+    ("cuda", 2): (
+        Rule(384, Tile(64, 4, 2), 64),
+        Rule(128, Tile(64, 8, 2), 128),
+        Rule(256, Tile(64, 8, 1), 128),
+        Rule(512, Tile(32, 8, 2), 64),
+        Rule(384, Tile(32, 8, 2), 128),
+        Rule(512, Tile(32, 8, 1), 128),
+    ),
+    ("cuda", 4): (
+        Rule(128, Tile(32, 8, 1), 64),
+        Rule(256, Tile(32, 8, 1), 32),
+        Rule(512, Tile(16, 8, 1), 32),
+    ),
+    ("hip", 2): (
+        Rule(384, Tile(64, 4, 2), 64),
+        Rule(256, Tile(64, 4, 1), 128),
+        Rule(512, Tile(32, 4, 2), 64),
+        Rule(512, Tile(16, 4, 1), 128),
+    ),
+    ("hip", 4): (Rule(256, Tile(32, 4, 2), 64), Rule(512, Tile(16, 4, 1), 64)),
+}
+"""Of the selected branch forward, ours and as published, by backend and bytes of an item."""
+
 _ANY = 1 << 30
 _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
-    ("forward", "cuda", 2): _MAIN,
-    ("forward", "cuda", 4): (Rule(128, Tile(64, 8, 1), 64), *_MAIN_IN_FP32),
-    ("forward", "hip", 2): (Rule(384, Tile(64, 4, 2), 128), Rule(512, Tile(32, 4, 2), 128)),
-    ("forward", "hip", 4): _MAIN_WIDE,
-    ("published", "cuda", 2): (Rule(256, Tile(64, 4, 2), 128), Rule(512, Tile(64, 8, 2), 128)),
-    ("published", "cuda", 4): (Rule(128, Tile(32, 8, 1), 64), *_MAIN_IN_FP32),
-    ("published", "hip", 2): (Rule(512, Tile(64, 4, 2), 128),),
-    ("published", "hip", 4): _MAIN_WIDE,
-    ("backward", "cuda", 2): (Rule(256, Tile(32, 8, 2), 64), Rule(512, Tile(16, 8, 1), 64)),
-    ("backward", "cuda", 4): (Rule(128, Tile(16, 8, 1), 64), Rule(256, Tile(16, 8, 1), 16)),
+    **{(kernel, *of): rules for kernel in ("forward", "published") for of, rules in _MAIN.items()},
+    ("published", "cuda", 2): (Rule(384, Tile(64, 8, 2), 64), *_MAIN["cuda", 2][1:]),
+    ("backward", "cuda", 2): (
+        Rule(256, Tile(32, 8, 2, tiles=64), 64),
+        Rule(512, Tile(16, 8, 1, tiles=128), 64),
+    ),
+    ("backward", "cuda", 4): (
+        Rule(128, Tile(16, 8, 1, tiles=128), 64),
+        Rule(256, Tile(16, 8, 1, tiles=128), 16),
+    ),
     ("backward", "hip", 2): (
-        Rule(256, Tile(32, 4, 1), 64),
-        Rule(384, Tile(16, 4, 1), 64),
-        Rule(512, Tile(16, 4, 1), 32),
+        Rule(256, Tile(32, 4, 1, tiles=64), 64),
+        Rule(384, Tile(16, 4, 1, tiles=128), 64),
+        Rule(512, Tile(16, 4, 1, tiles=128), 32),
     ),
     ("backward", "hip", 4): (
-        Rule(128, Tile(16, 4, 1), 64),
-        Rule(256, Tile(16, 4, 1), 32),
-        Rule(512, Tile(16, 4, 1), 16),
+        Rule(128, Tile(16, 4, 1, tiles=128), 64),
+        Rule(256, Tile(16, 4, 1, tiles=128), 32),
+        Rule(512, Tile(16, 4, 1, tiles=128), 16),
     ),
     ("select", "cuda", 2): (
         Rule(256, Tile(32, 4, 2, 64), _ANY),

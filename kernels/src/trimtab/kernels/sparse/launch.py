@@ -1,4 +1,4 @@
-"""The Triton kernels called in order, in segments of queries that fit a workspace."""
+"""The Triton kernels called in order, in segments that fit a workspace."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trimtab.kernels.sparse.gpu_tiles import (
     tile,
 )
 from trimtab.kernels.sparse.shape import SparseShape
-from trimtab.kernels.sparse.tables import BlockMajor, Queries, Schedule
+from trimtab.kernels.sparse.tables import BlockMajor, Queries
 
 logger = logging.getLogger(__name__)
 
@@ -86,23 +86,55 @@ def fitted(kernel: str, chosen: Chosen) -> tuple[Chosen, Tile]:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Queries whose parts fit the workspace, the table of their choices, and its work items."""
+    """Queries and KV heads whose parts fit the workspace, what they chose, and the work items."""
 
     part: slice
+    kv: slice
+    heads: slice
     table: BlockMajor
-    items: Schedule
+    """Of these alone, but that its lists lie in those of other segments, whose length is fixed."""
+    entries: int
+    """Choices at most."""
+    item_row: Tensor
+    item_chunk: Tensor
+    further: Tensor
 
 
-def segments(chosen: Chosen, how: Tile, part_bytes: int) -> Iterator[Segment]:
-    """As `Chosen.segments`, with the work items of a tile."""
-    for part, table in chosen.segments(part_bytes):
-        yield Segment(part, table, tables.schedule(table, chosen.group, how.rows))
+def segments(
+    chosen: Chosen, how: Tile, part_bytes: int, *, shared: bool = False
+) -> Iterator[Segment]:
+    """The segments of `Chosen.lots`, with the work items of a tile."""
+    group, blocks = chosen.group, chosen.blocks.first.numel()
+    for lot in chosen.lots(part_bytes, shared=shared):
+        ids = chosen.ids[lot.kv, lot.part]
+        _, count, top = ids.shape
+        pieces = -(-count // lot.step)
+        padding = (0, 0, 0, pieces * lot.step - count)
+        lines = torch.nn.functional.pad(ids, padding, value=-1).reshape(-1, lot.step, top)
+        table = tables.block_major(lines, blocks)
+        row_count, entries = lot.heads * blocks, lot.heads * lot.step * top
+        lengths = table.rows.diff().view(-1, row_count) * group
+        work = tables.work(lengths, entries * group, how.chunk)
+        for number in range(lengths.shape[0]):
+            kv_head, piece = divmod(number * lot.heads, pieces)
+            begin = lot.part.start + piece * lot.step
+            kv = slice(lot.kv.start + kv_head, lot.kv.start + kv_head + lot.heads)
+            place = table.place[number * lot.heads : (number + 1) * lot.heads]
+            rows = table.rows[number * row_count : (number + 1) * row_count + 1]
+            yield Segment(
+                slice(begin, min(lot.part.stop, begin + lot.step)),
+                kv,
+                slice(kv.start * group, kv.stop * group),
+                BlockMajor(rows, table.query, place),
+                entries,
+                *(work.row[number], work.chunk[number], work.further[number]),
+            )
 
 
 def pass_over_blocks(
     kind: Any, chosen: Chosen, how: Tile, of: Segment, written: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    """One of the main kernel's passes over the blocks of a segment of queries.
+    """One of the main kernel's passes over the blocks of a segment.
 
     Args:
         kind: ``WHOLE``, ``MAXIMA`` or ``SHIFTED`` of `triton_selected`.
@@ -113,17 +145,18 @@ def pass_over_blocks(
     """
     from trimtab.kernels.sparse import triton_selected as kernels
 
-    blocks, part, table, items = chosen.blocks, of.part, of.table, of.items
-    kernels.forward[(items.row.numel(),)](
-        *(chosen.q[part], chosen.k, chosen.v, *written),
-        *(table.rows, table.query, items.row, items.chunk),
-        *(blocks.first, blocks.length, chosen.queries.last[part]),
+    blocks = chosen.blocks
+    kernels.forward[(of.item_row.numel(),)](
+        *(chosen.q[of.part, of.heads], chosen.k[:, of.kv], chosen.v[:, of.kv], *written),
+        *(of.table.rows, of.table.query, of.item_row, of.item_chunk),
+        *(blocks.first, blocks.length, chosen.queries.last[of.part]),
         *(chosen.scale, blocks.first.numel()),
         **of_keys(chosen.q, chosen.k),
         **of_values(chosen.v),
         **launched(how),
         BLOCK=chosen.block,
         ROWS=how.rows,
+        CHUNK=how.chunk,
         PASS=kind.value,
     )
 
@@ -140,9 +173,10 @@ def merge(
     """Joins the parts of a segment's queries: outputs, what each is shifted by, and sums."""
     from trimtab.kernels.sparse import triton_selected as kernels
 
-    queries = of.part.stop - of.part.start
-    kernels.merge[(queries, chosen.k.shape[1])](
-        *(*parts, of.table.place, out[of.part], lse[of.part], queries),
+    kv_heads, queries, _ = of.table.place.shape
+    kernels.merge[(of.part.stop - of.part.start, kv_heads)](
+        *(*parts, of.table.rows, of.table.place),
+        *(out[of.part, of.heads], lse[of.part, of.heads], queries),
         **of_group(chosen),
         **of_values(chosen.v),
         NORMALISED=normalised,
@@ -156,9 +190,10 @@ def selected_forward(chosen: Chosen) -> tuple[Tensor, Tensor]:
     chosen, how = fitted("forward", chosen)
     q, v = chosen.q, chosen.v
     out, lse = chosen.unwritten()
-    for of in segments(chosen, how, v.shape[-1] * q.element_size() + 8):
-        entries = of.table.query.numel() * chosen.group
-        parts = q.new_empty(entries, v.shape[-1]), lse.new_empty(entries), lse.new_empty(entries)
+    part_bytes = v.shape[-1] * q.element_size() + 8
+    for of in segments(chosen, how, part_bytes, shared=True):
+        rows = of.entries * chosen.group
+        parts = q.new_empty(rows, v.shape[-1]), lse.new_empty(rows), lse.new_empty(rows)
         pass_over_blocks(WHOLE, chosen, how, of, parts)
         merge(chosen, of, parts, out, lse, normalised=True)
     return out, lse
@@ -174,26 +209,42 @@ def selected_backward(
         return blockwise.backward(gradient, out, lse, chosen)
     chosen, how = fitted("backward", chosen)
     q, k, v, blocks = chosen.q, chosen.k, chosen.v, chosen.blocks
+    d, d_v, chunk = q.shape[-1], v.shape[-1], how.chunk
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
     delta = (gradient.float() * out.float()).sum(-1)
-    for part, table in chosen.segments(q.shape[-1] * 4):
-        partial = dk.new_empty(table.query.numel() * chosen.group, q.shape[-1])
-        kernels.backward[(table.rows.numel() - 1,)](
-            *(q[part], k, v, gradient[part], lse[part], delta[part], partial, dk, dv),
-            *(table.rows, table.query, blocks.first, blocks.length, chosen.queries.last[part]),
+    sizes = {**of_keys(q, k), **of_values(v), **launched(how), "BLOCK": chosen.block}
+    widen = {"WIDEN": sizes.pop("WIDEN")}
+    part_bytes = 4 * (d + -(-chosen.block * (d + d_v) // chunk))
+    for of in segments(chosen, how, part_bytes, shared=True):
+        mine, rows = (of.part, of.heads), of.entries * chosen.group
+        its_dk, its_dv = dk[:, of.kv], dv[:, of.kv]
+        partial = dk.new_empty(rows, d)
+        further = rows // chunk * chosen.block
+        further_k, further_v = dk.new_empty(further, d), dk.new_empty(further, d_v)
+        kernels.backward[(of.item_row.numel(),)](
+            *(q[mine], k[:, of.kv], v[:, of.kv], gradient[mine], lse[mine], delta[mine]),
+            *(partial, its_dk, its_dv, further_k, further_v),
+            *(of.table.rows, of.table.query, of.item_row, of.item_chunk, of.further),
+            *(blocks.first, blocks.length, chosen.queries.last[of.part]),
             *(chosen.scale, blocks.first.numel()),
-            **of_keys(q, k),
-            **of_values(v),
-            **launched(how),
-            BLOCK=chosen.block,
+            **sizes,
+            **widen,
             ROWS=how.rows,
+            CHUNK=chunk,
         )
-        kernels.sum_parts[(part.stop - part.start, k.shape[1])](
-            *(partial, table.place, dq[part], part.stop - part.start),
+        if further:
+            kernels.add_chunks[(of.table.rows.numel() - 1,)](
+                *(its_dk, its_dv, further_k, further_v, of.further),
+                *(blocks.first, blocks.length, blocks.first.numel()),
+                **sizes,
+            )
+        kv_heads, queries, _ = of.table.place.shape
+        kernels.sum_parts[(of.part.stop - of.part.start, kv_heads)](
+            *(partial, of.table.rows, of.table.place, dq[mine], queries),
             **of_group(chosen),
-            D=q.shape[-1],
-            PAD=padded(q.shape[-1]),
+            D=d,
+            PAD=padded(d),
         )
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 

@@ -101,12 +101,13 @@ class BlockMajor:
 def block_major(ids: Tensor, blocks: int) -> BlockMajor:
     """Inverts lists of blocks ``ids [kv_heads, queries, top]`` (-1 is none); a stable sort."""
     kv_heads, queries, top = ids.shape
-    head = torch.arange(kv_heads, device=ids.device)[:, None, None] * blocks
-    row = torch.where(ids < 0, kv_heads * blocks, ids + head).flatten()
+    keys = torch.int32 if kv_heads * blocks < 2**31 - 1 else torch.int64
+    counted = torch.int32 if ids.numel() < 2**31 else torch.int64
+    head = torch.arange(kv_heads, dtype=keys, device=ids.device)[:, None, None] * blocks
+    row = (ids.to(keys) + head).masked_fill(ids < 0, kv_heads * blocks).flatten()
     ordered = row.sort(stable=True)
-    starts = torch.arange(kv_heads * blocks + 1, device=ids.device)
+    starts = torch.arange(kv_heads * blocks + 1, dtype=keys, device=ids.device)
     rows = torch.searchsorted(ordered.values, starts)
-    counted = torch.int32 if row.numel() < 2**31 else torch.int64
     place = torch.empty_like(row, dtype=counted)
     place[ordered.indices] = torch.arange(row.numel(), dtype=counted, device=ids.device)
     place = place.masked_fill(row == kv_heads * blocks, -1).view(ids.shape)
@@ -132,3 +133,41 @@ def schedule(table: BlockMajor, group: int, rows_per_item: int) -> Schedule:
     inside = row.clamp(max=counts.numel() - 1)
     chunk = items - (ends - counts)[inside]
     return Schedule(row.masked_fill(row == counts.numel(), -1).int(), chunk.int())
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The work items of several segments, the longest of each first, and chunks beyond the first.
+
+    A row of a segment is a KV head and block. Its chunks add up to one result, so that those
+    beyond its first need places of their own.
+    """
+
+    row: Tensor
+    """``[segments, items]`` int32, -1 behind the last."""
+    chunk: Tensor
+    further: Tensor
+    """Where the further chunks of each row begin, ``[segments, rows + 1]`` int64."""
+
+
+def work(lengths: Tensor, most: int, rows_per_item: int) -> Work:
+    """Cuts rows into items, as `schedule` does, for several segments at once.
+
+    Args:
+        lengths: queries times heads of each row, ``[segments, rows]``.
+        most: what the lengths of a segment can add up to at most.
+        rows_per_item: of a chunk.
+    """
+    counts = (lengths + rows_per_item - 1) // rows_per_item
+    ends = counts.cumsum(1)
+    segments, rows = lengths.shape
+    items = torch.arange(most // rows_per_item + rows, device=ends.device).repeat(segments, 1)
+    row = torch.searchsorted(ends, items, right=True)
+    inside = row.clamp(max=rows - 1)
+    chunk = items - (ends - counts).gather(1, inside)
+    left = (lengths.gather(1, inside) - chunk * rows_per_item).clamp(max=rows_per_item)
+    absent = row == rows
+    order = left.masked_fill(absent, 0).sort(dim=1, descending=True, stable=True).indices
+    further = torch.nn.functional.pad((counts - 1).clamp(min=0).cumsum(1), (1, 0))
+    known = row.masked_fill(absent, -1)
+    return Work(known.gather(1, order).int(), chunk.gather(1, order).int(), further)

@@ -20,14 +20,26 @@ SHIFTED = tl.constexpr(2)
 
 
 @triton.jit
-def _rows(row, offset, rows, query, kv_head, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """Entries of a row that a tile holds: entry, query, head, whether it is there."""
-    begin = tl.load(rows + row)
-    end = tl.load(rows + row + 1)
-    at = begin * GROUP + offset + tl.arange(0, ROWS)
-    there = at < end * GROUP
-    entry = at // GROUP
-    token = tl.load(query + entry, mask=there, other=0).to(tl.int64)
+def _item(item_row, item_chunk, rows, GROUP: tl.constexpr, CHUNK: tl.constexpr):
+    """A work item: its row and chunk, and its rows of tiles, from where the segment's begin.
+
+    Absent items are of row -1, and have no rows.
+    """
+    row = tl.load(item_row + tl.program_id(0)).to(tl.int64)
+    chunk = tl.load(item_chunk + tl.program_id(0)).to(tl.int64)
+    known = row >= 0
+    base = tl.load(rows)
+    begin = (tl.load(rows + row, mask=known, other=0) - base) * GROUP + chunk * CHUNK
+    end = (tl.load(rows + row + 1, mask=known, other=0) - base) * GROUP
+    return row, chunk, base, begin, tl.minimum(begin + CHUNK, end)
+
+
+@triton.jit
+def _rows(begin, stop, base, query, kv_head, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """What a tile holds of an item: rows, whether each is there, its query and head."""
+    at = begin + tl.arange(0, ROWS)
+    there = at < stop
+    token = tl.load(query + base + at // GROUP, mask=there, other=0).to(tl.int64)
     return at, there, token, kv_head * GROUP + at % GROUP
 
 
@@ -98,38 +110,6 @@ def _block(block_first, block_length, block, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _logits(
-    q,
-    k,
-    lists,
-    row,
-    chunk,
-    scale,
-    blocks,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """One chunk of one block's queries: logits to base 2, which are visible, and where they lie.
-
-    ``lists`` is the rows, their queries, the blocks' beginnings and lengths, and last keys.
-    """
-    kv_head = row // blocks
-    at, there, token, head = _rows(row, chunk * ROWS, lists[0], lists[1], kv_head, GROUP, ROWS)
-    queries = _tile(q, token, head, there, HEADS, D, PAD)
-    key, inside = _block(lists[2], lists[3], row % blocks, BLOCK)
-    keys = _tile(k, key, kv_head, inside, HEADS // GROUP, D, PAD)
-    own = tl.load(lists[4] + token, mask=there, other=-1)
-    visible = inside[None, :] & (key[None, :] <= own[:, None])
-    logits = _dot(queries, tl.trans(keys), WIDEN) * (scale * LOG2_E)
-    return tl.where(visible, logits, LEAST), visible, at, there, key, inside, kv_head
-
-
-@triton.jit
 def forward(
     q,
     k,
@@ -154,6 +134,7 @@ def forward(
     PAD_V: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
     WIDEN: tl.constexpr,
     PASS: tl.constexpr,
 ):
@@ -162,27 +143,33 @@ def forward(
     Parts are normalised, and shifted by their own maxima. FSA's published passes are `MAXIMA`,
     which writes nothing else, and `SHIFTED`, by the ``part_max`` it is given, not normalised.
     """
-    row = tl.load(item_row + tl.program_id(0)).to(tl.int64)
+    row, _, base, begin, stop = _item(item_row, item_chunk, rows, GROUP, CHUNK)
     if row >= 0:
-        chunk = tl.load(item_chunk + tl.program_id(0)).to(tl.int64)
-        lists = (rows, query, block_first, block_length, last)
-        logits, visible, at, there, key, inside, kv_head = _logits(
-            q, k, lists, row, chunk, scale, blocks, HEADS, GROUP, D, PAD, BLOCK, ROWS, WIDEN
-        )
-        if PASS == SHIFTED:
-            top = tl.load(part_max + at, mask=there, other=0.0)
-        else:
-            top = tl.max(logits, 1)
-            tl.store(part_max + at, top, mask=there)
+        kv_head = row // blocks
+        key, inside = _block(block_first, block_length, row % blocks, BLOCK)
+        keys = _tile(k, key, kv_head, inside, HEADS // GROUP, D, PAD)
         if PASS != MAXIMA:
-            p = tl.where(visible, tl.exp2(logits - top[:, None]), 0.0)
-            total = tl.sum(p, 1)
             values = _tile(v, key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
-            out = _dot(p.to(values.dtype), values, WIDEN)
-            if PASS == WHOLE:
-                out = out / tl.maximum(total, 1e-30)[:, None]
-            tl.store(part_sum + at, total, mask=there)
-            _put(part, at, 0, there, out, 1, D_V, PAD_V)
+        for offset in range(begin, stop, ROWS):
+            at, there, token, head = _rows(offset, stop, base, query, kv_head, GROUP, ROWS)
+            queries = _tile(q, token, head, there, HEADS, D, PAD)
+            own = tl.load(last + token, mask=there, other=-1)
+            visible = inside[None, :] & (key[None, :] <= own[:, None])
+            logits = _dot(queries, tl.trans(keys), WIDEN) * (scale * LOG2_E)
+            logits = tl.where(visible, logits, LEAST)
+            if PASS == SHIFTED:
+                top = tl.load(part_max + at, mask=there, other=0.0)
+            else:
+                top = tl.max(logits, 1)
+                tl.store(part_max + at, top, mask=there)
+            if PASS != MAXIMA:
+                p = tl.where(visible, tl.exp2(logits - top[:, None]), 0.0)
+                total = tl.sum(p, 1)
+                out = _dot(p.to(values.dtype), values, WIDEN)
+                if PASS == WHOLE:
+                    out = out / tl.maximum(total, 1e-30)[:, None]
+                tl.store(part_sum + at, total, mask=there)
+                _put(part, at, 0, there, out, 1, D_V, PAD_V)
 
 
 @triton.jit
@@ -190,6 +177,7 @@ def merge(
     part,
     part_max,
     part_sum,
+    rows,
     place,
     out,
     lse,
@@ -215,9 +203,10 @@ def merge(
     top = tl.full((GROUP_PAD,), LEAST, tl.float32)
     total = tl.zeros((GROUP_PAD,), tl.float32)
     acc = tl.zeros((GROUP_PAD, PAD_V), tl.float32)
+    base = tl.load(rows)
     for slot in range(TOP):
         entry = tl.load(place + (kv_head * queries + token) * TOP + slot).to(tl.int64)
-        at = entry * GROUP + member
+        at = (entry - base) * GROUP + member
         known = there & (at >= 0)
         its_top = tl.load(part_max + at, mask=known, other=LEAST)
         its_sum = tl.load(part_sum + at, mask=known, other=0.0)
@@ -249,8 +238,13 @@ def backward(
     dq_part,
     dk,
     dv,
+    further_k,
+    further_v,
     rows,
     query,
+    item_row,
+    item_chunk,
+    further,
     block_first,
     block_length,
     last,
@@ -264,38 +258,87 @@ def backward(
     PAD_V: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """All queries of one block: its dK and dV, in float32 over the group, and parts of dQ."""
+    """One chunk of one block's queries: dK and dV, in float32 over the group, and parts of dQ.
+
+    A block's first chunk is added to what earlier segments found. Its further ones are written to
+    places of their own, and `add_chunks` adds them in their order.
+    """
+    row, chunk, base, begin, stop = _item(item_row, item_chunk, rows, GROUP, CHUNK)
+    if row >= 0:
+        kv_head = row // blocks
+        key, inside = _block(block_first, block_length, row % blocks, BLOCK)
+        keys = _tile(k, key, kv_head, inside, HEADS // GROUP, D, PAD)
+        values = _tile(v, key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
+        former = inside & (chunk + tl.zeros((BLOCK,), tl.int64) == 0)
+        sum_k = _tile(dk, key, kv_head, former, HEADS // GROUP, D, PAD)
+        sum_v = _tile(dv, key, kv_head, former, HEADS // GROUP, D_V, PAD_V)
+        for offset in range(begin, stop, ROWS):
+            at, there, token, head = _rows(offset, stop, base, query, kv_head, GROUP, ROWS)
+            queries = _tile(q, token, head, there, HEADS, D, PAD)
+            above = _tile(gradient, token, head, there, HEADS, D_V, PAD_V)
+            own = tl.load(last + token, mask=there, other=-1)
+            visible = inside[None, :] & (key[None, :] <= own[:, None]) & there[:, None]
+            stat = token * HEADS + head
+            p, ds = _slopes(
+                queries, keys, values, above, stat, lse, delta, there, visible, scale, WIDEN
+            )
+            sum_v += _dot(tl.trans(p).to(above.dtype), above, WIDEN)
+            ds = ds.to(queries.dtype)
+            sum_k += _dot(tl.trans(ds), queries, WIDEN)
+            _put(dq_part, at, 0, there, _dot(ds, keys, WIDEN), 1, D, PAD)
+        if chunk == 0:
+            _put(dk, key, kv_head, inside, sum_k, HEADS // GROUP, D, PAD)
+            _put(dv, key, kv_head, inside, sum_v, HEADS // GROUP, D_V, PAD_V)
+        else:
+            line = (tl.load(further + row) + chunk - 1) * BLOCK + tl.arange(0, BLOCK)
+            _put(further_k, line, 0, inside, sum_k, 1, D, PAD)
+            _put(further_v, line, 0, inside, sum_v, 1, D_V, PAD_V)
+
+
+@triton.jit
+def add_chunks(
+    dk,
+    dv,
+    further_k,
+    further_v,
+    further,
+    block_first,
+    block_length,
+    blocks,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    PAD: tl.constexpr,
+    PAD_V: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds a block's further chunks of dK and dV to its first, in their order."""
     row = tl.program_id(0).to(tl.int64)
-    kv_head = row // blocks
-    key, inside = _block(block_first, block_length, row % blocks, BLOCK)
-    keys = _tile(k, key, kv_head, inside, HEADS // GROUP, D, PAD)
-    values = _tile(v, key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
-    sum_k = _tile(dk, key, kv_head, inside, HEADS // GROUP, D, PAD)
-    sum_v = _tile(dv, key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
-    length = (tl.load(rows + row + 1) - tl.load(rows + row)) * GROUP
-    for offset in range(0, length, ROWS):
-        at, there, token, head = _rows(row, offset, rows, query, kv_head, GROUP, ROWS)
-        queries = _tile(q, token, head, there, HEADS, D, PAD)
-        above = _tile(gradient, token, head, there, HEADS, D_V, PAD_V)
-        own = tl.load(last + token, mask=there, other=-1)
-        visible = inside[None, :] & (key[None, :] <= own[:, None]) & there[:, None]
-        stat = token * HEADS + head
-        p, ds = _slopes(
-            queries, keys, values, above, stat, lse, delta, there, visible, scale, WIDEN
-        )
-        sum_v += _dot(tl.trans(p).to(above.dtype), above, WIDEN)
-        ds = ds.to(queries.dtype)
-        sum_k += _dot(tl.trans(ds), queries, WIDEN)
-        _put(dq_part, at, 0, there, _dot(ds, keys, WIDEN), 1, D, PAD)
-    _put(dk, key, kv_head, inside, sum_k, HEADS // GROUP, D, PAD)
-    _put(dv, key, kv_head, inside, sum_v, HEADS // GROUP, D_V, PAD_V)
+    begin = tl.load(further + row)
+    end = tl.load(further + row + 1)
+    if begin < end:
+        kv_head = row // blocks
+        key, inside = _block(block_first, block_length, row % blocks, BLOCK)
+        sum_k = _tile(dk, key, kv_head, inside, HEADS // GROUP, D, PAD)
+        for at in range(begin, end):
+            line = at * BLOCK + tl.arange(0, BLOCK)
+            sum_k += _tile(further_k, line, 0, inside, 1, D, PAD)
+        _put(dk, key, kv_head, inside, sum_k, HEADS // GROUP, D, PAD)
+        sum_v = _tile(dv, key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
+        for at in range(begin, end):
+            line = at * BLOCK + tl.arange(0, BLOCK)
+            sum_v += _tile(further_v, line, 0, inside, 1, D_V, PAD_V)
+        _put(dv, key, kv_head, inside, sum_v, HEADS // GROUP, D_V, PAD_V)
 
 
 @triton.jit
 def sum_parts(
     part,
+    rows,
     place,
     out,
     queries,
@@ -313,9 +356,10 @@ def sum_parts(
     column = tl.arange(0, PAD)
     both = (member < GROUP)[:, None] & (column < D)[None, :]
     acc = tl.zeros((GROUP_PAD, PAD), tl.float32)
+    base = tl.load(rows)
     for slot in range(TOP):
         entry = tl.load(place + (kv_head * queries + token) * TOP + slot).to(tl.int64)
-        at = entry * GROUP + member
+        at = (entry - base) * GROUP + member
         known = both & (at >= 0)[:, None]
         acc += tl.load(part + at[:, None] * D + column[None, :], mask=known, other=0.0)
     _put(out, token, kv_head * GROUP + member, member < GROUP, acc, HEADS, D, PAD)

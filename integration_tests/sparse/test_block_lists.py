@@ -76,7 +76,7 @@ lengths = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 99),
     st.sampled_from([(1, 1), (3, 1), (4, 2), (5, 5)]),
@@ -187,7 +187,7 @@ def rows_of(ids, blocks):
     ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 99),
     st.tuples(st.integers(1, 4), st.integers(1, 70), st.integers(1, 5)),

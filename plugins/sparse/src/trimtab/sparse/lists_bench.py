@@ -125,7 +125,7 @@ def materialised(q: Tensor, entries: Tensor, keys: int, shape: SparseShape) -> T
     """The choice of the last queries of one sequence, by all their scores and ``torch.topk``.
 
     Args:
-        q: ``[queries, heads, d]`` float32.
+        q: ``[queries, heads, d]``; scores are made in float32.
         entries: the compressed keys that they see ``[entries, kv_heads, d]``.
         keys: tokens of the sequence up to the last query.
         shape: sizes.
@@ -137,9 +137,10 @@ def materialised(q: Tensor, entries: Tensor, keys: int, shape: SparseShape) -> T
     queries, _, d = q.shape
     count, kv_heads, _ = entries.shape
     rows = (q * d**-0.5).view(queries, kv_heads, -1, d).permute(1, 2, 0, 3)
-    p = (rows.flatten(1, 2) @ entries.permute(1, 2, 0)).unflatten(1, (-1, queries))
-    at = torch.arange(keys - queries, keys)[:, None]
-    ends = torch.arange(count) * shape.stride + shape.window - 1
+    logits = (rows.flatten(1, 2) @ entries.permute(1, 2, 0)).float()
+    p = logits.unflatten(1, (-1, queries))
+    at = naive.positions(queries, keys, q.device)[:, None]
+    ends = torch.arange(count, device=q.device) * shape.stride + shape.window - 1
     p.masked_fill_(ends > at, float("-inf"))
     p.sub_(p.amax(-1, keepdim=True).clamp_(min=-1e30)).exp_()
     p.div_(p.sum(-1, keepdim=True).clamp_(min=1e-30))
@@ -149,7 +150,7 @@ def materialised(q: Tensor, entries: Tensor, keys: int, shape: SparseShape) -> T
     scores = p.new_zeros(kv_heads, queries, blocks)
     for tap, weight in enumerate(shape.weights):
         scores.add_(padded[..., tap :: shape.entries_per_block][..., :blocks], alpha=weight)
-    ids, own = torch.arange(blocks), at // shape.block
+    ids, own = torch.arange(blocks, device=q.device), at // shape.block
     scores.masked_fill_((ids < shape.first) | (ids > own - shape.recent), float("inf"))
     best = scores.masked_fill_(ids > own, -1.0).topk(min(shape.top, blocks), sorted=False)
     found = best.indices.masked_fill_(best.values < 0, blocks).sort(-1).values.int()

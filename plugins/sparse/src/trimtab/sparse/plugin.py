@@ -49,7 +49,15 @@ def trimtab_benchmarks() -> Sequence[Benchmark]:
 
         return static_bench.run(options, progress)
 
+    def on_gpu(options: Options, progress: Progress) -> list[Case]:
+        from trimtab.sparse import gpu_bench
+
+        return gpu_bench.run(options, progress)
+
     return [
         Benchmark("sparse", "sparse prefill on the CPU: speed, quality, a server's TTFT", sparse),
         Benchmark("sparse-static", "the sparse GPU kernels' resources, without a GPU", static),
+        Benchmark(
+            "sparse-gpu", "the sparse GPU kernels' times on a GPU, and their model's", on_gpu
+        ),
     ]

@@ -13,7 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.kernels.sparse import SparseShape, block_lists, compiled, naive
+from trimtab.kernels.sparse import (
+    SparseShape,
+    block_lists,
+    compiled,
+    naive,
+    select_blocks,
+    tables,
+)
 
 pytestmark = [
     pytest.mark.integration,
@@ -220,6 +227,22 @@ def test_inverted_lists_have_every_choice_once_in_the_order_of_queries(
     assert torch.equal(row, kv_head * blocks + ids[there])
     assert not query[int(rows[-1]) :].any()
     assert all(map(torch.equal, again, (rows, query, place)))
+
+
+def test_tables_and_choices_are_the_same_without_compiled_code():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(-1, 7, (3, 50, 4), generator=generator)
+    shape = SHAPES[0]
+    q, entries, *every = drawn(6, 4, 2, 8, [(90, 90), (5, 40)], shape)
+    ours = tables.block_major(ids, 7), select_blocks(q, entries, *every, shape)
+    with patch.object(block_lists, "code", lambda: None):
+        assert block_lists.invert(ids, 7) is None
+        theirs = tables.block_major(ids, 7), select_blocks(q, entries, *every, shape)
+    assert torch.equal(ours[0].rows, theirs[0].rows)
+    assert torch.equal(ours[0].place, theirs[0].place)
+    known = int(ours[0].rows[-1])
+    assert torch.equal(ours[0].query[:known], theirs[0].query[:known])
+    assert torch.equal(ours[1], theirs[1])
 
 
 def test_what_compiled_code_does_not_know_is_left_to_torch():

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab.kernels.sparse import block_lists
+
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
@@ -99,7 +101,13 @@ class BlockMajor:
 
 
 def block_major(ids: Tensor, blocks: int) -> BlockMajor:
-    """Inverts lists of blocks ``ids [kv_heads, queries, top]`` (-1 is none); a stable sort."""
+    """Inverts lists of blocks ``ids [kv_heads, queries, top]`` (-1 is none); a stable sort.
+
+    On a CPU compiled code counts instead.
+    """
+    counted_out = block_lists.invert(ids, blocks)
+    if counted_out is not None:
+        return BlockMajor(*counted_out)
     kv_heads, queries, top = ids.shape
     keys = torch.int32 if kv_heads * blocks < 2**31 - 1 else torch.int64
     counted = torch.int32 if ids.numel() < 2**31 else torch.int64

@@ -26,6 +26,7 @@ from trimtab.kernels.sparse import (
 )
 from trimtab.kernels.sparse.chosen import Chosen
 from trimtab.kernels.sparse.gpu_tiles import Tile
+from trimtab.sparse import traffic
 
 pytestmark = pytest.mark.integration
 
@@ -448,6 +449,47 @@ def test_a_choice_among_entries_that_do_not_fit_is_refused(change, what):
 def test_shapes_that_cannot_be_are_refused(sizes):
     with pytest.raises(ValueError, match="SparseShape"):
         SparseShape(**sizes)
+
+
+def counted_lists(segments):
+    """What `traffic.Lists` tells of segments, but their number."""
+    further = torch.cat([of.further.diff() for of in segments])
+    return {
+        "launched": sum(of.item_row.numel() for of in segments),
+        "items": sum(int((of.item_row >= 0).sum()) for of in segments),
+        "further": int(further.sum()),
+        "cut": int((further > 0).sum()),
+        "rows": further.numel(),
+    }
+
+
+def test_the_model_of_times_expects_the_tables_that_chance_makes():
+    tokens, kv_heads, top, block = 4096, 4, 16, 64
+    generator = torch.Generator().manual_seed(17)
+    own = torch.arange(tokens)[:, None] // block
+    ids = torch.arange(tokens // block)
+    scores = torch.rand(kv_heads, tokens, tokens // block, generator=generator)
+    scores = scores.masked_fill((ids == 0) | (ids > own - 2), 2).masked_fill(ids > own, -1)
+    kept = scores.topk(top)
+    indices = kept.indices.masked_fill(kept.values < 0, -1).int()
+    _, *kv, cu, _ = drawn(17, kv_heads, kv_heads, 8, 8, [(tokens, tokens)])
+    q = torch.zeros(tokens, 2 * kv_heads, 8)
+    for room, part_bytes in ((1 << 22, 24), (1 << 25, 24), (1 << 25, 1)):
+        chosen = chosen_of([q, *kv], cu, cu, indices, block, room)
+        of = traffic.Sizes(tokens, kv_heads, 2, 8, 8, block, top, 2, room)
+        expected = traffic.lists(of, part_bytes, 512)
+        found = list(launch.segments(chosen, Tile(64, 4, 2), part_bytes, shared=True))
+        assert expected.choices == (chosen.ids >= 0).sum()
+        assert expected.segments == len(found)
+        assert expected.lots == len(list(chosen.lots(part_bytes, shared=True)))
+        for name, real in counted_lists(found).items():
+            assert getattr(expected, name) == pytest.approx(real, rel=0.05), name
+
+
+def test_traffic_is_what_the_kernels_load_and_store():
+    script = Path(__file__).with_name("counted_traffic.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, script], env=environment, check=True, timeout=300)
 
 
 def test_the_gpu_kernels_agree_with_the_mathematics_interpreted_where_there_is_no_gpu():

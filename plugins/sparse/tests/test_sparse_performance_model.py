@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from statistics import fmean
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trimtab.sparse import traffic
 from trimtab.sparse.performance_model import (
     GPUS,
     SYSTEMS,
@@ -16,9 +18,11 @@ from trimtab.sparse.performance_model import (
     errors,
     examples,
     held_out,
+    is_calibration,
     least_squares,
     model,
     right_winners,
+    unseen_blocks,
 )
 from trimtab.sparse.published_figures import RATIOS, TIMES, Run
 
@@ -40,21 +44,34 @@ def test_the_published_figures_are_whole() -> None:
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-def test_the_model_is_as_near_to_forward_times_as_was_asked(gpu: str) -> None:
-    forward = [e for e in examples(gpu, 64) if not e.both]
+def test_the_model_is_as_near_as_was_asked(gpu: str) -> None:
+    assert absolute(calibration(gpu)) <= 0.08
+    assert absolute(held_out(gpu)) <= 0.15
+    forward = [e for e in examples(gpu) if not e.both]
     assert len(forward) == 16
-    assert absolute(errors(model(gpu), forward)) < 0.08
+    assert absolute(errors(model(gpu), forward)) < 0.07
 
 
-@pytest.mark.parametrize(
-    ("gpu", "calibrated", "unseen_blocks"), [("h200", 0.12, 0.24), ("h20", 0.08, 0.14)]
-)
-def test_the_model_is_as_far_off_as_its_page_says(
-    gpu: str, calibrated: float, unseen_blocks: float
-) -> None:
-    assert absolute(calibration(gpu)) < calibrated
-    assert calibrated < absolute(held_out(gpu)) < unseen_blocks
-    assert absolute(across_groups(gpu)) < 0.09
+@pytest.mark.parametrize(("gpu", "groups", "blocks"), [("h200", 0.13, 0.22), ("h20", 0.09, 0.16)])
+def test_the_model_is_as_far_off_as_its_page_says(gpu: str, groups: float, blocks: float) -> None:
+    assert absolute(held_out(gpu)) < absolute(across_groups(gpu)) < groups
+    assert groups < absolute(unseen_blocks(gpu)) < blocks
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_the_halves_are_a_chequerboard_and_share_nothing(gpu: str) -> None:
+    found = {e.run for e in examples(gpu)}
+    seen = {run for run in found if is_calibration(run)}
+    assert 2 * len(seen) == len(found)
+    assert len(calibration(gpu)) == len(held_out(gpu)) == 48
+    assert len(model(gpu).seconds) == 8
+    for run in seen:
+        for neighbour in (
+            run._replace(group=run.group * 2),
+            run._replace(tokens=run.tokens * 2),
+            run._replace(block=192 - run.block, top=24 - run.top),
+        ):
+            assert neighbour not in seen
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -62,11 +79,6 @@ def test_the_model_names_the_faster_of_two_systems(gpu: str) -> None:
     right, told = right_winners(gpu)
     assert told > 80
     assert right / told >= 0.95
-
-
-def test_nothing_of_blocks_of_128_is_in_the_fit() -> None:
-    assert all(e.run.block == 64 for gpu in GPUS for e in examples(gpu, 64))
-    assert all(e.run.block == 128 for gpu in GPUS for e in examples(gpu, 128))
 
 
 @given(
@@ -94,10 +106,38 @@ def test_from_groups_of_eight_on_published_fsa_runs_vanilla_nsas_forward() -> No
         assert model(gpu).forward_s("fsa", smaller) != model(gpu).forward_s("nsa", smaller)
 
 
-def test_ours_takes_a_fifth_of_a_second_for_a_long_prompt_of_single_heads() -> None:
+def test_ours_is_predicted_to_take_as_long_as_its_page_says() -> None:
     run = Run("h200", 128 * K, 1, 64, 16)
-    assert model("h200").forward_s("ours", run) <= 0.2
-    assert model("h200").forward_s("fsa", run) > 0.6
+    of = model("h200")
+    assert 0.2 < of.forward_s("ours", run) < 0.24
+    assert of.forward_s("fsa", run) > 0.6
+    short = run._replace(tokens=8 * K)
+    assert of.forward_s("ours", short) > 1.02 * of.forward_s("dense", short)
+    for group in (1, 2, 4, 8, 16):
+        longer = run._replace(tokens=16 * K, group=group)
+        assert of.forward_s("ours", longer) < of.forward_s("dense", longer)
+
+
+@given(
+    st.integers(1, 12),
+    st.sampled_from([(64, 1), (4, 16), (7, 3)]),
+    st.sampled_from([(64, 16), (128, 8)]),
+    st.integers(18, 30),
+)
+def test_expected_lists_hold_every_choice_and_a_smaller_workspace_costs_more(
+    thousands: int, heads: tuple[int, int], blocks: tuple[int, int], room: int
+) -> None:
+    of = traffic.Sizes(thousands * K, *heads, 128, 128, *blocks, workspace_bytes=1 << room)
+    roomy = replace(of, workspace_bytes=1 << 40)
+    found, once = (traffic.lists(x, x.forward_part_bytes, 512) for x in (of, roomy))
+    assert once.segments == once.lots == 1
+    assert found.segments >= found.lots >= 1
+    own = [min(of.top, t // of.block + 1) for t in range(of.tokens)]
+    assert found.choices == once.choices == of.kv_heads * sum(own)
+    assert (
+        found.choices * of.group / 512 <= found.items <= found.rows + found.choices * of.group / 512
+    )
+    assert traffic.forward_bytes(of, found) >= 0.99 * traffic.forward_bytes(roomy, once)
 
 
 @given(st.lists(st.integers(0, 5), min_size=3, max_size=3), st.integers(0, 99))

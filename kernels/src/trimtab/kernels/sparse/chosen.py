@@ -12,7 +12,7 @@ from trimtab.kernels.sparse import tables
 from trimtab.kernels.sparse.tables import BlockMajor, Blocks, Queries
 from trimtab.kernels.sparse.tiles import wide
 
-_TABLE_BYTES = 64
+_TABLE_BYTES = 48
 """What a choice takes at most while its table is made."""
 
 

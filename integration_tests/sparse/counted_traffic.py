@@ -1,0 +1,86 @@
+"""Counts what the kernels of the selected branch load and store, in Triton's interpreter.
+
+Fails where `trimtab.sparse.traffic` counts otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from triton.runtime.interpreter import InterpreterBuilder
+
+from trimtab.kernels.sparse import launch, tables
+from trimtab.kernels.sparse.chosen import Chosen
+from trimtab.sparse import traffic
+
+TOKENS, KV_HEADS, GROUP, D, BLOCK, TOP, ROOM = 96, 2, 3, 16, 16, 4, 30_000
+moved = 0
+
+
+def counting(method, mask_at):
+    def counted(self, pointers, *others):
+        global moved
+        moved += int(others[mask_at].data.sum()) * (
+            pointers.get_element_ty().primitive_bitwidth // 8
+        )
+        return method(self, pointers, *others)
+
+    return counted
+
+
+InterpreterBuilder.create_masked_load = counting(InterpreterBuilder.create_masked_load, 0)
+InterpreterBuilder.create_masked_store = counting(InterpreterBuilder.create_masked_store, 1)
+
+whole = launch.fitted
+
+
+def in_short_chains(kernel, chosen):
+    chosen, how = whole(kernel, chosen)
+    return chosen, replace(how, tiles=2)
+
+
+launch.fitted = in_short_chains
+
+
+def lists(chosen, how, part_bytes):
+    found = list(launch.segments(chosen, how, part_bytes, shared=True))
+    assert all(of.entries * GROUP >= how.chunk for of in found)
+    further = torch.cat([of.further.diff() for of in found])
+    return traffic.Lists(
+        choices=int((chosen.ids >= 0).sum()),
+        launched=sum(of.item_row.numel() for of in found),
+        items=sum(int((of.item_row >= 0).sum()) for of in found),
+        further=int(further.sum()),
+        cut=int((further > 0).sum()),
+        rows=further.numel(),
+        lots=0,
+        segments=len(found),
+    )
+
+
+generator = torch.Generator().manual_seed(0)
+q, k, v, above = (
+    torch.randn(TOKENS, heads, D, generator=generator).half()
+    for heads in (KV_HEADS * GROUP, KV_HEADS, KV_HEADS, KV_HEADS * GROUP)
+)
+cu = torch.tensor([0, TOKENS])
+queries, blocks = tables.place_queries(cu, cu, TOKENS, BLOCK), tables.cut(cu, TOKENS, BLOCK)
+indices = torch.randint(-1, TOKENS // BLOCK, (KV_HEADS, TOKENS, TOP), generator=generator)
+indices[..., 0] = 0
+ids = tables.number_through(indices, queries, blocks)
+chosen = Chosen(q, k, v, ids, BLOCK, 0.25, queries, blocks, ROOM)
+sizes = traffic.Sizes(TOKENS, KV_HEADS, GROUP, D, D, BLOCK, TOP, 2, ROOM)
+
+out, lse = launch.selected_forward(chosen)
+known = lists(chosen, launch.fitted("forward", chosen)[1], sizes.forward_part_bytes)
+assert known.segments > KV_HEADS
+assert known.further > 0
+assert moved == traffic.forward_bytes(sizes, known), (moved, traffic.forward_bytes(sizes, known))
+
+moved = 0
+launch.selected_backward(above, out, lse, chosen)
+how = launch.fitted("backward", chosen)[1]
+known = lists(chosen, how, sizes.backward_part_bytes(how.chunk))
+assert known.cut > 0
+assert moved == traffic.backward_bytes(sizes, known), (moved, traffic.backward_bytes(sizes, known))

@@ -1,0 +1,150 @@
+"""Bytes that our kernels of the selected branch read and write, for the model of times.
+
+Counted as the kernels are written, load by load; a test counts the same in Triton's interpreter.
+What a cache may spare them is not taken off. How long lists are is expected, not known: queries
+choose the forced blocks, and among the rest each as likely as any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_FORCED = 3
+"""The first block, the own and the one before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of one sequence that begins at its first token, and of what is launched for it."""
+
+    tokens: int
+    kv_heads: int
+    group: int
+    d: int
+    d_v: int
+    block: int
+    top: int
+    item_bytes: int = 2
+    workspace_bytes: int = 256 * 2**20
+
+    @property
+    def panel(self) -> int:
+        """Numbers of a block's keys and values."""
+        return self.block * (self.d + self.d_v)
+
+    @property
+    def forward_part_bytes(self) -> int:
+        """What is kept of a query, head and block in the forward."""
+        return self.d_v * self.item_bytes + 8
+
+    def backward_part_bytes(self, chunk: int) -> int:
+        """The same in the backward, and its share of further chunks' dK and dV."""
+        return 4 * (self.d + -(-self.panel // chunk))
+
+
+@dataclass(frozen=True, slots=True)
+class Lists:
+    """What a call's tables hold, over all its segments."""
+
+    choices: float
+    """Blocks that are chosen, by KV head and query."""
+    launched: float
+    """Work items, absent ones too."""
+    items: float
+    further: float
+    """Items behind the first of their list."""
+    cut: float
+    """Lists of more than one item."""
+    rows: float
+    """Lists, empty ones too."""
+    lots: int
+    """Tables."""
+    segments: int
+
+
+def forward_bytes(of: Sizes, lists: Lists) -> float:
+    """Of the main kernel and the merge."""
+    rows = lists.choices * of.group
+    items = 16 * lists.launched + (32 + of.panel * of.item_bytes) * lists.items
+    read = rows * (4 + 8 + of.d * of.item_bytes)
+    parts = 2 * rows * of.forward_part_bytes
+    merged = of.tokens * of.kv_heads * (8 + 4 * of.top)
+    out = of.tokens * of.kv_heads * of.group * (of.d_v * of.item_bytes + 4)
+    return items + read + parts + merged + out
+
+
+def backward_bytes(of: Sizes, lists: Lists) -> float:
+    """Of the main kernel, what adds chunks, and what sums dQ; then of torch beside them."""
+    rows = lists.choices * of.group
+    items = 16 * lists.launched + (32 + of.panel * of.item_bytes) * lists.items
+    first = 8 * of.panel * (lists.items - lists.further)
+    read = rows * (4 + 8 + 8 + (of.d + of.d_v) * of.item_bytes)
+    parts = 2 * rows * 4 * of.d
+    added = (8 + 8 * of.panel) * lists.further + 16 * lists.rows + (16 + 8 * of.panel) * lists.cut
+    summed = of.tokens * of.kv_heads * (8 + 4 * of.top)
+    out = of.tokens * of.kv_heads * of.group * of.d * of.item_bytes
+    return items + first + read + parts + added + summed + out
+
+
+def torch_bytes(of: Sizes) -> float:
+    """Of torch in the backward: the sums of gradients times outputs; dK and dV zeroed and cast."""
+    widened = 2 * (of.item_bytes + 4) + 12 + 4
+    keys = of.tokens * of.kv_heads * (of.d + of.d_v) * (4 + 4 + of.item_bytes)
+    return of.tokens * of.kv_heads * of.group * of.d_v * widened + keys
+
+
+_TABLE_BYTES = 48
+
+
+def lists(of: Sizes, part_bytes: int, chunk: int) -> Lists:
+    """What is expected of a call whose parts take so much, in programs of so many rows.
+
+    Segments are those of `trimtab.kernels.sparse.chosen.Chosen.lots`.
+    """
+    query_bytes = of.group * of.top * part_bytes
+    pieces = -(-of.tokens // max(1, of.workspace_bytes // query_bytes))
+    step = -(-of.tokens // pieces)
+    pieces = -(-of.tokens // step)
+    heads = max(1, min(of.kv_heads, of.workspace_bytes // (query_bytes * of.tokens)))
+    together = of.workspace_bytes // (heads * step * of.top * _TABLE_BYTES)
+    lines = heads * max(1, together // pieces)
+    whole = of.kv_heads // heads * heads
+    lots = (-(-whole // lines) + (whole < of.kv_heads)) * -(
+        -pieces // max(1, min(pieces, together))
+    )
+    lengths = _lengths(of, step, pieces) * of.group
+    chunks = np.ceil(lengths / chunk)
+    some = -np.expm1(-lengths / of.group)
+    own = np.arange(of.tokens) // of.block + 1
+    rows = lengths.size
+    return Lists(
+        choices=of.kv_heads * float(np.minimum(own, of.top).sum()),
+        launched=of.kv_heads * (pieces * (of.group * step * of.top // chunk) + rows),
+        items=of.kv_heads * float((some + np.maximum(chunks - 1, 0)).sum()),
+        further=of.kv_heads * float(np.maximum(chunks - 1, 0).sum()),
+        cut=of.kv_heads * float((chunks > 1).sum()),
+        rows=of.kv_heads * rows,
+        lots=lots,
+        segments=-(-of.kv_heads // heads) * pieces,
+    )
+
+
+def _lengths(of: Sizes, step: int, pieces: int) -> NDArray[np.float64]:
+    """Expected queries of each block's list in each segment, ``[pieces, blocks]``."""
+    blocks = -(-of.tokens // of.block)
+    own = np.arange(blocks)
+    bounds = np.minimum(np.arange(pieces + 1) * step, of.tokens)[:, None]
+    before = np.clip(bounds - own * of.block, 0, of.block)
+    queries = np.diff(before, axis=0).astype(float)
+    seen = own + 1
+    forced = np.minimum(_FORCED, seen)
+    chance = (np.minimum(of.top, seen) - forced) / np.maximum(seen - forced, 1)
+    behind = np.cumsum((queries * chance)[:, ::-1], axis=1)[:, ::-1]
+    found = queries.copy()
+    found[:, :-2] += behind[:, 2:]
+    found[:, :-1] += queries[:, 1:]
+    found[:, 0] = queries.sum(1)
+    return found

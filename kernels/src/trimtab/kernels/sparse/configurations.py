@@ -61,7 +61,7 @@ KERNELS: Mapping[str, Kernel] = {
     "span_dkv": Kernel("triton_spans", "backward_keys", "span_backward", {}),
     "prefill": Kernel("triton_prefill", "attend", "prefill", {"bits": "*i64"}, square=True),
     "prefill_by_query": Kernel(
-        "triton_prefill", "attend", "prefill", {"bits": "*i64"}, square=True
+        "triton_prefill", "attend", "prefill_by_query", {"bits": "*i64"}, square=True
     ),
     "prefill_estimate": Kernel(
         "triton_prefill", "block_logarithms", "prefill_estimate", {"out": "wide"}, square=True

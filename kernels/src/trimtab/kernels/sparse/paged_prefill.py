@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from trimtab.kernels.sparse.block_sparse import TILE, query_bits
 from trimtab.kernels.sparse.gpu_tiles import Need, tile
@@ -180,14 +181,20 @@ def attend(
     """
     from trimtab.kernels.sparse import triton_prefill as kernels
 
-    how = tile("prefill", Need.of(q, q))
     bits = query_bits(mask, position) if by == "query" else None
+    how = tile("prefill" if bits is None else "prefill_by_query", Need.of(q, q))
+    # The kernel's tiles begin at the first query, which so must be that of a block.
+    before = position % TILE
+    given, written = q, out
+    if before:
+        given = pad(q, (0, 0, 0, 0, before, 0))
+        written = torch.empty_like(given)
     of_tiles = mask if bits is None else bits != 0
     lists = of_tiles.byte().sort(dim=-1, descending=True, stable=True).indices.int()
     counts = of_tiles.sum(-1, dtype=torch.int32)
-    kernels.attend[(-(-(position % TILE + q.shape[0]) // how.rows), q.shape[1])](
-        *(q, cache.k, cache.v, out, cache.pages, lists, counts),
-        *(lists if bits is None else bits, position, *q.shape[:1]),
+    kernels.attend[(-(-given.shape[0] // how.rows), q.shape[1])](
+        *(given, cache.k, cache.v, written, cache.pages, lists, counts),
+        *(lists if bits is None else bits, position - before, *given.shape[:1]),
         *(of_tiles.shape[1], of_tiles.shape[2], scale, *cache.strides),
         **cache.constants(q),
         **launched(how),
@@ -195,3 +202,5 @@ def attend(
         KEYS=how.columns,
         BY_QUERY=bits is not None,
     )
+    if before:
+        out.copy_(written[before:])

@@ -113,13 +113,13 @@ def attend(
     """Attention of ``ROWS`` queries and a head to the blocks of their tile, ``lists``.
 
     ``lists [heads, tiles, blocks]``, of which the first ``counts [heads, tiles]`` are looked at;
-    tiles are as long as blocks, and the first one is the first query's block. Where queries choose,
+    tiles are as long as blocks, and the first query is the first of its own. Where queries choose,
     ``bits [heads, tiles, blocks]`` says which of a tile chose a block.
     """
     # The last tiles have most to do, and begin first.
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
-    token = begin - position % BLOCK + tl.arange(0, ROWS)
-    there = (token >= 0) & (token < queries)
+    token = begin + tl.arange(0, ROWS)
+    there = token < queries
     own = position + token
     head = tl.program_id(1).to(tl.int64)
     query = _tile(q, token.to(tl.int64), head, there, HEADS, D, PAD)

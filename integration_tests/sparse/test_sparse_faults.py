@@ -395,10 +395,12 @@ def test_another_name_is_refused_beside_the_known_ones():
 @pytest.fixture
 def said(monkeypatch, caplog):
     """What trimtab's attention says in vLLM's log."""
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    log = logging.getLogger("vllm.trimtab.attention")
+    monkeypatch.setattr(log, "propagate", False)  # vLLM's own logger may be captured too
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
     vllm_logger._print_warning_once.cache_clear()
-    caplog.set_level(logging.INFO, "vllm.trimtab.attention")
-    return lambda: [r.getMessage() for r in caplog.records if r.name == "vllm.trimtab.attention"]
+    caplog.set_level(logging.INFO, log.name)
+    return lambda: [r.getMessage() for r in caplog.records if r.name == log.name]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimtab.kernels.sparse import (
     SparseShape,
@@ -20,6 +22,8 @@ from trimtab.kernels.sparse import (
     selected_attention,
     sliding_attention,
 )
+from trimtab.sparse import SparseConfig
+from trimtab.sparse.in_transformers import register
 
 pytestmark = pytest.mark.integration
 
@@ -167,6 +171,37 @@ def test_more_blocks_than_there_are_is_dense_attention(as_published, dtype):
     assert torch.equal((chosen >= 0).sum(-1), blocks.expand(KV_HEADS, -1))
     chosen_out, _ = selected(chosen, as_published=as_published)(q, k, v)
     torch.testing.assert_close(chosen_out, dense, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("as_published", [False, True])
+def test_the_order_of_blocks_gives_what_torchs_flex_attention_gives(as_published):
+    q, k, v = qkv(10)
+    blocks = some_blocks(10)
+    visible = naive.block_mask(blocks, QUERIES, KEYS, 16).repeat_interleave(HEADS // KV_HEADS, 0)
+
+    def hide(score, batch, head, query, key):
+        return torch.where(visible[head, query, key], score, -torch.inf)
+
+    heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
+    expected, others = flex_attention(
+        *heads_first, score_mod=hide, scale=0.3, enable_gqa=True, return_aux=AuxRequest(lse=True)
+    )
+    out, lse = selected(blocks, as_published=as_published)(q, k, v)
+    torch.testing.assert_close(out, expected[0].transpose(0, 1).nan_to_num(0.0))
+    torch.testing.assert_close(lse, others.lse[0].T)
+
+
+def test_a_model_that_keeps_every_block_is_dense_to_the_last_bit():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 50, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).eval()
+    ids, logits = torch.randint(50, (1, 150)), []
+    for name in ("sdpa", register(SparseConfig(mass=1, min_prompt=64))):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            logits.append(model(ids).logits)
+    assert torch.equal(*logits)
 
 
 def test_runs_are_equal_to_the_last_bit():

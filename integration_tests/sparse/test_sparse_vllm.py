@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from openai import OpenAI
+from transformers import LlamaConfig, LlamaForCausalLM
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
@@ -82,6 +87,41 @@ def test_prompts_that_the_cache_knows_and_several_at_once_get_them_too(servers, 
     assert ask(servers[0], longer) == ask(servers[1], longer)
 
 
+def test_preempted_prompts_are_filled_in_again_and_get_the_answers_of_dense_attention(tmp_path):
+    """Four prompts fit the 18 free pages, and with their answers need 20."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 96, "vocab_size": 128}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=512)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)  # so that no two answers are near
+    model.save_pretrained(tmp_path / "model")
+    prompts = torch.randint(1, 128, (4, 250), generator=torch.Generator().manual_seed(1))
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts.tolist()))
+    names = [str(tmp_path / name) for name in ("model", "prompts.json", "said.json")]
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("preempted_serving.py"), *names],
+        env=os.environ | small_cpu_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    said = json.loads((tmp_path / "said.json").read_text())
+    alone, together = said["alone"], said["together"]
+    assert alone["preemptions"] == 0
+    assert together["preemptions"] > 0
+    assert len(together["taken"]) > len(alone["taken"]) > 0
+    assert max(keys for _, keys in alone["taken"]) == 250
+    assert max(keys for _, keys in together["taken"]) > 250  # a prompt and what was answered
+    answers = torch.tensor(together["answers"])
+    assert together["answers"] == alone["answers"]
+    with torch.no_grad():
+        known = model(torch.cat([prompts, answers], 1)).logits[:, 249:-1]
+    assert torch.equal(known.argmax(-1), answers)
+
+
 def test_a_wrong_option_is_named_before_a_layer_is_made():
     with pytest.raises(BadInput, match=r"trimtab\.sparse.*selector.*best"):
         prefiller({"trimtab": {"sparse": {"selector": "best"}}})
@@ -104,8 +144,10 @@ def test_short_chunks_odd_pages_and_full_shares_are_left_to_vllm():
 
 def test_prompts_that_stay_dense_for_want_of_compiled_code_are_told_of_once(monkeypatch, caplog):
     monkeypatch.setattr(prefill, "library", lambda: None)
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    caplog.set_level(logging.INFO, "vllm.trimtab.sparse")
+    log = logging.getLogger("vllm.trimtab.sparse")
+    monkeypatch.setattr(log, "propagate", False)  # vLLM's own logger may be captured too
+    monkeypatch.setattr(log, "handlers", [caplog.handler])
+    caplog.set_level(logging.INFO, log.name)
     usual = make({})
     assert not usual.wants(4096, 4096, layers(128))
     assert not usual.wants(8192, 8192, layers(128))

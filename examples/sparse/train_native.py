@@ -1,8 +1,9 @@
-"""A small Llama trained with native sparse attention under ZeRO, beside dense attention.
+"""A small Llama trained with native sparse attention by ZeRO and Ulysses, beside dense attention.
 
-The configuration's "trimtab" block switches it on, and nothing in this script; then the same model
-is trained on the same text without the block. The losses of both are printed, and drawn with
---plot FILE.html.
+The configuration's "trimtab" block switches it on, and nothing in this script. The same model is
+trained on the same text three times: by ZeRO, each rank with rows of its own; by Ulysses, two ranks
+with halves of the rows of both; and without the block. The losses are printed, and drawn in one
+picture with --plot FILE.html.
 
 cd examples/sparse; export DS_ACCELERATOR=cpu
 trimtab launch -- deepspeed --num_gpus 2 train_native.py --deepspeed_config deepspeed.json
@@ -17,10 +18,13 @@ from pydoc_data.topics import topics
 
 import deepspeed
 import torch
+from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from torch.distributed import get_backend
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 CONTEXT = 256
+SHARERS = 2
 
 
 def model():
@@ -32,24 +36,42 @@ def model():
 
 
 def batch(rank, step, rows):
-    """Characters of Python's manual, others for each rank and step; ids of ``[rows, CONTEXT]``."""
+    """Characters of Python's manual, others for each rank and step; ``[rows, CONTEXT + 1]``."""
     text = torch.tensor([min(ord(letter), 127) for letter in topics["class"]])
     dice = torch.Generator().manual_seed(1000 * step + rank)
-    starts = torch.randint(len(text) - CONTEXT, (rows,), generator=dice)
-    return text[starts[:, None] + torch.arange(CONTEXT)]
+    starts = torch.randint(len(text) - CONTEXT - 1, (rows,), generator=dice)
+    return text[starts[:, None] + torch.arange(CONTEXT + 1)]
 
 
-def train(config, steps):
-    """The mean loss of all ranks at each step."""
+def loss_of(engine, rows, own):
+    """What a rank's tokens ``own`` add to the mean over all tokens of the rows."""
+    place = torch.arange(CONTEXT)[None, own]
+    logits = engine(rows[:, :-1][:, own], position_ids=place, use_cache=False).logits
+    told = rows[:, 1:][:, own].flatten()
+    return cross_entropy(logits.flatten(0, 1), told, reduction="sum") / rows[:, 1:].numel()
+
+
+def train(config, steps, sharers=1):
+    """The mean loss at each step; so many ranks share the rows of all of them (Ulysses)."""
     net = model()
-    engine, *_ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=config)
+    engine, *_ = deepspeed.initialize(
+        model=net,
+        model_parameters=net.parameters(),
+        config=config,
+        mpu=parallel_state_sp if sharers > 1 else None,
+    )
     rank, losses = deepspeed.comm.get_rank(), []
+    first, size = rank // sharers * sharers, CONTEXT // sharers
+    own = slice((rank - first) * size, (rank - first + 1) * size)
+    # ZeRO 3 averages over the ranks that share, where the other stages add up.
+    times = sharers if config["zero_optimization"]["stage"] == 3 else 1
     for step in range(steps):
-        ids = batch(rank, step, config["train_micro_batch_size_per_gpu"])
-        loss = engine(ids, labels=ids, use_cache=False).loss
-        engine.backward(loss)
+        count = config["train_micro_batch_size_per_gpu"]
+        rows = torch.cat([batch(one, step, count) for one in range(first, first + sharers)])
+        loss = loss_of(engine, rows, own)
+        engine.backward(times * loss)
         engine.step()
-        shown = loss.detach().clone()
+        shown = loss.detach() * sharers
         deepspeed.comm.all_reduce(shown, deepspeed.comm.ReduceOp.AVG)
         losses.append(shown.item())
     engine.destroy()
@@ -68,12 +90,15 @@ def main():
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
     config = json.loads(Path(arguments.deepspeed_config).read_text())
-    runs = {}
-    for one in (config, {key: value for key, value in config.items() if key != "trimtab"}):
-        runs["native sparse" if "trimtab" in one else "dense"] = train(one, arguments.steps)
+    runs = {"native sparse": train(config, arguments.steps)}
+    if deepspeed.comm.get_world_size() % SHARERS == 0:
+        parallel_state_sp.initialize_sequence_parallel(SHARERS)
+        runs["native sparse, sequences shared"] = train(config, arguments.steps, SHARERS)
+    config.pop("trimtab")
+    runs["dense"] = train(config, arguments.steps)
     if deepspeed.comm.get_rank() == 0:
         for step in range(arguments.steps):
-            shown = " ".join(f"{name} {losses[step]:.5f}" for name, losses in runs.items())
+            shown = "; ".join(f"{name} {losses[step]:.5f}" for name, losses in runs.items())
             print(f"step {step}: {shown}", flush=True)
         if arguments.plot:
             plot(runs, arguments.plot)
@@ -85,7 +110,7 @@ def main():
 
 
 def plot(runs, path):
-    """Both losses in one picture."""
+    """All losses in one picture."""
     from plotly import graph_objects
 
     figure = graph_objects.Figure(

@@ -1,14 +1,17 @@
-"""One of two ranks that share sequences or train by ZeRO; fails where they differ from one alone.
+"""Ranks that share sequences or train by ZeRO; fails where they differ from one alone.
 
-Its word is a folder to write to.
+Its word is a folder to write to. Ranks are forked off one process, which has imported everything.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 from argparse import Namespace
+from datetime import timedelta
+from multiprocessing import connection, get_context
 from pathlib import Path
 
 import deepspeed
@@ -19,40 +22,49 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trimtab.core.errors import BadInput
+from trimtab.core.hooks import discover
 from trimtab.sparse.config import NativeConfig
 from trimtab.sparse.native import NativeAttention, use_native_attention
 from trimtab.sparse.nsa import NSAAttention
 
 TOKENS = 80
 CONFIG = NativeConfig(window=8, stride=4, block=16, top=3, first=1, recent=1, sliding=24)
-STEPS, ROWS, RANKS = 4, 2, 2
+STEPS, ROWS = 4, 2
 LEARNING = {"lr": 1e-2, "weight_decay": 0.1}
 
 
+def part(rank, ranks):
+    """The tokens of a rank that shares its sequences."""
+    return slice(rank * TOKENS // ranks, (rank + 1) * TOKENS // ranks)
+
+
 def summed(module):
-    """The gradients of both ranks together."""
+    """The gradients of all ranks together."""
     for parameter in module.parameters():
         dist.all_reduce(parameter.grad)
     return [parameter.grad for parameter in module.parameters()]
 
 
-def module_agrees(own, gate, compress, kv_per_branch):
+def module_agrees(gate, compress, kv_per_branch):
     torch.manual_seed(0)
+    ranks = dist.get_world_size()
+    own = part(dist.get_rank(), ranks)
     sizes = {"gate": gate, "compress": compress, "kv_per_branch": kv_per_branch}
-    alone = NSAAttention(20, 6, 2, 8, 12, **sizes).double()
+    alone = NSAAttention(20, 3 * ranks, ranks, 8, 12, **sizes).double()
     shared = copy.deepcopy(alone)
     shared.share_sequences(dist.group.WORLD)
     hidden, above = torch.randn(2, 2, TOKENS, 20, dtype=torch.float64)
     angle = torch.randn(1, TOKENS, 4, dtype=torch.float64).repeat(1, 1, 2)
     out = alone(hidden, (angle.cos(), angle.sin()))
     (out * above).sum().backward()
-    part = shared(hidden[:, own], (angle[:, own].cos(), angle[:, own].sin()))
-    (part * above[:, own]).sum().backward()
-    torch.testing.assert_close(part, out[:, own])
+    mine = shared(hidden[:, own], (angle[:, own].cos(), angle[:, own].sin()))
+    (mine * above[:, own]).sum().backward()
+    torch.testing.assert_close(mine, out[:, own])
     torch.testing.assert_close(summed(shared), [p.grad for p in alone.parameters()])
 
 
-def model_agrees(own):
+def model_agrees():
+    own = part(dist.get_rank(), dist.get_world_size())
     alone = llama().double()
     shared = copy.deepcopy(alone)
     use_native_attention(alone, CONFIG)
@@ -62,16 +74,16 @@ def model_agrees(own):
     dist.broadcast(ids, 0)
     whole = alone(ids).logits
     whole.square().sum().backward()
-    part = shared(ids[:, own], position_ids=place[:, own]).logits
-    part.square().sum().backward()
-    torch.testing.assert_close(part, whole[:, own])
+    mine = shared(ids[:, own], position_ids=place[:, own]).logits
+    mine.square().sum().backward()
+    torch.testing.assert_close(mine, whole[:, own])
     torch.testing.assert_close(summed(shared), [p.grad for p in alone.parameters()])
 
 
 def llama():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 50, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=4))
 
 
 def refuses():
@@ -83,9 +95,9 @@ def refuses():
 
 
 def batch(step):
-    """Ids of ``[ranks, rows, tokens + 1]``, the same on both ranks; there are two to learn."""
+    """Ids of ``[ranks, rows, tokens + 1]``, the same on all ranks; there are two to learn."""
     dice = torch.Generator().manual_seed(step % 2)
-    return torch.randint(50, (RANKS, ROWS, TOKENS + 1), generator=dice)
+    return torch.randint(50, (dist.get_world_size(), ROWS, TOKENS + 1), generator=dice)
 
 
 def loss(model, ids, own=slice(TOKENS)):
@@ -103,7 +115,8 @@ def alone_losses():
     optimizer = torch.optim.AdamW(net.parameters(), **LEARNING)
     losses = []
     for step in range(STEPS):
-        mean = loss(net, batch(step).flatten(0, 1)) / (RANKS * ROWS * TOKENS)
+        ids = batch(step).flatten(0, 1)
+        mean = loss(net, ids) / (len(ids) * TOKENS)
         optimizer.zero_grad()
         mean.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -123,24 +136,24 @@ def configuration(stage):
     }
 
 
-def zero_losses(net, own=None, times=1, **given):
-    """Of both ranks' engine, which makes the model sparse if the configuration says so.
+def zero_losses(net, sharers=1, times=1, **given):
+    """Of all ranks' engine, which makes the model sparse if the configuration says so.
 
-    Those who share sequences give their part of the loss ``times`` what DeepSpeed wants to hear.
+    So many ranks share sequences; they give their part of the loss ``times`` what DeepSpeed wants
+    to hear.
     """
     torch.manual_seed(1 + dist.get_rank())  # only the first rank's new parameters count
     engine, *_ = deepspeed.initialize(model=net, **given)
     layers = [layer for layer in net.modules() if isinstance(layer, NativeAttention)]
+    groups = dist.get_world_size() // sharers
+    number, place = divmod(dist.get_rank(), sharers)
     losses = []
     for step in range(STEPS):
-        ids = batch(step)
-        if own is None:
-            mean = loss(engine, ids[dist.get_rank()]) / (ROWS * TOKENS)
-        else:
-            mean = loss(engine, ids.flatten(0, 1), own) / (RANKS * ROWS * TOKENS)
+        ids = batch(step).unflatten(0, (groups, sharers))[number].flatten(0, 1)
+        mean = loss(engine, ids, part(place, sharers)) / (len(ids) * TOKENS)
         engine.backward(times * mean)
         engine.step()
-        shown = mean.detach() / (RANKS if own is None else 1)
+        shown = mean.detach() / groups
         dist.all_reduce(shown)
         losses.append(shown.item())
     engine.destroy()
@@ -159,13 +172,27 @@ def under_zero_init():
     return net
 
 
-def zero_agrees(own, folder):
-    """However the configuration, the parameters or the optimizer are given."""
+def tell(runs):
+    if dist.get_rank() == 0:
+        for name, (layers, losses) in runs.items():
+            print(f"losses, {dist.get_world_size()} ranks, {name}: {layers}", *losses, flush=True)
+
+
+def two_ranks(folder):
+    """By every stage, and however the configuration, the parameters or the optimizer are given."""
+    module_agrees("token", "linear", True)
+    module_agrees("head", "mlp", False)
+    model_agrees()
+    assert refuses()
+    all_refused()
     path = folder / f"{dist.get_rank()}.json"
     path.write_text(json.dumps(configuration(2)))
     runs = {"alone": (2, alone_losses())}
-    net = llama()
-    runs["ZeRO 0"] = zero_losses(net, config=configuration(0), model_parameters=net.parameters())
+    for stage in (0, 1):
+        net = llama()
+        runs[f"ZeRO {stage}"] = zero_losses(
+            net, config=configuration(stage), model_parameters=net.parameters()
+        )
     net = llama()
     runs["ZeRO 2"] = zero_losses(net, config=str(path), model_parameters=list(net.parameters()))
     bare = {key: value for key, value in configuration(3).items() if key != "optimizer"}
@@ -177,14 +204,32 @@ def zero_agrees(own, folder):
         optimizer=torch.optim.AdamW(net.parameters(), **LEARNING),
     )
     runs["zero.Init"] = zero_losses(under_zero_init(), config_params=configuration(3))
-    parallel_state_sp.initialize_sequence_parallel(RANKS)
-    for stage, times in ((2, 1), (3, RANKS)):
-        runs[f"ZeRO {stage}, shared"] = zero_losses(
-            llama(), own, times, config=configuration(stage), mpu=parallel_state_sp
+    tell(runs | sharing(2, (2, 3)))
+
+
+def four_ranks(_):
+    """All share each sequence; then pairs do, each with rows of its own."""
+    module_agrees("head", "linear", True)
+    model_agrees()
+    assert refuses()
+    runs = {"alone": (2, alone_losses())} | sharing(4, (1,))
+    parallel_state_sp._release_sequence_parallel_groups()
+    tell(runs | sharing(2, (2,)))
+
+
+def sharing(sharers, stages):
+    """Runs of ranks that share sequences; ZeRO 3 averages over these too."""
+    parallel_state_sp.initialize_sequence_parallel(sharers)
+    return {
+        f"ZeRO {stage}, shared by {sharers}": zero_losses(
+            llama(),
+            sharers,
+            sharers if stage == 3 else 1,
+            config=configuration(stage),
+            mpu=parallel_state_sp,
         )
-    if dist.get_rank() == 0:
-        for name, (layers, losses) in runs.items():
-            print(f"losses, {name}: {layers}", *losses, flush=True)
+        for stage in stages
+    }
 
 
 def refusal(model, config):
@@ -208,21 +253,40 @@ def all_refused():
     assert "DeepSpeed sums no gradients between ranks" in refusal(llama(), mesh)
 
 
+def rank_of(job, rank, ranks, folder):
+    """One rank from its beginning to its end."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/{job.__name__}",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=100),
+    )
+    deepspeed.init_distributed()
+    job(folder)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def main():
     torch.set_num_threads(1)
     # Its shared-memory reduction would be compiled first.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    dist.init_process_group("gloo")
-    half = TOKENS // dist.get_world_size()
-    own = slice(dist.get_rank() * half, (dist.get_rank() + 1) * half)
-    module_agrees(own, "token", "linear", True)
-    module_agrees(own, "head", "mlp", False)
-    model_agrees(own)
-    assert refuses()
-    all_refused()
-    zero_agrees(own, Path(sys.argv[1]))
-    dist.barrier()
-    dist.destroy_process_group()
+    discover()  # imports the plugins, which each rank would do
+    folder, forks = Path(sys.argv[1]).resolve(), get_context("fork")
+    for job, ranks in ((two_ranks, 2), (four_ranks, 4)):
+        running = [
+            forks.Process(target=rank_of, args=(job, rank, ranks, folder), daemon=True)
+            for rank in range(ranks)
+        ]
+        for process in running:
+            process.start()
+        while running:
+            connection.wait([process.sentinel for process in running])
+            if any(process.exitcode for process in running):
+                sys.exit(f"a rank of {job.__name__} has failed")  # the others are ended with this
+            running = [process for process in running if process.exitcode is None]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a DeepSpeed configuration switches on, what is wrong in one, and two ranks that train so."""
+"""What a DeepSpeed configuration switches on, what is wrong in one, and ranks that train so."""
 
 from __future__ import annotations
 
@@ -97,27 +97,31 @@ def test_a_launch_takes_the_block():
     assert found.trains
 
 
-def test_two_ranks_are_as_one_alone(tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = Path(__file__).with_name("native_rank.py")
+def test_ranks_are_as_one_alone(tmp_path):
+    """Two and four of them, by ZeRO's stages, and where they share sequences (Ulysses)."""
     done = subprocess.run(
-        [sys.executable, *torchrun, str(script), str(tmp_path)],
+        [sys.executable, Path(__file__).with_name("native_rank.py"), tmp_path],
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
         timeout=240,
     )
-    runs = {}
+    runs = {"2 ranks": {}, "4 ranks": {}}
     for line in done.stdout.splitlines():
         name, colon, figures = line.rpartition(": ")
         if colon and name.startswith("losses, "):
+            _, ranks, run = name.split(", ", 2)
             layers, *losses = figures.split()
-            runs[name.removeprefix("losses, ")] = int(layers), [float(one) for one in losses]
-    _, alone = runs.pop("alone")
-    assert alone[-1] < 0.98 * alone[0]
-    shared = {"ZeRO 2, shared", "ZeRO 3, shared"}
-    assert set(runs) == {"ZeRO 0", "ZeRO 2", "ZeRO 3", "zero.Init"} | shared
-    for layers, losses in runs.values():
-        assert layers == 2
-        assert losses == pytest.approx(alone, rel=2e-6)
+            runs[ranks][run] = int(layers), [float(one) for one in losses]
+    shared = {f"ZeRO {stage}, shared by 2" for stage in (2, 3)}
+    stages = {f"ZeRO {stage}" for stage in range(4)}
+    assert set(runs["2 ranks"]) == {"alone", "zero.Init"} | stages | shared
+    shared = {"ZeRO 1, shared by 4", "ZeRO 2, shared by 2"}
+    assert set(runs["4 ranks"]) == {"alone"} | shared
+    for found in runs.values():
+        _, alone = found["alone"]
+        assert alone[-1] < 0.99 * alone[0]
+        for layers, losses in found.values():
+            assert layers == 2
+            assert losses == pytest.approx(alone, rel=2e-6)

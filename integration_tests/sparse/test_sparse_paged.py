@@ -13,6 +13,8 @@ from trimtab.kernels.sparse import (
     SparseShape,
     Windows,
     naive,
+    paged,
+    paged_compressed_attention,
     paged_native_sparse_attention,
     paged_select_blocks,
     paged_selected_attention,
@@ -199,6 +201,48 @@ def test_each_branch_is_that_of_packed_sequences(lengths, begins):
         expected = naive.sliding(*own, 24, D**-0.5)
         torch.testing.assert_close((near[rows], near_lse[rows]), expected)
         at = rows.stop
+
+
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 2**16),
+    lengths=st.lists(st.sampled_from([1, 7, 8, 9, 30, 60, 150, 400]), min_size=1, max_size=6),
+    workspace=st.sampled_from([1, 20_000, 2**28]),
+)
+def test_sequences_of_any_lengths_decode_as_each_alone(seed, lengths, workspace):
+    begins = [n - 1 for n in lengths]
+    cache, q, k, v, _ = filled(seed, 8, lengths)
+    paging, new = asked(cache, begins), tails(q, begins)
+    blocks = paged_select_blocks(new, cache.entries_k, paging, SMALL, workspace_bytes=workspace)
+    coarse, lse = paged_compressed_attention(
+        new, cache.entries_k, cache.entries_v, paging, SMALL, workspace_bytes=workspace
+    )
+    for n, length in enumerate(lengths):
+        entries = [naive.mean_compress(x[n], SMALL) for x in (k, v)]
+        own = q[n][begins[n] :]
+        expected = naive.select(own, entries[0], length, SMALL, D**-0.5)
+        assert torch.equal(blocks[:, n : n + 1], expected)
+        wanted = naive.compressed(own, *entries, length, SMALL, D**-0.5)
+        torch.testing.assert_close(
+            (coarse[n : n + 1], lse[n : n + 1]), (wanted[0], wanted[1]), check_stride=False
+        )
+
+
+def test_one_long_sequence_does_not_have_the_others_padded_to_it(monkeypatch):
+    """Of 8 short requests and a long one, what is read is little more than what there is."""
+    lengths = [100] * 8 + [3000]
+    begins = [n - 1 for n in lengths]
+    cache, q, *_ = filled(7, 8, lengths)
+    read = []
+    real = paged._read
+
+    def counting(cache, paging, sequence, slot):
+        read.append(sequence.numel() * slot.shape[-1])
+        return real(cache, paging, sequence, slot)
+
+    monkeypatch.setattr(paged, "_read", counting)
+    paged_select_blocks(tails(q, begins), cache.entries_k, asked(cache, begins), SMALL)
+    assert sum(read) == sum(SMALL.entries(n) for n in lengths)
 
 
 @pytest.mark.parametrize("length", [150, 300])

@@ -8,8 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from trimtab.kernels.sparse import blockwise, naive, tables
+from trimtab.kernels.sparse import (
+    Paging,
+    SparseShape,
+    blockwise,
+    naive,
+    paged_compressed_attention,
+    paged_select_blocks,
+    tables,
+)
 from trimtab.kernels.sparse.chosen import Chosen
+from trimtab.kernels.sparse.paging import ends
 
 pytestmark = pytest.mark.integration
 
@@ -74,6 +83,27 @@ def test_all_temporaries_keep_to_the_workspace(sizes, workspace, spread):
     blocks = chosen.k.shape[1] * chosen.blocks.first.numel() * chosen.block
     sums = blocks * (chosen.k.shape[-1] + chosen.v.shape[-1]) * wide
     assert peak - sum(g.nbytes for g in gradients) - sums <= workspace
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[9000] * 8, [200] * 30 + [9000] * 2])
+def test_decoding_over_pages_keeps_to_the_workspace(lengths, dtype):
+    shape, slots, pages = SparseShape(), 8, 75
+    generator = torch.Generator().manual_seed(2)
+    entries = [torch.randn(pages, 2, slots, 64, generator=generator).to(dtype) for _ in range(2)]
+    q = torch.randn(len(lengths), 8, 64, generator=generator).to(dtype)
+    table = torch.randint(pages, (len(lengths), 71), generator=generator)
+    paging = Paging(table, ends(torch.ones(len(lengths)).long()), ends(torch.tensor(lengths)))
+
+    def attend(workspace):
+        return paged_compressed_attention(q, *entries, paging, shape, workspace_bytes=workspace)
+
+    def select(workspace):
+        return paged_select_blocks(q, entries[0], paging, shape, workspace_bytes=workspace)
+
+    for work in (attend, select):
+        peak, _ = peak_bytes(lambda work=work: work(2 * MB))
+        assert peak <= 2.2 * MB  # results and tables of the sequences come on top
 
 
 @settings(max_examples=15, deadline=None)

@@ -57,6 +57,35 @@ def _either(paging: Paging, alone: Tensor, by_query: _Way, packed: _Way) -> tupl
     return whole
 
 
+def _by_length(part: _Part, lengths: Tensor, most_bytes: int, way: _Way) -> tuple[Tensor, ...]:
+    """The results of single queries, of some sequences at a time.
+
+    These are padded to the longest of them, which is at most about twice the shortest.
+
+    Args:
+        part: sequences of one query each.
+        lengths: what each reads, in bytes.
+        most_bytes: what those done at once may take, but for a single one.
+        way: for some of them.
+    """
+    order = lengths.argsort(stable=True)
+    sizes = lengths[order].tolist()
+    groups, begin = [], 0
+    for at, size in enumerate(sizes):
+        if at > begin and (size > 2 * sizes[begin] or size * (at + 1 - begin) > most_bytes):
+            groups.append(order[begin:at])
+            begin = at
+    groups.append(order[begin:])
+    if len(groups) == 1:
+        return way(part)
+    results = []
+    for some in groups:
+        rows = some if isinstance(part.rows, slice) else part.rows[some]
+        results.append(way(_Part(part.paging.of(some), rows)))
+    back = torch.cat(groups).argsort()
+    return tuple(torch.cat(found)[back] for found in zip(*results, strict=True))
+
+
 class _Places(NamedTuple):
     """Where queries that read for themselves stand."""
 
@@ -107,8 +136,10 @@ def _attend(
     sequence = _Places.of(paging, queries).sequence
     out = q.new_empty(queries, heads, v.shape[-1])
     lse = wide(q[:0]).new_empty(queries, heads)
-    taken = kv_heads * read.slot.shape[-1] * (k.shape[-1] + v.shape[-1]) * 4
-    step = max(1, workspace_bytes // max(1, taken))
+    # Keys and values as they are, widened, and their places; logits, weights and masks.
+    item, sizes = lse.element_size(), k.shape[-1] + v.shape[-1]
+    taken = kv_heads * (sizes * (k.element_size() + 2 * item) + 48) + heads * (2 * item + 2)
+    step = max(1, workspace_bytes // max(1, taken * read.slot.shape[-1]))
     for begin in range(0, queries, step):
         rows = slice(begin, begin + step)
         slot = read.slot[:, rows]
@@ -144,6 +175,14 @@ def _entries(cache: Tensor, paging: Paging, shape: SparseShape) -> tuple[Tensor,
     """The entries of each sequence, packed, and their ends."""
     counts = _counts(paging, shape)
     return gathered(cache, paging, torch.full_like(counts, shape.reach), counts), ends(counts)
+
+
+def _entries_bytes(paging: Paging, shape: SparseShape, cache: Tensor, heads: int) -> Tensor:
+    """What the entries that each sequence's last query reads may take, keys alone."""
+    _, kv_heads, _, d = cache.shape
+    item = wide(cache[:0]).element_size()
+    each = kv_heads * (d * (cache.element_size() + item) + 48 + 4 * item) + 5 * item * heads
+    return (_counts(paging, shape) + 1) * each
 
 
 def _all_entries(paging: Paging, shape: SparseShape) -> _Read:
@@ -185,12 +224,16 @@ def paged_compressed_attention(
     _check(q, entries_k, entries_v, paging)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    def by_query(part: _Part) -> tuple[Tensor, Tensor]:
+    def alike(part: _Part) -> tuple[Tensor, ...]:
         read = _all_entries(part.paging, shape)
         if not read.slot.shape[-1]:
             return packed(part)
         known = (entries_k, entries_v, part.paging, read)
         return _attend(q[part.rows], *known, scale, workspace_bytes)
+
+    def by_query(part: _Part) -> tuple[Tensor, ...]:
+        lengths = _entries_bytes(part.paging, shape, entries_k, q.shape[1])
+        return _by_length(part, lengths, workspace_bytes, alike)
 
     def packed(part: _Part) -> tuple[Tensor, Tensor]:
         k, cu_entries = _entries(entries_k, part.paging, shape)
@@ -209,6 +252,7 @@ def paged_select_blocks(
     shape: SparseShape,
     *,
     scale: float | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Tensor:
     """`select_blocks` by entries in pages; see `paged_compressed_attention`.
 
@@ -223,7 +267,7 @@ def paged_select_blocks(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kv_heads = entries_k.shape[1]
 
-    def by_query(part: _Part) -> tuple[Tensor]:
+    def alike(part: _Part) -> tuple[Tensor]:
         place = _Places.of(part.paging, q[part.rows].shape[0])
         read = _all_entries(part.paging, shape)
         known = _read(entries_k, part.paging, place.sequence, read.slot)
@@ -236,6 +280,10 @@ def paged_select_blocks(
         keys = int(part.paging.keys.max())
         scores = naive.importance(p, keys, kv_heads, shape)
         return (naive.top_blocks_at(scores, place.position, shape).transpose(0, 1),)
+
+    def by_query(part: _Part) -> tuple[Tensor, ...]:
+        lengths = _entries_bytes(part.paging, shape, entries_k, q.shape[1])
+        return _by_length(part, lengths, workspace_bytes, alike)
 
     def packed(part: _Part) -> tuple[Tensor]:
         k, cu_entries = _entries(entries_k, part.paging, shape)
@@ -410,7 +458,9 @@ def paged_native_sparse_attention(
     """
     _check(q, k, v, paging)
     branches.check_gates(gates, q)
-    blocks = paged_select_blocks(q, entries_k, paging, shape, scale=scale)
+    blocks = paged_select_blocks(
+        q, entries_k, paging, shape, scale=scale, workspace_bytes=workspace_bytes
+    )
     coarse, _ = paged_compressed_attention(
         *(q, entries_k, entries_v, paging, shape), scale=scale, workspace_bytes=workspace_bytes
     )

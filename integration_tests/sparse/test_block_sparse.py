@@ -285,6 +285,8 @@ def test_short_prompts_and_full_selections_stay_dense():
     assert prefill.plan(1024, 1024, 3, Selection("oracle")).path == "dense"
     assert prefill.plan(4096, 4096, 3, Selection("fixed", stride=1)).density == 1
     assert prefill.plan(128, 128, 3, selection).path == "dense"
+    assert prefill.plan(4096, 4096, 3, Selection(by="query")).path == "dense"
+    assert prefill.plan(4096, 4096, 3, Selection(mass=0.9, by="query")).path == "compiled"
     sentence = prefill.plan(4096, 4096, 3, selection).explain()
     assert sentence.startswith("compiled: predicted speed against dense attention: dense 1.00x")
     assert "; mass 0.97, 40% of the blocks" in sentence

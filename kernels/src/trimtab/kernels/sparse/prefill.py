@@ -41,9 +41,9 @@ _SELECTION: Mapping[str, float] = {
 }
 """Work of each selector for a query and key that it may see, where attention is 1."""
 
-_BY_QUERY = 4.0
-"""How much more of it pooled estimates take where each query chooses."""
-_UNION = 1.25
+_BY_QUERY: Mapping[bool, float] = {True: 0.6, False: 0.4}
+"""The same where each query chooses, by whether it is looked at whole."""
+_UNION = 1.35
 """Blocks that the four queries of a step read, to those that one of them has chosen."""
 
 _PACKING = 24.0
@@ -127,11 +127,9 @@ def plan(queries: int, keys: int, group: int, selection: Selection) -> Plan:
 
 
 def _selection_work(selection: Selection) -> float:
-    if selection.by == "tile":
+    if selection.by == "tile" or selection.selector == "fixed":
         return _SELECTION[selection.selector]
-    if selection.sample_step:
-        return _SELECTION["oracle"]
-    return _BY_QUERY * _SELECTION[selection.selector]
+    return _BY_QUERY[selection.sample_step is not None]
 
 
 def sparse_prefill(

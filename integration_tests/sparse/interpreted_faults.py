@@ -87,9 +87,10 @@ def watched():
 
 
 def whole_numbers_are_as_compiled(noted, names):
-    """Those that were launched here are those that are compiled without a GPU."""
+    """Those of kernels that were launched here are those that are compiled without a GPU."""
     to = {torch.int32: "*i32", torch.int64: "*i64"}
-    assert {name for name, _ in noted} == names
+    launched = {name for name, _ in noted}
+    assert {"forward", "merge", "backward", "span", "span_dkv", "best_blocks"} <= launched <= names
     declared = {name: configuration(name, "cuda", (64, 64)).types for name in names}
     for name, types in noted:
         for argument, dtype in types.items():
@@ -98,7 +99,7 @@ def whole_numbers_are_as_compiled(noted, names):
 
 
 def odd_ids_and_sizes():
-    for sizes in ((8, 60, 7, 1, 80, 96), (4, 20, 3, 1, 192, 128), (2, 20, 2, 2, 256, 256)):
+    for sizes in ((8, 60, 7, 1, 80, 96), (4, 20, 3, 1, 192, 128), (4, 60, 16, 1, 16, 16)):
         agrees(torch.float32, 1e-4, sizes, odd_ids(sizes[0], sizes[3]))
     sizes = (4, 60, 5, 1, 96, 80)
     agrees(torch.float32, 1e-4, sizes, odd_ids(4, 1), as_published=True)

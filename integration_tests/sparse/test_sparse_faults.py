@@ -326,7 +326,6 @@ from trimtab.kernels.sparse.block_sparse import KeyStore
 from trimtab.kernels.sparse.prefill import sparse_prefill
 from trimtab.kernels.sparse.selectors import Selection
 from trimtab.sparse.nsa import NSAAttention
-from trimtab.sparse.performance_model import model
 
 module = NSAAttention(16, 4, 2, 8, shape=SparseShape(8, 4, 16, 3, 1, 1, 24))
 out = module(torch.randn(2, 40, 16))

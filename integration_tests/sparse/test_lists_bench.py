@@ -1,4 +1,4 @@
-"""What `trimtab bench sparse` holds the choice of blocks and its inversion against."""
+"""What `trimtab bench sparse` holds lists of blocks, and attention to them, against."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trimtab.kernels.sparse import SparseShape, naive, tables
-from trimtab.sparse import lists_bench
+from trimtab.sparse import bench, flex_rival, lists_bench
 
 pytestmark = pytest.mark.integration
 
@@ -90,3 +90,13 @@ def test_every_case_tells_time_and_memory_against_each_rival():
         ),
     }
     assert cases[0].baseline_value == 16 * 1024 * 16
+
+
+def test_flex_attention_is_given_the_same_blocks(monkeypatch):
+    monkeypatch.setattr(bench, "KEPT_BLOCKS", 3)
+    mask, density = bench.random_choice(7)
+    assert 0.5 < density < 1
+    lists = flex_rival.flex_lists(mask)
+    assert torch.equal(lists.to_dense()[0].bool(), mask)
+    assert lists.kv_num_blocks.eq(1).all()  # the own block alone is causal inside
+    assert lists.seq_lengths == (7 * 64, 7 * 64)

@@ -186,6 +186,19 @@ def test_later_parts_of_a_prompt_are_sparse_too(model, prompt, said, slots, cut,
         torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
+def test_generation_that_fills_in_by_parts_is_sparse_in_each(model, prompt, said):
+    some = SparseConfig(mass=0.5, first=0, recent=1, min_prompt=128, by="query")
+    kept, answers = [], []
+    model.set_attn_implementation(register(some, kept.append))
+    for options in ({}, {"prefill_chunk_size": 128}):
+        options = {**options, "max_new_tokens": 6, "do_sample": False}
+        answers.append(model.generate(prompt, **options))
+    assert torch.equal(*answers)
+    assert len(kept) == 2 + 2 * 2  # the last 43 or 44 tokens are too few
+    assert max(kept[4:]) < 1
+    assert said() == []
+
+
 def test_a_mask_that_changes_in_place_is_read_again(model, prompt, said):
     mask = torch.ones(1, 1, 300, 300).tril().bool()
     name = register(ALL_BLOCKS)

@@ -14,7 +14,7 @@ from trimtab.kernels.sparse import launch, tables
 from trimtab.kernels.sparse.chosen import Chosen
 from trimtab.sparse import traffic
 
-TOKENS, KV_HEADS, GROUP, D, BLOCK, TOP, ROOM = 96, 2, 3, 16, 16, 4, 30_000
+TOKENS, KV_HEADS, GROUP, D, BLOCK, TOP, ROOM = 48, 2, 3, 16, 16, 4, 20_000
 moved = 0
 
 
@@ -37,7 +37,7 @@ whole = launch.fitted
 
 def in_short_chains(kernel, chosen):
     chosen, how = whole(kernel, chosen)
-    return chosen, replace(how, tiles=2)
+    return chosen, replace(how, tiles=1)
 
 
 launch.fitted = in_short_chains
@@ -59,6 +59,15 @@ def lists(chosen, how, part_bytes):
     )
 
 
+def lines():
+    """The query and the block of each choice."""
+    for kv_head in range(KV_HEADS):
+        for token in range(TOKENS):
+            for number in ids[kv_head, token].tolist():
+                if number >= 0:
+                    yield token, range(number * BLOCK, (number + 1) * BLOCK)
+
+
 generator = torch.Generator().manual_seed(0)
 q, k, v, above = (
     torch.randn(TOKENS, heads, D, generator=generator).half()
@@ -72,11 +81,19 @@ ids = tables.number_through(indices, queries, blocks)
 chosen = Chosen(q, k, v, ids, BLOCK, 0.25, queries, blocks, ROOM)
 sizes = traffic.Sizes(TOKENS, KV_HEADS, GROUP, D, D, BLOCK, TOP, 2, ROOM)
 
-out, lse = launch.selected_forward(chosen)
+out, lse = launch.forward_by_blocks(chosen)
 known = lists(chosen, launch.fitted("forward", chosen)[1], sizes.forward_part_bytes)
 assert known.segments > KV_HEADS
 assert known.further > 0
 assert moved == traffic.forward_bytes(sizes, known), (moved, traffic.forward_bytes(sizes, known))
+
+moved = 0
+by_query, _ = launch.forward_by_queries(chosen)
+torch.testing.assert_close(by_query, out, atol=2e-3, rtol=2e-3)
+own = sum(min(of.stop - 1, t) - of.start + 1 for t, of in lines())
+panels = own * (D + D) * 2
+assert moved == traffic.by_query_bytes(sizes) + panels, (moved, panels)
+assert panels < traffic.by_query_panel_bytes(sizes, known)
 
 moved = 0
 launch.selected_backward(above, out, lse, chosen)

@@ -150,6 +150,9 @@ def branch_agrees(dtype, heads, kv_heads, d, d_v, queries, tolerance, branch):
 agree(torch.float32, 6, 2, 16, 24, 20, 50, 1e-4, workspace_bytes=20_000)
 agree(torch.float32, 3, 3, 16, 16, 20, 40, 1e-4, workspace_bytes=9_000)  # two KV heads, then one
 agree(torch.float32, 2, 1, 16, 16, 9, 200, 1e-4, block=128)  # its backward takes blocks in halves
+agree(torch.float32, 26, 2, 16, 24, 20, 50, 1e-4)  # a query at a time
+agree(torch.float16, 17, 1, 12, 16, 9, 200, 2e-2, block=128)
+agree(torch.bfloat16, 32, 1, 16, 16, 5, 33, 6e-2)
 agree(torch.float32, 1, 1, 136, 128, 5, 20, 1e-4)  # too wide for a backward in Triton
 agree(torch.float16, 3, 3, 12, 16, 33, 33, 2e-2)
 agree(torch.bfloat16, 5, 1, 16, 16, 33, 33, 6e-2)

@@ -13,10 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab.kernels.sparse import (
     SparseShape,
     blockwise,
+    gpu_tiles,
     launch,
     naive,
     published,
@@ -25,8 +27,10 @@ from trimtab.kernels.sparse import (
     tables,
 )
 from trimtab.kernels.sparse.chosen import Chosen
-from trimtab.kernels.sparse.gpu_tiles import Tile
-from trimtab.sparse import traffic
+from trimtab.kernels.sparse.gpu_tiles import Need, Tile
+from trimtab.kernels.sparse.selected_plan import L2_BYTES_PER_S, PARTS_BYTES_PER_S, plan_selected
+from trimtab.sparse import performance_model, traffic
+from trimtab.sparse.published_figures import Run
 
 pytestmark = pytest.mark.integration
 
@@ -484,6 +488,56 @@ def test_the_model_of_times_expects_the_tables_that_chance_makes():
         assert expected.lots == len(list(chosen.lots(part_bytes, shared=True)))
         for name, real in counted_lists(found).items():
             assert getattr(expected, name) == pytest.approx(real, rel=0.05), name
+
+
+def test_large_groups_go_by_queries_and_the_plan_says_why():
+    paths = {g: plan_selected(g, 128, 128, 64, 2) for g in (1, 4, 8, 16, 32, 64)}
+    assert {g: plan.path for g, plan in paths.items()} == {
+        **dict.fromkeys((1, 4, 8, 64), "blocks"),
+        **dict.fromkeys((16, 32), "queries"),
+    }
+    assert "16 heads share the keys" in paths[16].explain()
+    assert "for 4 heads only" in paths[4].explain()
+    assert "larger than a tile of 32" in paths[64].explain()
+
+
+def test_the_plan_chooses_as_the_model_of_times_predicts():
+    known = performance_model.model("h200")
+    parts_bytes = 6 * 128 * 64 * 128 * 1024 * 16
+    assert pytest.approx(parts_bytes / known.seconds["parts"], rel=0.02) == PARTS_BYTES_PER_S
+    assert performance_model.GPUS["h200"].l2_bytes_per_s == L2_BYTES_PER_S
+    for group in (1, 2, 4, 8, 16, 32):
+        for tokens in (8 * 1024, 128 * 1024):
+            predicted = known.our_selected_s(Run("h200", tokens, group, 64, 16))
+            assert plan_selected(group, 128, 128, 64, 2).path == min(predicted, key=predicted.get)
+
+
+def test_the_model_of_times_knows_how_our_kernels_are_launched(monkeypatch):
+    need = Need("cuda", 256, 2)
+    assert gpu_tiles.tile("forward", need, 64).chunk == performance_model.FORWARD_CHUNK
+    assert gpu_tiles.tile("forward", need, 128).chunk == performance_model.FORWARD_CHUNK
+    assert gpu_tiles.fit_block("backward", need, 128) == performance_model.BACKWARD_BLOCK
+    assert gpu_tiles.tile("backward", need, 64).chunk == performance_model.BACKWARD_CHUNK
+    monkeypatch.setattr(tables.block_lists, "invert", lambda *_: None)  # as on a GPU
+    *qkv, cu, _ = drawn(18, 4, 2, 8, 8, [(60, 60)])
+    chosen = chosen_of(qkv, cu, cu, some_blocks(18, 2, 60, 4))
+    with Calls() as calls:
+        assert len(list(launch.segments(chosen, Tile(16, 4, 1), 24, shared=True))) == 1
+    assert calls.count == performance_model.TABLE_CALLS
+
+
+class Calls(TorchDispatchMode):
+    """Counts torch's calls that start a kernel."""
+
+    count = 0
+    starts_none = frozenset(
+        ("view", "slice", "select", "unsqueeze", "expand", "alias", "as_strided", "permute")
+        + ("transpose", "detach", "_unsafe_view", "empty", "new_empty", "empty_like")
+    )
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.__name__.split(".")[0] not in self.starts_none
+        return function(*args, **(kwargs or {}))
 
 
 def test_traffic_is_what_the_kernels_load_and_store():

@@ -47,6 +47,7 @@ class Kernel:
 KERNELS: Mapping[str, Kernel] = {
     "forward": Kernel("triton_selected", "forward", "forward", {}, blocks=True),
     "merge": Kernel("triton_selected", "merge", None, {}),
+    "by_query": Kernel("triton_selected", "by_query", "by_query", {}, blocks=True),
     "backward": Kernel(
         "triton_selected", "backward", "backward", {"dk": "wide", "dv": "wide"}, blocks=True
     ),
@@ -82,7 +83,7 @@ _PASSES: Mapping[str, int] = {"forward": 0, "published_maxima": 1, "published_fo
 _NARROW = ("q", "k", "v", "entries", "gradient", "out", "part", "dq", "dk", "dv")
 _WIDE = ("part_max", "part_sum", "lse", "delta", "dq_part", "further_k", "further_v")
 _LONG = ("rows", "block_first", "block_length", "last", "low", "high", "first_query", "end_query")
-_LONG_TOO = ("further", "tile_first", "tile_length", "entry_first", "visible", "own")
+_LONG_TOO = ("ids", "further", "tile_first", "tile_length", "entry_first", "visible", "own")
 _INT = ("query", "item_row", "item_chunk", "place", "pages", "lists", "counts")
 _NUMBERS = ("blocks", "queries", "tokens", "tiles", "samples", "position")
 _STRIDES = ("page_stride", "head_stride", "slot_stride")
@@ -128,7 +129,9 @@ class Configuration:
         known = {
             "HEADS": 32,
             "GROUP": self.group,
-            "GROUP_PAD": 1 << (self.group - 1).bit_length(),
+            "GROUP_PAD": max(
+                16 if self.kernel == "by_query" else 1, 1 << (self.group - 1).bit_length()
+            ),
             "D": d,
             "PAD": padded(d),
             "D_V": d_v,
@@ -206,7 +209,7 @@ def shipped(backend: str) -> Iterator[Configuration]:
             if not falls_back(kernel, backend, head_size, dtype):
                 one = configuration(kernel, backend, head_size, dtype, block)
                 found[one.name] = one
-        for group in (1, 16) if of.tile is None else ():
+        for group in (1, 16) if of.tile is None else (32,) if kernel == "by_query" else ():
             one = configuration(kernel, backend, HEAD_SIZES[-1], group=group)
             found[one.name] = one
     yield from found.values()

@@ -23,6 +23,7 @@ from trimtab.kernels.sparse.gpu_tiles import (
     padded,
     tile,
 )
+from trimtab.kernels.sparse.selected_plan import plan_selected
 from trimtab.kernels.sparse.shape import SparseShape
 from trimtab.kernels.sparse.tables import BlockMajor, Queries
 
@@ -184,7 +185,35 @@ def merge(
 
 
 def selected_forward(chosen: Chosen) -> tuple[Tensor, Tensor]:
-    """Output and natural logarithm of selected attention."""
+    """Output and natural logarithm of selected attention, by queries or by blocks."""
+    sizes = chosen.q.shape[-1], chosen.v.shape[-1], chosen.block, chosen.q.element_size()
+    if plan_selected(chosen.group, *sizes).path == "queries":
+        return forward_by_queries(chosen)
+    return forward_by_blocks(chosen)
+
+
+def forward_by_queries(chosen: Chosen) -> tuple[Tensor, Tensor]:
+    """`selected_forward` a query at a time."""
+    from trimtab.kernels.sparse import triton_selected as kernels
+
+    chosen, how = fitted("by_query", chosen)
+    blocks, (queries, *_) = chosen.blocks, chosen.q.shape
+    out, lse = chosen.unwritten()
+    kernels.by_query[(queries, chosen.k.shape[1])](
+        *(chosen.q, chosen.k, chosen.v, chosen.ids.contiguous(), out, lse),
+        *(blocks.first, blocks.length, chosen.queries.last, chosen.scale, queries),
+        **of_keys(chosen.q, chosen.k),
+        **of_values(chosen.v),
+        **launched(how),
+        TOP=chosen.top,
+        GROUP_PAD=padded(chosen.group),
+        BLOCK=chosen.block,
+    )
+    return out, lse
+
+
+def forward_by_blocks(chosen: Chosen) -> tuple[Tensor, Tensor]:
+    """`selected_forward` a block at a time."""
     from trimtab.kernels.sparse.triton_selected import WHOLE
 
     chosen, how = fitted("forward", chosen)

@@ -1,4 +1,5 @@
 """Selected attention on a GPU, a KV block at a time: its keys are read once for all their queries.
+For large groups, whose heads fill a tile, the forward can go a query at a time instead.
 
 FSA's loop order (arXiv 2508.18224, section 3) with three changes. All heads of a group share a
 tile, so that short lists still fill it. Each part of a query's softmax is normalised by its own
@@ -223,6 +224,55 @@ def merge(
         top = new
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     head = kv_head * GROUP + member
+    _put(out, token, head, there, result, HEADS, D_V, PAD_V)
+    tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
+
+
+@triton.jit
+def by_query(
+    q,
+    k,
+    v,
+    ids,
+    out,
+    lse,
+    block_first,
+    block_length,
+    last,
+    scale,
+    queries,
+    TOP: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    PAD: tl.constexpr,
+    PAD_V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Output and logarithm of one query's group, block after block: vanilla NSA's loop order."""
+    token = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1).to(tl.int64)
+    member = tl.arange(0, GROUP_PAD)
+    there = member < GROUP
+    head = kv_head * GROUP + member
+    query = _tile(q, token, head, there, HEADS, D, PAD)
+    own = tl.load(last + token)
+    top = tl.full((GROUP_PAD,), LEAST, tl.float32)
+    total = tl.zeros((GROUP_PAD,), tl.float32)
+    acc = tl.zeros((GROUP_PAD, PAD_V), tl.float32)
+    for slot in range(TOP):
+        number = tl.load(ids + (kv_head * queries + token) * TOP + slot)
+        key, inside = _block(block_first, block_length, tl.maximum(number, 0), BLOCK)
+        seen = inside & (key <= own) & (number + tl.zeros((BLOCK,), tl.int64) >= 0)
+        keys = _tile(k, key, kv_head, seen, HEADS // GROUP, D, PAD)
+        values = _tile(v, key, kv_head, seen, HEADS // GROUP, D_V, PAD_V)
+        logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
+        visible = there[:, None] & seen[None, :]
+        acc, total, top = _attend(acc, total, top, logits, visible, values, WIDEN)
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
     _put(out, token, head, there, result, HEADS, D_V, PAD_V)
     tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
 

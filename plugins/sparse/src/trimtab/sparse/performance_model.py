@@ -54,8 +54,10 @@ GPUS: Mapping[str, Gpu] = {
 
 LAUNCH_S = 5e-6
 """Of a small kernel."""
-_TABLE_LAUNCHES = 58
-"""Kernels that make one index table: 46 calls of torch, of which two sort in several."""
+TABLE_CALLS = 46
+"""Calls of torch that make one index table."""
+_TABLE_LAUNCHES = TABLE_CALLS + 12
+"""Kernels of these; two calls sort, in several."""
 _FORWARD_LAUNCHES, _BACKWARD_LAUNCHES = 2, 3
 """Of a segment."""
 _TABLE_BYTES = 260
@@ -166,7 +168,7 @@ class Model:
         return self.forward_s(system, run) + backward
 
     def _our_forward_s(self, run: Run) -> float:
-        """Compressed attention, the choice, index tables, and parts with their merge.
+        """Compressed attention, the choice, and the selected branch.
 
         The choice takes the logits of compressed keys again, once for their sum and once for each
         entry that overlaps a block.
@@ -174,11 +176,23 @@ class Model:
         compressed = self.dense.forward * (run.tokens / _UNIT) ** 2 / _STRIDE
         entries = run.block / _STRIDE
         choice = compressed / 2 * (1 + (entries + 1) / entries)
+        return compressed + choice + min(self.our_selected_s(run).values())
+
+    def our_selected_s(self, run: Run) -> Terms:
+        """Of our selected branch's forward, by blocks and by queries; the faster one is taken.
+
+        `trimtab.kernels.sparse.selected_plan` chooses so, without the model.
+        """
         of = _sizes(run)
         lists = traffic.lists(of, of.forward_part_bytes, FORWARD_CHUNK)
         bytes_per_s = _PUBLISHED_PART_BYTES * HEADS * _UNIT * 16 / self.seconds["parts"]
-        selected = traffic.forward_bytes(of, lists) / bytes_per_s
-        return compressed + choice + selected + self._tables_s(run.gpu, lists, _FORWARD_LAUNCHES)
+        by_blocks = traffic.forward_bytes(of, lists) / bytes_per_s
+        gpu = GPUS[run.gpu]
+        beside = traffic.by_query_bytes(of) / gpu.memory_bytes_per_s
+        return {
+            "blocks": by_blocks + self._tables_s(run.gpu, lists, _FORWARD_LAUNCHES),
+            "queries": traffic.by_query_panel_bytes(of, lists) / gpu.l2_bytes_per_s + beside,
+        }
 
     def _our_backward_s(self, run: Run) -> float:
         """Compressed attention's, and the selected branch's by its bytes."""

@@ -76,6 +76,18 @@ def forward_bytes(of: Sizes, lists: Lists) -> float:
     return items + read + parts + merged + out
 
 
+def by_query_panel_bytes(of: Sizes, lists: Lists) -> float:
+    """Keys and values that the forward by queries reads; of a query's own block all are counted."""
+    return lists.choices * of.panel * of.item_bytes
+
+
+def by_query_bytes(of: Sizes) -> float:
+    """All else that the forward by queries moves."""
+    programs = of.tokens * of.kv_heads
+    heads = programs * of.group * ((of.d + of.d_v) * of.item_bytes + 4)
+    return heads + programs * (8 + of.top * (8 + 16))
+
+
 def backward_bytes(of: Sizes, lists: Lists) -> float:
     """Of the main kernel, what adds chunks, and what sums dQ; then of torch beside them."""
     rows = lists.choices * of.group

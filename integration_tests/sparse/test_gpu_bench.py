@@ -85,6 +85,9 @@ def test_the_work_of_kernels_is_what_the_papers_formulas_say():
     dense = roofline.SPANS["dense"](SIZES, n / 2)
     assert dense.flop == 2 * d * h * n**2
     assert roofline.SPANS["dense_backward"](SIZES, n / 2).flop == 2.5 * dense.flop
+    by_query = roofline.KERNELS["by_query"](replace(SIZES, kv_heads=4))
+    assert by_query.flop == forward.flop
+    assert by_query.cache_bytes == 4 * n * top * block * 2 * d * 2
     wide = replace(SIZES, d_v=64)
     assert roofline.KERNELS["forward"](wide).flop == forward.flop * 3 / 4
 

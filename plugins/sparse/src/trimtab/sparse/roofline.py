@@ -1,7 +1,8 @@
 """How long each sparse kernel should take on a GPU, from what it must compute and move.
 
 A kernel takes as long as its products at the share of the peak that dense attention by Triton was
-published to reach, or its memory traffic at three quarters of the bandwidth, whichever is longer.
+published to reach, as its memory traffic at three quarters of the bandwidth, or as what it reads
+again from the L2 cache, whichever is longest.
 Nothing here is fitted to our kernels; `trimtab bench sparse-gpu` tells how far off it is.
 """
 
@@ -17,6 +18,8 @@ from trimtab.kernels.sparse import SparseShape
 from trimtab.kernels.sparse.selectors import SAMPLE_STEPS
 
 LAUNCH_S = 5e-6
+L2_BYTES_PER_S = 5.6e12
+"""An H100's, from a kernel of vanilla NSA's that does little else."""
 _MEMORY_SHARE = 0.75
 _LARGE_PEAK = 500e12
 _TENSOR_SHARES = (0.31, 0.6)
@@ -68,7 +71,8 @@ class Demand:
 
     flop: float
     memory_bytes: float
-    launches: int = 1
+    cache_bytes: float = 0.0
+    """Read again and again from the L2 cache."""
 
 
 def _pairs(of: Sizes, seen: float, products: int, wide: int) -> Demand:
@@ -96,6 +100,14 @@ def _merge(of: Sizes, part_bytes: int) -> Demand:
     return Demand(0.0, of.chosen * (part_bytes + 8) + of.rows * (of.item * of.d_v + 4))
 
 
+def _by_query(of: Sizes) -> Demand:
+    """Each query reads its blocks for a whole group, which takes 16 rows of a tile or more."""
+    blocks = of.chosen / of.group
+    flop = 2.0 * blocks * max(16, of.group) * of.shape.block * (of.d + of.d_v)
+    read = blocks * of.shape.block * (of.d + of.d_v) * of.item
+    return Demand(flop, of.rows * (of.item * (of.d + of.d_v) + 4), read)
+
+
 def _best_blocks(of: Sizes) -> Demand:
     taps = len(of.shape.weights) / of.shape.entries_per_block
     return _pairs(of, _entries(of) * taps, 1, 0)
@@ -107,6 +119,7 @@ def _spans(products: int, wide: int) -> Callable[[Sizes, float], Demand]:
 
 KERNELS: Mapping[str, Callable[[Sizes], Demand]] = {
     "forward": lambda of: _selected(of, 1, 1, of.item * of.d, of.item * of.d_v),
+    "by_query": _by_query,
     "merge": lambda of: _merge(of, of.item * of.d_v),
     "backward": lambda of: _selected(of, 3, 2, of.item * (of.d + of.d_v), 4 * of.d),
     "add_chunks": lambda of: Demand(
@@ -149,7 +162,8 @@ def seconds(demand: Demand, profile: DeviceProfile, dtype: torch.dtype, gain: fl
     peak = profile.flop_per_s(known[dtype])  # type: ignore[arg-type]
     share = _TENSOR_SHARES[0] if peak > _LARGE_PEAK else _TENSOR_SHARES[1]
     memory_s = demand.memory_bytes / (_MEMORY_SHARE * profile.memory_bandwidth_bytes_per_s)
-    return max(demand.flop / (peak * share * gain), memory_s) + demand.launches * LAUNCH_S
+    cache_s = demand.cache_bytes / L2_BYTES_PER_S
+    return max(demand.flop / (peak * share * gain), memory_s, cache_s) + LAUNCH_S
 
 
 def dense_s(of: Sizes, profile: DeviceProfile, *, backward: bool = False) -> float:

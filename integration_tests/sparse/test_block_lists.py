@@ -185,6 +185,31 @@ def test_ends_that_do_not_fit_read_nothing_outside():
     assert chosen.max() < 13
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 99),
+    st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 6)),
+    st.sampled_from([torch.int32, torch.int64]),
+    builds,
+)
+def test_ids_are_numbered_through_in_order_and_wrong_ones_dropped(seed, size, dtype, build):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-2, 6, size, generator=generator).to(dtype)
+    own = torch.randint(0, 5, size[1:2], generator=generator)
+    before = torch.randint(0, 50, size[1:2], generator=generator)
+    strided = torch.stack([ids, -ids], 2).flatten(1, 2)[:, ::2]
+    with patch.object(block_lists, "code", lambda: build):
+        numbered = block_lists.number_through(ids, own, before)
+        assert torch.equal(numbered, block_lists.number_through(strided, own, before))
+        assert block_lists.number_through(ids.repeat(1, 1, 200), own, before) is None
+    assert numbered.dtype == torch.int64
+    for of_head, rows in zip(ids.tolist(), numbered.tolist(), strict=True):
+        every = zip(of_head, rows, own.tolist(), before.tolist(), strict=True)
+        for given_ids, row, last, first in every:
+            known = sorted({i + first for i in given_ids if 0 <= i <= last})
+            assert row == known + [-1] * (len(row) - len(known))
+
+
 def rows_of(ids, blocks):
     """The queries of each KV head and block, one by one."""
     return [

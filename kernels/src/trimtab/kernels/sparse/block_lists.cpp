@@ -89,6 +89,16 @@ struct Selection {
   int32_t threads;
 };
 
+struct Numbering {
+  const void* ids;                                    // [kv_heads, queries, top], any order
+  int64_t* out;                                       // [kv_heads, queries, top], -1 is none
+  const int64_t *own, *before;                        // [queries]: last id, what is added to ids
+  int64_t ids_head, ids_query;
+  int64_t kv_heads, queries, top;
+  int32_t long_ids;                                   // whether ids are int64, else int32
+  int32_t threads;
+};
+
 struct Inversion {
   const int64_t* ids;                                 // [kv_heads, queries, top]; none outside blocks
   int64_t* rows;                                      // [kv_heads * blocks + 1]
@@ -256,6 +266,28 @@ void select(const Selection& p) {
   }
 }
 
+// Lists are nearly always in order already; so each id is put in its place from the end on.
+template <class Id>
+void number_through(const Numbering& p) {
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t item = 0; item < p.kv_heads * p.queries; ++item) {
+    const int64_t query = item % p.queries, last = p.own[query], before = p.before[query];
+    const Id* ids =
+        static_cast<const Id*>(p.ids) + item / p.queries * p.ids_head + query * p.ids_query;
+    int64_t *out = p.out + item * p.top, count = 0;
+    for (int64_t slot = 0; slot < p.top; ++slot) {
+      const int64_t id = ids[slot] + before;
+      if (ids[slot] < 0 || ids[slot] > last) continue;
+      int64_t at = count;
+      while (at > 0 && out[at - 1] > id) --at;
+      if (at > 0 && out[at - 1] == id) continue;
+      for (int64_t moved = count++; moved > at; --moved) out[moved] = out[moved - 1];
+      out[at] = id;
+    }
+    while (count < p.top) out[count++] = -1;
+  }
+}
+
 inline bool is_block(int64_t id, int64_t blocks) { return uint64_t(id) < uint64_t(blocks); }
 
 // A counting sort. Each chunk of a head's queries counts by itself and then writes behind those
@@ -325,12 +357,18 @@ __attribute__((visibility("default"))) int trimtab_supported() {
 
 // Callers compare them with their own: code built from an older source must not be called.
 __attribute__((visibility("default"))) int trimtab_selection_bytes() { return sizeof(Selection); }
+__attribute__((visibility("default"))) int trimtab_numbering_bytes() { return sizeof(Numbering); }
 __attribute__((visibility("default"))) int trimtab_inversion_bytes() { return sizeof(Inversion); }
 
 __attribute__((visibility("default"))) void trimtab_select_blocks(const Selection* p) {
   if (p->dtype == 0) return select<float>(*p);
   if (p->dtype == 1) return select<bf16>(*p);
   select<fp16>(*p);
+}
+
+__attribute__((visibility("default"))) void trimtab_number_through(const Numbering* p) {
+  if (p->long_ids) return number_through<int64_t>(*p);
+  number_through<int32_t>(*p);
 }
 
 __attribute__((visibility("default"))) void trimtab_invert_lists(const Inversion* p) {

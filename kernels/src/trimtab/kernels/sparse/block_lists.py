@@ -1,6 +1,6 @@
-"""Lists of blocks on a CPU: chosen in one stream over compressed keys, and inverted.
+"""Lists of blocks on a CPU: chosen in one stream over compressed keys, checked, and inverted.
 
-The compiled code of ``block_lists.cpp``. Both functions return None where it was not built, or does
+The compiled code of ``block_lists.cpp``. All functions return None where it was not built, or does
 not know the type; callers then do the same in torch.
 """
 
@@ -16,6 +16,7 @@ from trimtab.kernels.sparse.compiled import DTYPES, integers, library, pointers,
 from trimtab.kernels.sparse.shape import SparseShape
 
 _TILE, _PANEL = 16, 64
+_LONGEST_LIST = 128
 
 
 class _Selection(ctypes.Structure):
@@ -35,6 +36,17 @@ class _Selection(ctypes.Structure):
     )
 
 
+class _Numbering(ctypes.Structure):
+    """``Numbering`` of ``block_lists.cpp``, field for field."""
+
+    _fields_ = (
+        *pointers("ids", "out", "own", "before"),
+        *integers("ids_head", "ids_query", "kv_heads", "queries", "top"),
+        ("long_ids", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
 class _Inversion(ctypes.Structure):
     """``Inversion`` of ``block_lists.cpp``, field for field."""
 
@@ -50,6 +62,7 @@ def code() -> ctypes.CDLL | None:
     """The compiled code, or None; the reason is told in the log once."""
     sizes = (
         ("trimtab_selection_bytes", ctypes.sizeof(_Selection)),
+        ("trimtab_numbering_bytes", ctypes.sizeof(_Numbering)),
         ("trimtab_inversion_bytes", ctypes.sizeof(_Inversion)),
     )
     return library("block_lists", sizes, "blocks are chosen on a CPU")
@@ -149,6 +162,34 @@ def _cut(cumulative: Tensor, size: int) -> _Parts:
     sequence = torch.arange(counts.numel()).repeat_interleave(counts)
     first = ends[sequence] + (torch.arange(sequence.numel()) - before[sequence]) * size
     return _Parts(first, (ends[sequence + 1] - first).clamp(max=size), sequence, before)
+
+
+def number_through(ids: Tensor, own: Tensor, before: Tensor) -> Tensor | None:
+    """What `tables.number_through` returns; None also where lists are long, which sorting suits.
+
+    Args:
+        ids: ``[kv_heads, queries, top]`` int32 or int64, any order.
+        own: the last id of each query that counts, ``[queries]`` int64.
+        before: what is added to its ids, ``[queries]`` int64.
+    """
+    built = code()
+    known = ids.dtype in (torch.int32, torch.int64) and ids.device.type == "cpu"
+    if built is None or not known or ids.shape[2] > _LONGEST_LIST:
+        return None
+    kept = {"ids": _dense(ids), "own": own.contiguous(), "before": before.contiguous()}
+    kept["out"] = torch.empty(ids.shape, dtype=torch.int64)
+    problem = _Numbering(
+        ids_head=kept["ids"].stride(0),
+        ids_query=kept["ids"].stride(1),
+        kv_heads=ids.shape[0],
+        queries=ids.shape[1],
+        top=ids.shape[2],
+        long_ids=ids.dtype == torch.int64,
+        threads=torch.get_num_threads(),
+    )
+    pointing(problem, kept)
+    built.trimtab_number_through(ctypes.byref(problem))
+    return kept["out"]
 
 
 def invert(ids: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -73,12 +73,14 @@ def number_through(indices: Tensor, queries: Queries, blocks: Blocks) -> Tensor:
     Returns:
         ``[kv_heads, queries, top]`` int64, the absent ones last.
     """
+    before = blocks.before[queries.sequence]
+    numbered = block_lists.number_through(indices, queries.own, before)
+    if numbered is not None:
+        return numbered
     none = blocks.first.numel()
     ids = indices.long()
     wrong = (ids < 0) | (ids > queries.own[:, None])
-    known = (
-        (ids + blocks.before[queries.sequence][:, None]).masked_fill(wrong, none).sort(-1).values
-    )
+    known = (ids + before[:, None]).masked_fill(wrong, none).sort(-1).values
     repeated = torch.zeros_like(known, dtype=torch.bool)
     repeated[..., 1:] = known[..., 1:] == known[..., :-1]
     return known.masked_fill(repeated | (known == none), -1)

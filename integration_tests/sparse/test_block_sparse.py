@@ -236,6 +236,39 @@ def test_blocks_to_come_take_no_place_of_those_that_can_be_seen(name):
     assert torch.equal(chosen.sum(-1), torch.arange(1, 11).clamp(max=4).expand(2, -1))
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 99),
+    st.integers(1, 150),
+    st.integers(1, 60),
+    st.sampled_from(["mass", "top"]),
+    st.floats(0.01, 1),
+    st.integers(1, 20),
+    st.integers(0, 3),
+    st.integers(1, 4),
+)
+def test_the_compiled_choice_is_that_of_plain_torch(
+    seed, blocks, rows, selector, mass, top, first, recent
+):
+    """Among them equal shares, of which the lower block goes first, and shares of nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.randint(blocks, (rows,), generator=generator)
+    shares = torch.randint(0, 5, (3, rows, blocks), generator=generator) / 16
+    shares += torch.rand(shares.shape, generator=generator) * (seed % 2)
+    shares = shares.masked_fill(torch.arange(blocks) > own[:, None], 0.0)
+    shares /= shares.sum(-1, keepdim=True).clamp(min=1e-30)
+    selection = Selection(selector, mass, top, first, recent)
+    amount = {"top": top if selector == "top" else 0, "mass": mass}
+    found = block_sparse.kept_blocks(shares, own, first=first, recent=recent, **amount)
+    assert torch.equal(found, selection.keep_in_torch(shares, own))
+
+
+def test_shares_that_are_no_numbers_end_the_choice():
+    shares, own = torch.full((1, 2, 40), float("nan")), torch.tensor([39, 39])
+    found = block_sparse.kept_blocks(shares, own, first=1, recent=2, top=0, mass=0.9)
+    assert found[..., [0, 38, 39]].all()
+
+
 @pytest.mark.parametrize("name", ["mass", "antidiagonal", "oracle"])
 def test_a_block_that_all_attention_goes_to_is_chosen(name):
     q, k, _ = drawn(5, 2, 1, 32, 32, [(64, 1024)], torch.float32)
@@ -285,8 +318,11 @@ def test_short_prompts_and_full_selections_stay_dense():
     assert prefill.plan(1024, 1024, 3, Selection("oracle")).path == "dense"
     assert prefill.plan(4096, 4096, 3, Selection("fixed", stride=1)).density == 1
     assert prefill.plan(128, 128, 3, selection).path == "dense"
-    assert prefill.plan(4096, 4096, 3, Selection(by="query")).path == "dense"
-    assert prefill.plan(4096, 4096, 3, Selection(mass=0.9, by="query")).path == "compiled"
+    alone = prefill.plan(4096, 4096, 3, Selection(mass=0.9, by="query"))
+    together = prefill.plan(4096, 4096, 3, Selection(mass=0.9))
+    assert alone.path == "compiled"
+    assert alone.work["compiled"] > 1.5 * together.work["compiled"]
+    assert prefill.plan(2048, 2048, 3, Selection(mass=0.99, by="query")).path == "dense"
     sentence = prefill.plan(4096, 4096, 3, selection).explain()
     assert sentence.startswith("compiled: predicted speed against dense attention: dense 1.00x")
     assert "; mass 0.97, 40% of the blocks" in sentence

@@ -194,6 +194,17 @@ struct Problem {
   int32_t keys_packed;  // whether the panels hold all keys already
 };
 
+// Shares of blocks, and what `Selection.keep` keeps of them.
+struct Keeping {
+  const float* shares;  // [heads * rows, blocks]
+  const int64_t* own;   // [rows]: the last block that each can see
+  uint8_t* kept;        // [heads * rows, blocks], zeros
+  int64_t heads, rows, blocks, first, recent;
+  int64_t top;          // how many; 0 where `mass` decides
+  float mass;
+  int32_t threads;
+};
+
 }  // extern "C"
 
 namespace {
@@ -466,6 +477,30 @@ void look(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t ti
   }
 }
 
+// The greatest shares first, among equal ones the lower id, after those that are always kept.
+void keep_of(const Keeping& p, int64_t row, float* left) {
+  const float* shares = p.shares + row * p.blocks;
+  uint8_t* kept = p.kept + row * p.blocks;
+  const int64_t own = p.own[row % p.rows];
+  const int64_t visible = own + 1 < p.blocks ? own + 1 : p.blocks, size = padded(visible);
+  double held = 0;
+  int64_t count = 0;
+  for (int64_t id = 0; id < size; ++id) {
+    left[id] = id < visible ? shares[id] : -1.0f;
+    if (id >= visible || (id >= p.first && id <= own - p.recent)) continue;
+    kept[id] = 1, left[id] = -1.0f;
+    held += shares[id], ++count;
+  }
+  for (; p.top ? count < p.top : float(held) < p.mass; ++count) {
+    const float most = highest_of(left, size, -1.0f);
+    int64_t id = 0;
+    while (id < size && left[id] != most) ++id;
+    if (most < 0 || id == size) return;  // none is left, or what is left is no number
+    kept[id] = 1, left[id] = -1.0f;
+    held += most;
+  }
+}
+
 template <class Kind>
 int64_t scratch_bytes(const Problem& p, const Panels<Kind>& panels) {
   const int64_t element = sizeof(typename Kind::element);
@@ -541,6 +576,8 @@ __attribute__((visibility("default"))) int trimtab_supported() {
 // Callers compare it with their own: code built from an older source must not be called.
 __attribute__((visibility("default"))) int trimtab_problem_bytes() { return sizeof(Problem); }
 
+__attribute__((visibility("default"))) int trimtab_keeping_bytes() { return sizeof(Keeping); }
+
 // Bytes of one packed element.
 __attribute__((visibility("default"))) int trimtab_element_bytes(int dtype) {
 #if defined(__AVX512BF16__)
@@ -569,6 +606,16 @@ __attribute__((visibility("default"))) void trimtab_block_sparse(const Problem* 
 #else
   run<bf16, Float>(*p);
 #endif
+}
+
+__attribute__((visibility("default"))) void trimtab_keep_blocks(const Keeping* p) {
+#pragma omp parallel num_threads(p->threads)
+  {
+    float* left = static_cast<float*>(__builtin_malloc(padded(p->blocks) * sizeof(float)));
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < p->heads * p->rows; ++row) keep_of(*p, row, left);
+    __builtin_free(left);
+  }
 }
 
 }  // extern "C"

@@ -278,6 +278,17 @@ class _Problem(ctypes.Structure):
     )
 
 
+class _Keeping(ctypes.Structure):
+    """``Keeping`` of ``block_sparse.cpp``, field for field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("shares", "own", "kept")),
+        *((name, ctypes.c_int64) for name in ("heads", "rows", "blocks", "first", "recent", "top")),
+        ("mass", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The best compiled code that this machine can run, or None where none was built.
@@ -310,9 +321,11 @@ def library() -> ctypes.CDLL | None:
 
 def _is_of_this_source(found: ctypes.CDLL) -> bool:
     """Whether the code takes the `_Problem` of this module; an older build would crash on it."""
-    if not hasattr(found, "trimtab_problem_bytes"):
-        return False
-    return bool(found.trimtab_problem_bytes() == ctypes.sizeof(_Problem))
+    sizes = {"trimtab_problem_bytes": _Problem, "trimtab_keeping_bytes": _Keeping}
+    return all(
+        hasattr(found, name) and getattr(found, name)() == ctypes.sizeof(structure)
+        for name, structure in sizes.items()
+    )
 
 
 class TiledAttention:
@@ -502,6 +515,42 @@ def _check_choice(choice: Choice, heads: int, tiles: Tiles, store: KeyStore) -> 
             f"blocks {int(choice.blocks.min())} to {int(choice.blocks.max())} are chosen;"
             f" a sequence has blocks 0 to {int(known.min()) - 1}"
         )
+
+
+def kept_blocks(
+    shares: Tensor, own: Tensor, *, first: int, recent: int, top: int, mass: float
+) -> Tensor | None:
+    """What `Selection.keep` keeps, by compiled code; None where there is none for it.
+
+    Args:
+        shares: ``[heads, rows, blocks]``.
+        own: the last block that each row can see, ``[rows]`` int64.
+        first: blocks that are always kept.
+        recent: latest blocks that are always kept.
+        top: how many are kept; 0 where ``mass`` decides.
+        mass: the share that is kept.
+    """
+    compiled = library()
+    if compiled is None or shares.device.type != "cpu" or shares.dtype != torch.float32:
+        return None
+    shares, own = shares.contiguous(), own.contiguous()
+    kept = torch.zeros(shares.shape, dtype=torch.uint8)
+    heads, rows, blocks = shares.shape
+    given = _Keeping(
+        heads=heads,
+        rows=rows,
+        blocks=blocks,
+        first=first,
+        recent=recent,
+        top=top,
+        mass=mass,
+        threads=torch.get_num_threads(),
+        shares=shares.data_ptr(),
+        own=own.data_ptr(),
+        kept=kept.data_ptr(),
+    )
+    compiled.trimtab_keep_blocks(ctypes.byref(given))
+    return kept.bool()
 
 
 def is_compiled_for(q: Tensor) -> bool:

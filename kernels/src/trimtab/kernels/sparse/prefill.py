@@ -41,8 +41,8 @@ _SELECTION: Mapping[str, float] = {
 }
 """Work of each selector for a query and key that it may see, where attention is 1."""
 
-_BY_QUERY: Mapping[bool, float] = {True: 0.6, False: 0.4}
-"""The same where each query chooses, by whether it is looked at whole."""
+_BY_QUERY = 0.4
+"""The same of any selector where each query chooses."""
 _UNION = 1.35
 """Blocks that the four queries of a step read, to those that one of them has chosen."""
 
@@ -129,7 +129,7 @@ def plan(queries: int, keys: int, group: int, selection: Selection) -> Plan:
 def _selection_work(selection: Selection) -> float:
     if selection.by == "tile" or selection.selector == "fixed":
         return _SELECTION[selection.selector]
-    return _BY_QUERY[selection.sample_step is not None]
+    return _BY_QUERY
 
 
 def sparse_prefill(

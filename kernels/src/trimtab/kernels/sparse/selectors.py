@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from trimtab.kernels.sparse.block_sparse import TILE
+from trimtab.kernels.sparse.block_sparse import TILE, kept_blocks
 
 By = Literal["tile", "query"]
 """Who chooses: the queries of a tile together, or each query by itself."""
@@ -262,8 +262,18 @@ class Selection:
             position: the first query's place among the keys.
             queries: how many there are.
         """
-        ids = torch.arange(shares.shape[-1], device=shares.device)
-        own = _own_blocks(queries, position, self.by, shares.device)[:, None]
+        own = _own_blocks(queries, position, self.by, shares.device)
+        kept = None
+        if self.selector != "fixed":
+            top = self.top if self.selector in COUNTED else 0
+            kept = kept_blocks(
+                shares, own, first=self.first, recent=self.recent, top=top, mass=self.mass
+            )
+        return self.keep_in_torch(shares, own) if kept is None else kept
+
+    def keep_in_torch(self, shares: Tensor, own: Tensor) -> Tensor:
+        """What `keep` does, for rows whose last visible blocks are ``own [rows]``."""
+        ids, own = torch.arange(shares.shape[-1], device=shares.device), own[:, None]
         visible = ids <= own
         forced = visible & ((ids < self.first) | (ids > own - self.recent))
         if self.selector == "fixed":
@@ -274,9 +284,8 @@ class Selection:
         if self.selector in COUNTED:
             keep = (ids < self.top).expand_as(shares)
         else:
-            sorted_shares = shares.gather(-1, ranked.indices)
-            before = sorted_shares.cumsum(-1) - sorted_shares
-            keep = before < self.mass
+            held = shares.gather(-1, ranked.indices).cumsum(-1)
+            keep = pad(held[..., :-1], (1, 0)) < self.mass
         chosen = torch.zeros_like(keep).scatter(-1, ranked.indices, keep)
         return (chosen | forced) & visible
 

@@ -53,14 +53,18 @@ def test_a_file_is_proven_whoever_runs_first(name: str, seed: int) -> None:
 
 
 @settings(max_examples=15)
-@given(st.lists(st.integers(2, 4), min_size=1, max_size=3), st.integers(0, 99), st.integers(0, 3))
-def test_all_stages_are_proven(factors: list[int], seed: int, shots: int) -> None:
+@given(st.lists(st.integers(2, 4), min_size=1, max_size=3), st.integers(0, 99))
+def test_all_stages_are_proven(factors: list[int], seed: int) -> None:
     count = 1
     for factor in factors:
         count *= factor
-    steps, _ = staged(whole(count), factors, min(shots, len(factors)))
-    made = read_msccl(write_msccl(Schedule.of(count, steps), "x"))
+    made = read_msccl(write_msccl(Schedule.of(count, staged(whole(count), factors)[0]), "x"))
     check_msccl(made, choose=random.Random(seed).choice)
+
+
+def test_what_ends_in_one_shot_is_refused() -> None:
+    with pytest.raises(Unsupported, match="in one shot"):
+        write_msccl(Schedule.of(4, staged(whole(4), (2, 2), 1)[0]), "x")
 
 
 def test_blocks_that_do_not_wait_are_found_out() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.core.cluster import Cluster, Link, Node
-from trimtab.core.collectives import NetworkTree, check_plan
+from trimtab.core.collectives import NetworkTree, check_plan, programme
 from trimtab.core.cost import Constants
 from trimtab.core.errors import BadInput
 from trimtab.core.hooks import plugin
@@ -50,6 +50,15 @@ def test_the_base_backend_does_what_it_does_best() -> None:
     assert GroupPlans(tree, range(2), free, always=True).schedule(2**20) is not None
     alone = NetworkTree.of_cluster(rack(1))
     assert GroupPlans(alone, [0], free, always=True).schedule(2**20) is None
+
+
+def test_the_base_backends_messages_count_on_shared_processors() -> None:
+    """They take its ring 22 ms, and all bytes 2 ms."""
+    tree = NetworkTree.of_cluster(rack(8))
+    constants = Constants(alpha_s=0, message_s=1e-4, processors=1)
+    schedule = GroupPlans(tree, range(8), constants, always=False).schedule(2**20)
+    assert schedule is not None
+    assert sum(len(turn.sends) for rank in range(8) for turn in programme(schedule, rank)) < 56
 
 
 def test_the_network_of_the_environment(topology: str, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def parts_after_reduction(schedule: Schedule, length: int) -> list[list[int]]:
 @settings(max_examples=25)
 @example(WIDE, (1.0, 0.3), 1e7, 1)
 @example([4, 4], (1.0,), 1e8, 3)
+@example([4, 4], (1.0,), 1e3, 3)
 @given(small_shapes, rates, st.sampled_from([1e3, 1e5, 1e7, 1e9]), st.integers(0, 99))
 def test_each_rank_owns_one_equal_part_and_no_ring_is_faster(shape, rates, payload, seed) -> None:
     network = tree(shape, rates)
@@ -91,6 +92,7 @@ def test_each_rank_owns_one_equal_part_and_no_ring_is_faster(shape, rates, paylo
     order = np.random.default_rng(seed).permutation(count).tolist()
     choice = choose(network, payload, Constants(), order=order, search=EQUAL)
     check_plan(choice.schedule)
+    assert not any(step.one_shot.any() for step in choice.schedule.arrays)
     owned = parts_after_reduction(choice.schedule, 3 * count)
     assert sorted(owned) == [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(count)]
     if count > 1:

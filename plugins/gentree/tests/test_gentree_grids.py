@@ -113,6 +113,33 @@ def test_no_pair_is_much_better_than_the_one_that_is_found(width: str) -> None:
     assert found_s <= 1.01 * brute_s
 
 
+@pytest.mark.parametrize("processors", [None, 2])
+def test_the_estimate_of_a_pair_is_no_more_than_the_truth(processors) -> None:
+    payload, tree = 1e6, network(4, 4)
+    changes = {"message_s": 1e-5, "processors": processors}
+    evaluator = PlanEvaluator(tree, constants(1e-4, "ports").model_copy(update=changes))
+    costs = GridCosts(evaluator, 0, 4, 4, payload_bytes=payload, chunks=False)
+    pairs = costs.pairs(1.0)
+    assert pairs
+    for estimate_s, pair in pairs:
+        assert estimate_s <= seconds(evaluator, pair, payload, chunks=False) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("shape", "faster", "alpha_s", "payload"),
+    [((8, 4), 1, 1e-3, 3e5), ((8, 4), 1, 2e-3, 1e6)],
+)
+def test_two_plans_side_by_side_end_in_one_shot(shape, faster, alpha_s, payload) -> None:
+    tree, given_constants = network(*shape, faster), constants(alpha_s, "ports")
+    choice = choose(tree, payload, given_constants)
+    check_plan(choice.schedule)
+    plain = choose(tree, payload, given_constants, search=Search(one_shot=False))
+    alone = choose(tree, payload, given_constants, search=Search(beside=False))
+    assert choice.seconds < 0.99 * min(plain.seconds, alone.seconds)
+    assert "beside" in choice.switches[-1][1]
+    assert choice.switches[-1][1].endswith("in one shot")
+
+
 @pytest.mark.parametrize(("leaf", "width"), [(24, "sources"), (32, "ports")])
 def test_two_plans_share_a_payload_where_links_between_switches_would_idle(leaf, width) -> None:
     tree, payload = network(leaf, 16), 4e6

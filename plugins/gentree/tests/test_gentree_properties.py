@@ -19,7 +19,7 @@ from trimtab.core.collectives.schedule import UNIT, Layout
 from trimtab.core.cost import Constants, PlanEvaluator
 from trimtab.gentree import choose
 from trimtab.gentree.baselines import baselines
-from trimtab.gentree.gentree import Search
+from trimtab.gentree.gentree import GenTree, Search
 from trimtab.gentree.schemes import factorisations
 
 Shape = list["Shape"] | int
@@ -116,6 +116,40 @@ def test_ranks_that_share_processors_send_fewer_messages_in_all() -> None:
     ]
     assert messages[1] == 14 < messages[0]
     assert apart.cost.rounds == 3
+
+
+@settings(max_examples=15)
+@given(shapes.filter(lambda shape: tree(shape).size > 2), payloads, st.integers(1, 8))
+def test_what_is_chosen_costs_what_the_whole_costs_on_shared_processors(
+    shape, payload, processors
+) -> None:
+    changes = {"message_s": 1e-5, "processors": processors}
+    constants = LATENCY_AND_BANDWIDTH.model_copy(update=changes)
+    network = tree(shape)
+    choice = choose(network, payload, constants)
+    cost = PlanEvaluator(network, constants).cost(choice.schedule.arrays)
+    assert choice.seconds == pytest.approx(cost.seconds(payload, choice.schedule.chunks))
+    assert choice.seconds >= choice.bound_s * (1 - 1e-9)
+    ends = sum(
+        len(turn.sends) + len(turn.receives)
+        for rank in range(network.size)
+        for turn in programme(choice.schedule, rank)
+    )
+    assert cost.messages_s == pytest.approx(1e-5 * ends / processors)
+
+
+def test_subtrees_share_their_processors_before_they_are_compared() -> None:
+    """Below each of many switches few messages win, as all of them are handled by one processor."""
+    changes = {"alpha_s": 1e-6, "message_s": 1e-4, "processors": 1}
+    constants = LATENCY_AND_BANDWIDTH.model_copy(update=changes)
+    network = tree([4] * 8)
+    steps = {
+        name: GenTree(network, constants, 1e3, Search(flat=flat)).best().cost
+        for name, flat in (("flat", True), ("below switches", False))
+    }
+    least = 2 * 31 * 2 * 1e-4
+    assert steps["flat"].messages_s == pytest.approx(least)
+    assert steps["below switches"].messages_s == pytest.approx(least)
 
 
 def latency_and_bandwidth_s(network: NetworkTree, schedule: Schedule, payload: float) -> float:

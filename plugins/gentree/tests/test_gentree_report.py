@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -66,6 +67,19 @@ def test_the_page_draws_every_step_and_every_link(tmp_path) -> None:
     assert not any("http" in (value or "") for _, a in page.found for value in a.values())
     write_report(plan, cluster, tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text() == report_page(plan, cluster)
+
+
+def test_steps_in_one_shot_are_told_and_messages_take_time() -> None:
+    cluster = racks(2, 4)
+    constants = CONSTANTS.model_copy(update={"alpha_s": 1e-6, "message_s": 1.0, "processors": 8})
+    page = Elements(report_page(plan_allreduce(cluster, [2**12], constants=constants), cluster))
+    assert "all but those in one shot" in page.text
+    seconds = [float(found) for found in re.findall(r"round, ([0-9.]+) s", page.text)]
+    assert len(seconds) == page.text.count("Step ")
+    assert min(seconds) > 0.1
+    dear = CONSTANTS.model_copy(update={"alpha_s": 1.0})
+    page = Elements(report_page(plan_allreduce(cluster, [2**12], constants=dear), cluster))
+    assert "in one shot" in page.text.replace("all but those in one shot", "")
 
 
 def test_hostile_names_stay_text() -> None:

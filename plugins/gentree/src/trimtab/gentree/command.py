@@ -26,7 +26,8 @@ def allreduce(
     constants: Path | None = typer.Option(None, help="Constants of the cost model (YAML or JSON)."),
     method: Method = typer.Option(
         "search",
-        help="search: the better search; single: without two plans that share a payload; "
+        help="search: the better search; single: without two plans that share a payload "
+        "or stages in one shot, as MSCCL wants it; "
         "paper: GenTree as published.",
     ),
     breakpoints: bool = typer.Option(
@@ -80,7 +81,8 @@ def _slots(hosts: Path) -> list[tuple[str, int]]:
 def _search(method: Method) -> Search:
     from trimtab.gentree.gentree import PAPER, Search
 
-    return PAPER if method == "paper" else Search(beside=method == "search")
+    wide = method == "search"
+    return PAPER if method == "paper" else Search(beside=wide, one_shot=wide)
 
 
 def _show(plan: Plan, out: Path | None, report: Path | None) -> None:

@@ -89,8 +89,8 @@ class Growth:
 
     @property
     def is_one_shot(self) -> bool:
-        """Whether it ends in one shot."""
-        return bool(self.steps) and bool(self.steps[-1].one_shot.any())
+        """Whether any of it is in one shot."""
+        return any(step.one_shot.any() for step in self.steps)
 
     def seconds(self, payload_bytes: float, chunks: bool) -> float:
         """How long it takes."""
@@ -118,11 +118,19 @@ class GenTree:
         self._tree, self._constants, self._payload = tree, constants, payload_bytes
         self._search = search or Search()
         self._evaluator = PlanEvaluator(tree, constants)
+        self._nothing = total([], constants)
         self._grown: dict[int, list[Growth]] = {}
 
     def best(self) -> Growth:
-        """The best plan for all ranks."""
-        return self._grow(0)[0]
+        """The best plan for all ranks, of those kept the one that costs least as a whole.
+
+        What the children of a switch do at the same time is costed side by side until then, as if
+        each waited for the slowest.
+        """
+        kept = [
+            replace(growth, cost=self._evaluator.cost(growth.steps)) for growth in self._grow(0)
+        ]
+        return min(kept, key=self._seconds)
 
     def _grow(self, point: int) -> list[Growth]:
         """The best plans for the ranks below a point, the best one first."""
@@ -145,7 +153,7 @@ class GenTree:
     def _candidates(self, point: int) -> Iterator[Growth]:
         children = self._tree.children[point]
         if not children:
-            yield _leaf(total([], self._constants))
+            yield _leaf(self._nothing)
             return
         if not self._search.equal or self._same_ranks(children):
             plans = [self._grow(child) for child in children]
@@ -189,7 +197,7 @@ class GenTree:
     def _together_of_leaves(self, point: int) -> _Together:
         first, last = self._tree.spans[point]
         parties = [Layout.whole(rank) for rank in range(last - first)]
-        return _Together.of_leaves(parties, self._size(point), total([], self._constants))
+        return _Together.of_leaves(parties, self._size(point), self._nothing)
 
     def _is_grid(self, point: int) -> bool:
         """Whether a point has children that are alike, with several ranks below each."""
@@ -303,7 +311,7 @@ class GenTree:
         children = self._tree.children[point]
         first, _ = self._tree.spans[point]
         offsets = [self._tree.spans[child][0] - first for child in children]
-        yield _Together.of(chosen, offsets)
+        yield _Together.of(chosen, offsets, nothing=self._nothing)
         if self._search.equal:
             return
         smallest = min(len(set(growth.layout.owners.tolist())) for growth in chosen)
@@ -320,7 +328,7 @@ class GenTree:
                 for child, growth in zip(children, chosen, strict=True)
             ]
             if any(after is not before for after, before in zip(moved, chosen, strict=True)):
-                yield _Together.of(moved, offsets)
+                yield _Together.of(moved, offsets, nothing=self._nothing)
 
     def _fewest(self, child: int) -> int:
         """The fewest ranks that fill a point's link up; all if its own ranks are no faster."""
@@ -342,7 +350,7 @@ class GenTree:
         if moved is None:
             return growth
         step, layout = moved
-        below = _Together.of([growth], [0], own_point=False)
+        below = _Together.of([growth], [0], nothing=self._nothing, own_point=False)
         name = f"concentrate on {few}"
         return self._with(child, below, [step], layout, name)
 
@@ -404,7 +412,7 @@ class _Together:
         choices: of one of each kind.
         latency_s, slope, rounds, width: of the slowest.
         messages_s: of the slowest, for its messages, or of all on processors that they share.
-        alone: the cost of nothing.
+        nothing: the cost of no steps.
         up, down, memory: as in `Growth`, of the point above.
     """
 
@@ -416,7 +424,7 @@ class _Together:
     rounds: int
     width: int
     messages_s: float
-    alone: PlanCost
+    nothing: PlanCost
     up: Floats
     down: Floats
     memory: Floats
@@ -427,10 +435,10 @@ class _Together:
         chosen: Sequence[Growth],
         offsets: Sequence[int],
         *,
+        nothing: PlanCost,
         own_point: bool = True,
     ) -> _Together:
         above = [np.zeros(1)] if own_point else []
-        alone = replace(chosen[0].cost, messages_s=0.0)
         messages = [growth.cost.messages_s for growth in chosen]
         return cls(
             merged(
@@ -443,18 +451,18 @@ class _Together:
             max(growth.cost.seconds_per_byte for growth in chosen),
             max(growth.cost.rounds for growth in chosen),
             max(growth.cost.width for growth in chosen),
-            sum(messages) if alone.shares_processors else max(messages),
-            alone,
+            sum(messages) if nothing.shares_processors else max(messages),
+            nothing,
             np.concatenate([*above, *(growth.up for growth in chosen)]),
             np.concatenate([*above, *(growth.down for growth in chosen)]),
             np.concatenate([growth.memory for growth in chosen]),
         )
 
     @classmethod
-    def of_leaves(cls, parties: list[Layout], points: int, alone: PlanCost) -> _Together:
-        nothing = np.zeros(points)
+    def of_leaves(cls, parties: list[Layout], points: int, nothing: PlanCost) -> _Together:
+        unused = np.zeros(points)
         idle = np.zeros(len(parties))
-        return cls([], parties, (), 0.0, 0.0, 0, 1, 0.0, alone, nothing, nothing, idle)
+        return cls([], parties, (), 0.0, 0.0, 0, 1, 0.0, nothing, unused, unused, idle)
 
     def growth(self, layout: Layout) -> Growth:
         busy = max(self.up.max(), self.down.max(), self.memory.max())
@@ -463,10 +471,10 @@ class _Together:
             self.latency_s,
             self.slope,
             float(busy),
-            self.alone.alpha_s,
+            self.nothing.alpha_s,
             self.messages_s,
             self.width,
-            self.alone.shares_processors,
+            self.nothing.shares_processors,
         )
         return Growth(self.steps, layout, self.choices, cost, self.up, self.down, self.memory)
 
@@ -499,5 +507,5 @@ class _Together:
         return later.growth(layout)
 
 
-def _leaf(alone: PlanCost) -> Growth:
-    return Growth([], Layout.whole(0), (), alone, np.zeros(1), np.zeros(1), np.zeros(1))
+def _leaf(nothing: PlanCost) -> Growth:
+    return Growth([], Layout.whole(0), (), nothing, np.zeros(1), np.zeros(1), np.zeros(1))

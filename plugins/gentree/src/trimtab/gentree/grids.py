@@ -195,7 +195,7 @@ class GridCosts:
     def side_by_side(self, below_s: float) -> Pair | None:
         """The two grids that are fastest together, if that is below a time."""
         found = None
-        for estimate_s, pair in self._pairs(below_s):
+        for estimate_s, pair in self.pairs(below_s):
             if estimate_s > below_s * NEAR:
                 break
             time_s, shared = self._shared_out(pair)
@@ -203,7 +203,7 @@ class GridCosts:
                 below_s, found = time_s, shared
         return found
 
-    def _pairs(self, below_s: float) -> list[tuple[float, Pair]]:
+    def pairs(self, below_s: float) -> list[tuple[float, Pair]]:
         """Those that come first by the estimate, which is below a time."""
         found: list[tuple[float, Pair]] = []
         for one in self._ranked[:FIRST].tolist():
@@ -258,7 +258,9 @@ class GridCosts:
             self._links[others], behind, axis=1
         )
         further_s = self._messages_s[others]
-        latency_s = self._latency_s[one] + further_s
+        latency_s = self._latency_s[one]
+        if not self._evaluator.constants.processors:
+            latency_s = latency_s + further_s
         return self._seconds(links, memory, latency_s, self._messages_s[one] + further_s)
 
     def _seconds(

@@ -90,8 +90,7 @@ def choose(
         )
     search = search or Search()
     grown = GenTree(tree, constants, payload_bytes, search).best()
-    evaluator = PlanEvaluator(tree, constants)
-    cost = evaluator.cost(grown.steps)
+    evaluator, cost = PlanEvaluator(tree, constants), grown.cost
     chunks = cost.best_chunks(payload_bytes) if search.chunks else 1
     rank_of = np.empty(tree.size, dtype=np.int64)
     rank_of[leaves] = np.arange(tree.size)

@@ -11,6 +11,7 @@ import numpy as np
 from trimtab.core.cluster import Cluster
 from trimtab.core.collectives import NetworkTree, Step
 from trimtab.core.cost import Constants, PlanEvaluator
+from trimtab.core.cost.plan_cost import total
 from trimtab.core.documents import validate, write_atomic
 from trimtab.core.plan import Plan
 from trimtab.core.report_page import fact_boxes, filled
@@ -106,7 +107,7 @@ class _Drawn:
     def __init__(self, tree: NetworkTree, constants: Constants, order: Sequence[int]) -> None:
         self._tree = tree
         self._leaf_of = np.array(order, dtype=np.int64)
-        self._evaluator = PlanEvaluator(tree, constants)
+        self._evaluator, self._constants = PlanEvaluator(tree, constants), constants
 
     def section(self, size: PlannedSize) -> str:
         """The steps of one size side by side."""
@@ -117,18 +118,19 @@ class _Drawn:
         steps = [step.renumbered(self._leaf_of) for step in size.schedule.arrays]
         figures = "".join(self._figure(n, step, size) for n, step in enumerate(steps, 1))
         return (
-            f"<section>{head}<p>The steps of the reduce-scatter; the all-gather mirrors them. "
-            "Left: who (row) sends how much to whom (column), in the order of the network. Right:"
-            " how long each link is busy; the busiest is red.</p>"
+            f"<section>{head}<p>The steps of the reduce-scatter; the all-gather mirrors all but "
+            "those in one shot. Left: who (row) sends how much to whom (column), in the order of "
+            "the network. Right: how long each link is busy; the busiest is red.</p>"
             f'<div class="steps">{figures}</div></section>'
         )
 
     def _figure(self, number: int, step: Step, size: PlannedSize) -> str:
         cost = self._evaluator.step(step)
-        seconds = cost.latency_s + size.payload_bytes * cost.seconds_per_byte
+        seconds = total([cost], self._constants).seconds(size.payload_bytes)
         rounds = "1 round" if cost.rounds == 1 else f"{cost.rounds} rounds"
         caption = (
             f"<b>Step {number}</b>: {rounds}, {shown_seconds(seconds)}, incast of {cost.width}"
+            f"{', in one shot' if step.one_shot.all() else ''}"
         )
         return (
             f"<figure><figcaption>{caption}</figcaption>"

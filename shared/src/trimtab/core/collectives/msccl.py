@@ -74,8 +74,11 @@ def msccl_programme(schedule: Schedule) -> MscclProgramme:
     """The thread blocks of a plan.
 
     Raises:
-        Unsupported: the plan is beyond a limit of MSCCL.
+        Unsupported: the plan is beyond a limit of MSCCL, or ends in one shot: sums in place would
+            add up in another order on each rank, and wait for what they still have to send.
     """
+    if any(group.one_shot for groups in schedule.steps for group in groups):
+        raise Unsupported("the plan ends in one shot, which MSCCL cannot do in place", fix=_FIX)
     chunks = _chunks(schedule)
     ranks = [_Rank(programme(schedule, r), r, chunks).blocks for r in range(schedule.ranks)]
     for number, blocks in enumerate(ranks):

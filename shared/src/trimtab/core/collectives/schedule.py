@@ -7,8 +7,7 @@ exchange has all senders as owners of equal parts, reduce-broadcast and folding 
 moving data to another rank has one sender that is no owner. A *ring* passes the parts around among
 its members in as many rounds as there are members but one. The all-gather runs the steps backwards:
 each owner sends its part to all senders of the group. In a *one-shot* group each sender gets the
-whole stretch of all others and adds it up itself, so that nothing is left to gather; only steps of
-such groups may follow one.
+whole stretch of all others and adds it up itself, so that nothing is left to gather.
 
 Positions are whole numbers of the payload's `UNIT`-th part, so that no plan depends on its size.
 """
@@ -216,7 +215,7 @@ class GroupDocument(Document):
 
 
 class Schedule(Document):
-    """An AllReduce: the steps of its reduce-scatter; its all-gather is their mirror.
+    """An AllReduce: the steps of its reduce-scatter; its all-gather mirrors all but one-shot ones.
 
     Attributes:
         ranks: how many take part.

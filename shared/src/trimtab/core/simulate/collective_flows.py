@@ -20,6 +20,7 @@ from trimtab.core.collectives.network_tree import NetworkTree
 from trimtab.core.collectives.programme import Turn, programme, waves
 from trimtab.core.collectives.schedule import UNIT, Schedule
 from trimtab.core.cost.plan_cost import Constants, memory_s_per_byte
+from trimtab.core.errors import BadInput
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -46,7 +47,12 @@ def simulated_s(
         constants: of GenModel.
         payload_bytes: on each rank.
         order: the leaf of each rank; the tree's own order by default.
+
+    Raises:
+        BadInput: the constants tell of processors that all ranks share, which is not simulated.
     """
+    if constants.processors:
+        raise BadInput("shared processors are not simulated", fix="leave out processors")
     leaves = list(range(tree.size)) if order is None else list(order)
     return _Simulation(schedule, tree, constants, payload_bytes, leaves).run()
 

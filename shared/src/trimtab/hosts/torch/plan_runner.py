@@ -380,8 +380,7 @@ def _cut_turn(turn: Turn, length: int, slots: Counter[tuple[str, int]]) -> _CutT
     for total in turn.sums:
         begin, end = _cut(total.begin, length), _cut(total.end, length)
         peers = [p for p in total.operands if (p, total.begin, total.end) in come]
-        # Two operands give the same sum either way round.
-        ordered = (total.begin, total.end) in sent and len(peers) > 1
+        ordered = (total.begin, total.end) in sent
         rows = list(total.operands) if ordered else peers
         if begin < end and peers:
             own = next((row for row, rank in enumerate(rows) if rank not in peers), None)

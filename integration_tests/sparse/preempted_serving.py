@@ -14,7 +14,7 @@ from vllm import LLM, SamplingParams
 from trimtab.sparse.vllm_prefill import SparsePrefill
 
 PAGE, PAGES, ANSWER = 64, 19, 24
-ALL_BLOCKS = {"sparse": {"selector": "top", "top": 1000, "min_prompt": 64}}
+ALL_BLOCKS = {"sparse": {"selector": "top", "top": 1000, "min_prompt": 64, "least_gain": 0}}
 
 
 def main(folder, prompts, written):

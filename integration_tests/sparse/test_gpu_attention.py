@@ -159,6 +159,7 @@ def test_the_plugin_takes_what_the_model_says_pays():
     assert not taker.wants(65536, 65536, layers(head_size=512))
     assert not taker.wants(1, 65536, layers())
     assert not vllm_prefill.make({"mass": 1}).wants(65536, 65536, layers())
+    assert vllm_prefill.make({"selector": "top", "least_gain": 0}).wants(2048, 2048, layers())
 
 
 def prefill_of(tokens, layer, last=None):
@@ -182,6 +183,16 @@ def prefill_of(tokens, layer, last=None):
     new = slice(tokens - (last or tokens), tokens)
     q, k, expected = q[new], k[new], expected[new]
     return Prefill(layer, q, k, torch.empty_like(q), cache, pages, tokens, 1.0), expected
+
+
+def test_what_would_keep_all_blocks_is_left_to_dense_attention_unless_asked_for():
+    """So that where the selection covers everything, vLLM's own bits come out."""
+    on_cpu = LayerShape(9, 3, 64, 128, 0, "CPU_ATTN")
+    every = {"selector": "top", "top": 1000, "min_prompt": 128}
+    for queries, keys in ((512, 700), (20_000, 40_000)):
+        assert not vllm_prefill.make(every).wants(queries, keys, on_cpu)
+        assert vllm_prefill.make({**every, "least_gain": 0}).wants(queries, keys, on_cpu)
+    assert vllm_prefill.make({"selector": "top"}).wants(4096, 4096, on_cpu)
 
 
 def test_the_first_layers_stay_dense_where_they_are_told_to():

@@ -38,7 +38,7 @@ ENGINE = (
 """Prompts come in chunks, and two of them with their answers do not fit the cache: one waits or is
 preempted."""
 
-ALL_BLOCKS = {"sparse": {"selector": "top", "top": 1000, "min_prompt": 128}}
+ALL_BLOCKS = {"sparse": {"selector": "top", "top": 1000, "min_prompt": 128, "least_gain": 0}}
 """Everything goes through the block path, and nothing is left out."""
 
 TEXT = (Path(__file__).parents[2] / "docs" / "design.md").read_text()

@@ -22,6 +22,7 @@ def test_the_plugin_is_found_with_its_defaults() -> None:
         ({"min_prompt": 1}, "min_prompt"),
         ({"blocks": 3}, "blocks"),
         ({"dense_layers": -1}, "dense_layers"),
+        ({"least_gain": -0.1}, "least_gain"),
         ({"by": "head"}, "by"),
         ({"by": "query", "selector": "antidiagonal"}, "antidiagonals go through 16 queries"),
         ({"stride": 4}, "stride 4 is for the selector fixed, not mass"),

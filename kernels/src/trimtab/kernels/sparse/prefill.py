@@ -100,7 +100,9 @@ def expected_blocks(visible: int, selection: Selection) -> float:
     return min(visible, kept)
 
 
-def plan(queries: int, keys: int, group: int, selection: Selection) -> Plan:
+def plan(
+    queries: int, keys: int, group: int, selection: Selection, least_gain: float = LEAST_GAIN
+) -> Plan:
     """Chooses between dense attention and the paths that this machine has.
 
     Args:
@@ -108,6 +110,8 @@ def plan(queries: int, keys: int, group: int, selection: Selection) -> Plan:
         keys: tokens of the sequence.
         group: query heads of a KV head.
         selection: which blocks are kept.
+        least_gain: predicted speed-up below which dense attention is kept, as it is where all
+            blocks are; 0 for neither.
     """
     position = keys - queries
     pairs = queries * (keys - queries / 2)
@@ -122,7 +126,8 @@ def plan(queries: int, keys: int, group: int, selection: Selection) -> Plan:
     sparse = read * TILE / _SPEED[blocks_path]
     sparse += _selection_work(selection) * pairs + _PACKING * keys / group
     work = {"dense": pairs / _SPEED["dense"], blocks_path: sparse}
-    path = blocks_path if work["dense"] >= LEAST_GAIN * sparse else "dense"
+    pays = work["dense"] >= least_gain * sparse and (kept < visible or not least_gain)
+    path = blocks_path if pays else "dense"
     return Plan(path, work, kept / max(1.0, visible), selection.describe())
 
 

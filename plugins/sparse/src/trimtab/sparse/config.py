@@ -79,6 +79,12 @@ class SparseConfig(BaseModel):
     min_prompt: int = Field(
         2048, ge=64, description="tokens from which on a prompt is filled in sparsely"
     )
+    least_gain: float = Field(
+        1.1,
+        ge=0,
+        description="predicted speed-up over dense attention from which on a server fills in a"
+        " prompt sparsely, if not all blocks are kept; 0 does so always",
+    )
     native: NativeConfig = Field(
         default_factory=NativeConfig,
         description="in a DeepSpeed configuration: the native sparse attention to train with",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,7 +50,7 @@ class SparsePrefill:
             self._tell("no prefill is sparse: pages of %d tokens hold no whole blocks", page)
             return False
         group = layers.heads // layers.kv_heads
-        found = plan(queries, keys, group, selection(self.config))
+        found = plan(queries, keys, group, selection(self.config), self.config.least_gain)
         return self._takes(found, queries, keys)
 
     def _pays_on_gpu(self, queries: int, keys: int, layers: LayerShape) -> bool:
@@ -58,6 +58,8 @@ class SparsePrefill:
             self._tell("no prefill is sparse: heads of %d are too large", layers.head_size)
             return False
         found = plan_on_gpu(queries, keys, layers, EXPECTED_DENSITY, selection(self.config))
+        pays = found.dense_s >= self.config.least_gain * found.sparse_s
+        found = replace(found, path="sparse" if pays else "dense")
         return self._takes(found, queries, keys)
 
     def _takes(self, found: Plan | GpuPlan, queries: int, keys: int) -> bool:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from trimtab.cli import command_line
+from trimtab.core.benchmark import Options
 from trimtab.core.devices import device
 from trimtab.core.errors import BadInput, Unsupported
 from trimtab.kernels.sparse import SparseShape
@@ -30,6 +31,17 @@ def test_the_same_code_runs_in_the_interpreter_and_times_every_kernel():
     script = Path(__file__).with_name("interpreted_bench.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, script], env=environment, check=True, timeout=300)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("group", [4, 16])
+def test_on_a_gpu_small_sizes_are_timed(group):
+    sizes = [Sizes(4096, 16, 16 // group, 128, 128, torch.bfloat16, SparseShape())]
+    cases = gpu_bench.run(Options(), lambda message, done=None: None, sizes=sizes, repeats=2)
+    measured = {c.metric.removesuffix("_time") for c in cases}
+    assert measured >= KERNELS.keys() - {"forward", "merge", "by_query", "add_chunks"}
+    assert ("by_query" in measured) == (group == 16)
+    assert all(0 < c.value < 10 for c in cases if c.unit == "s")
 
 
 @NEEDS_NO_GPU

@@ -232,7 +232,8 @@ def test_gradients_of_odd_choices_are_those_of_finite_differences():
     def attend(*leaves):
         return selected_attention(*leaves, odd, ends(5), ends(20), block=16)[0]
 
-    assert torch.autograd.gradcheck(attend, [x.requires_grad_() for x in (q, k, v)])
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradcheck(attend, leaves, atol=1e-7, rtol=1e-5)
 
 
 def test_checkpointed_attention_compiles_into_one_graph_with_the_gradients_of_neither():

@@ -25,6 +25,7 @@ from trimtab.kernels.sparse import (
     select_blocks,
     selected_attention,
     tables,
+    triton_selected,
 )
 from trimtab.kernels.sparse.chosen import Chosen
 from trimtab.kernels.sparse.gpu_tiles import Need, Tile
@@ -488,6 +489,13 @@ def test_the_model_of_times_expects_the_tables_that_chance_makes():
         assert expected.lots == len(list(chosen.lots(part_bytes, shared=True)))
         for name, real in counted_lists(found).items():
             assert getattr(expected, name) == pytest.approx(real, rel=0.05), name
+
+
+def test_where_segments_begin_asks_for_no_kernels_of_their_own():
+    kernels = [getattr(triton_selected, n) for n in ("forward", "merge", "backward", "sum_parts")]
+    for kernel in (*kernels, triton_selected.add_chunks):
+        free = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
+        assert free == set(triton_selected.ANYWHERE) & set(kernel.arg_names)
 
 
 def test_large_groups_go_by_queries_and_the_plan_says_why():

@@ -15,6 +15,9 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-1.0e30)
 
+ANYWHERE = ("rows", "item_row", "item_chunk", "further", "lse", "delta")
+"""Where segments begin in these is aligned or not; nothing is gained by a kernel for each case."""
+
 WHOLE = tl.constexpr(0)
 MAXIMA = tl.constexpr(1)
 SHIFTED = tl.constexpr(2)
@@ -110,7 +113,7 @@ def _block(block_first, block_length, block, BLOCK: tl.constexpr):
     return tl.load(block_first + block) + column, column < tl.load(block_length + block)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
 def forward(
     q,
     k,
@@ -173,7 +176,7 @@ def forward(
                 _put(part, at, 0, there, out, 1, D_V, PAD_V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
 def merge(
     part,
     part_max,
@@ -277,7 +280,7 @@ def by_query(
     tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
 def backward(
     q,
     k,
@@ -348,7 +351,7 @@ def backward(
             _put(further_v, line, 0, inside, sum_v, 1, D_V, PAD_V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
 def add_chunks(
     dk,
     dv,
@@ -385,7 +388,7 @@ def add_chunks(
         _put(dv, key, kv_head, inside, sum_v, HEADS // GROUP, D_V, PAD_V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
 def sum_parts(
     part,
     rows,

@@ -77,11 +77,13 @@ class Stamp:
     def of_checkout(cls) -> Stamp:
         """The stamp that an up-to-date environment of this checkout bears."""
         projects = [folder / "pyproject.toml" for folder in distributions()]
+        kernels = ROOT / "kernels"
+        compiled = [kernels / "setup.py", *sorted((kernels / "src").rglob("*.cpp"))]
         return cls(
             root=str(ROOT),
             python=platform.python_version(),
             lock=digest(LOCK),
-            distributions=digest(*projects, Path(__file__)),
+            distributions=digest(*projects, *compiled, Path(__file__)),
         )
 
     @classmethod

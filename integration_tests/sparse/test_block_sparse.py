@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from importlib.machinery import EXTENSION_SUFFIXES
 from itertools import pairwise, product
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from trimtab.kernels.sparse import block_sparse, prefill
+from trimtab.kernels.sparse import block_sparse, compiled, prefill
 from trimtab.kernels.sparse.block_sparse import (
     Choice,
     KeyStore,
@@ -392,8 +393,9 @@ def test_without_compiled_code_plain_torch_does_it_and_the_plan_knows(monkeypatc
 def test_compiled_code_that_does_not_load_is_told_of(built, what, tmp_path, monkeypatch, caplog):
     if built:
         (tmp_path / f"block_sparse_avx2{EXTENSION_SUFFIXES[0]}").write_bytes(built)
-    monkeypatch.setattr(block_sparse, "__file__", str(tmp_path / "block_sparse.py"))
-    assert block_sparse.library.__wrapped__() is None
+    found = partial(compiled.library, folder=tmp_path)
+    monkeypatch.setattr(compiled, "library", found)
+    assert block_sparse.library() is None
     (line,) = caplog.messages
     assert line.startswith("prefills on a CPU run by plain torch")
     assert re.search(what, line)

@@ -115,7 +115,7 @@ def layers(dense="FLASH_ATTN", heads=32, head_size=128):
 
 selections = st.builds(
     Selection,
-    st.sampled_from(["mass", "pooled", "antidiagonal", "top", "minmax", "oracle"]),
+    st.sampled_from(["mass", "pooled", "antidiagonal", "top", "minmax", "fixed", "oracle"]),
     top=st.integers(3, 64),
 )
 
@@ -126,28 +126,26 @@ selections = st.builds(
     st.sampled_from([1, 8, 64]),
     st.sampled_from([64, 128, 256]),
     st.sampled_from(["FLASH_ATTN", "TRITON_ATTN"]),
-    st.floats(0.01, 1),
     selections,
 )
 def test_what_is_chosen_is_never_predicted_slower_than_dense(
-    queries, before, heads, head_size, dense, density, selection
+    queries, before, heads, head_size, dense, selection
 ):
     shape = layers(dense, heads, head_size)
-    found = plan_on_gpu(queries, before + queries, shape, density, selection)
+    found = plan_on_gpu(queries, before + queries, shape, selection)
     assert 0 < found.chosen_s <= found.dense_s
     assert (found.path == "sparse") == (found.dense_s >= 1.1 * found.sparse_s)
 
 
 def test_short_prompts_stay_dense_and_long_ones_of_few_blocks_do_not():
     few = Selection("top", top=16)
-    assert plan_on_gpu(2048, 2048, layers(), 0.4, few).path == "dense"
-    long = plan_on_gpu(65536, 65536, layers(), 0.4, few)
+    assert plan_on_gpu(2048, 2048, layers(), few).path == "dense"
+    long = plan_on_gpu(65536, 65536, layers(), few)
     assert long.path == "sparse"
     assert long.explain().startswith("sparse: predicted ")
     assert "FLASH_ATTN" in long.explain()
     beneath = [
-        plan_on_gpu(65536, 65536, layers(n), 0.4, few).dense_s
-        for n in ("TRITON_ATTN", "FLASH_ATTN")
+        plan_on_gpu(65536, 65536, layers(n), few).dense_s for n in ("TRITON_ATTN", "FLASH_ATTN")
     ]
     assert beneath[0] > beneath[1]
 

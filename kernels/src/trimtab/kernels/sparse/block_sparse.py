@@ -6,26 +6,19 @@ Runs the compiled code of ``block_sparse.cpp`` where it was built, else the same
 from __future__ import annotations
 
 import ctypes
-import logging
 from dataclasses import dataclass
-from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from trimtab.kernels.sparse import compiled
+from trimtab.kernels.sparse.compiled import DTYPES
 from trimtab.kernels.sparse.tables import cut, place_queries
 from trimtab.kernels.sparse.tiles import weighted
 
 TILE = 64
 """Queries of a tile, and keys of a block."""
-
-_SETS = ("avx512bf16", "avx512", "avx2", "portable")
-logger = logging.getLogger(__name__)
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,43 +282,14 @@ class _Keeping(ctypes.Structure):
     )
 
 
-@cache
 def library() -> ctypes.CDLL | None:
     """The best compiled code that this machine can run, or None where none was built.
 
     What was built and does not load is said once in the log, and so is that nothing was found.
     """
-    folder = Path(__file__).parent
-    found, faults = None, []
-    for path in (
-        folder / f"block_sparse_{n}{suffix}" for n in _SETS for suffix in EXTENSION_SUFFIXES
-    ):
-        if not path.exists():
-            continue
-        try:
-            code = ctypes.CDLL(str(path))
-        except OSError as error:
-            faults.append(str(error))
-            continue
-        if not _is_of_this_source(code):
-            faults.append(f"{path.name} was built from another source")
-        elif code.trimtab_supported():
-            found = code
-            break
-    if faults or found is None:
-        instead = "plain torch, which is slow" if found is None else "a slower build"
-        why = "; ".join(faults) or f"none in {folder} is for this machine"
-        logger.warning("prefills on a CPU run by %s: no compiled code (%s)", instead, why)
-    return found
-
-
-def _is_of_this_source(found: ctypes.CDLL) -> bool:
-    """Whether the code takes the `_Problem` of this module; an older build would crash on it."""
-    sizes = {"trimtab_problem_bytes": _Problem, "trimtab_keeping_bytes": _Keeping}
-    return all(
-        hasattr(found, name) and getattr(found, name)() == ctypes.sizeof(structure)
-        for name, structure in sizes.items()
-    )
+    structures = {"trimtab_problem_bytes": _Problem, "trimtab_keeping_bytes": _Keeping}
+    sizes = tuple((name, ctypes.sizeof(structure)) for name, structure in structures.items())
+    return compiled.library("block_sparse", sizes, "prefills on a CPU run")
 
 
 class TiledAttention:
@@ -356,7 +320,7 @@ class TiledAttention:
         self._heads = q.shape[1]
         blocks, wide = store.k_base.numel(), store.v_dim_at.numel()
         panel = TILE * (-(-q.shape[2] // 2) * 2 + -(-wide // 16) * 16)
-        bytes_each = compiled.trimtab_element_bytes(_DTYPES[q.dtype])
+        bytes_each = compiled.trimtab_element_bytes(DTYPES[q.dtype])
         panels = torch.empty(store.kv_heads * blocks * panel * bytes_each, dtype=torch.uint8)
         tensors = {"q": q, "k": store.k, "v": store.v, "panels": panels}
         offsets = {
@@ -382,7 +346,7 @@ class TiledAttention:
             d=q.shape[2],
             d_v=wide,
             scale=scale,
-            dtype=_DTYPES[q.dtype],
+            dtype=DTYPES[q.dtype],
             threads=torch.get_num_threads(),
         )
         for name, tensor in tensors.items():
@@ -555,7 +519,7 @@ def kept_blocks(
 
 def is_compiled_for(q: Tensor) -> bool:
     """Whether `TiledAttention` takes these queries on this machine."""
-    return library() is not None and q.dtype in _DTYPES
+    return library() is not None and q.dtype in DTYPES
 
 
 def tiled_attention(

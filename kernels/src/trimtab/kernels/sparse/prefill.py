@@ -113,15 +113,8 @@ def plan(
         least_gain: predicted speed-up below which dense attention is kept, as it is where all
             blocks are; 0 for neither.
     """
-    position = keys - queries
     pairs = queries * (keys - queries / 2)
-    visible = kept = read = 0.0
-    for tile in range(position // TILE, (keys - 1) // TILE + 1):
-        rows = min(keys, (tile + 1) * TILE) - max(position, tile * TILE)
-        blocks = expected_blocks(tile + 1, selection)
-        visible += rows * (tile + 1)
-        kept += rows * blocks
-        read += rows * min(tile + 1, blocks * (_UNION if selection.by == "query" else 1))
+    visible, kept, read = _expected(queries, keys, selection)
     blocks_path = "compiled" if library() is not None else "torch"
     sparse = read * TILE / _SPEED[blocks_path]
     sparse += _selection_work(selection) * pairs + _PACKING * keys / group
@@ -129,6 +122,32 @@ def plan(
     pays = work["dense"] >= least_gain * sparse and (kept < visible or not least_gain)
     path = blocks_path if pays else "dense"
     return Plan(path, work, kept / max(1.0, visible), selection.describe())
+
+
+def expected_share(queries: int, keys: int, selection: Selection) -> float:
+    """Which share of the causal blocks tiles are expected to read, of all that they see.
+
+    Args:
+        queries: new tokens, the last of ``keys``.
+        keys: tokens of the sequence.
+        selection: which blocks are kept.
+    """
+    visible, _, read = _expected(queries, keys, selection)
+    return read / visible
+
+
+def _expected(queries: int, keys: int, selection: Selection) -> tuple[float, float, float]:
+    """Blocks that queries see, that they keep, and that are read for them."""
+    position = keys - queries
+    visible = kept = read = 0.0
+    union = _UNION if selection.by == "query" else 1
+    for tile in range(position // TILE, (keys - 1) // TILE + 1):
+        rows = min(keys, (tile + 1) * TILE) - max(position, tile * TILE)
+        blocks = expected_blocks(tile + 1, selection)
+        visible += rows * (tile + 1)
+        kept += rows * blocks
+        read += rows * min(tile + 1, blocks * union)
+    return visible, kept, read
 
 
 def _selection_work(selection: Selection) -> float:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from trimtab.kernels.sparse.block_sparse import TILE
 from trimtab.kernels.sparse.paged_prefill import segments
-from trimtab.kernels.sparse.prefill import LEAST_GAIN
-from trimtab.kernels.sparse.selectors import SAMPLE_STEPS, Selection
+from trimtab.kernels.sparse.prefill import LEAST_GAIN, expected_share
+from trimtab.kernels.sparse.selectors import Selection
 from trimtab.sparse.performance_model import GPUS, LAUNCH_S, model
 from trimtab.sparse.published_figures import HEAD_SIZE, HEADS, Run
 
@@ -74,23 +74,19 @@ def flash_speed(layers: LayerShape) -> float:
     return _FLASH_2 if layers.generation == _FLASH_2_GENERATION else _FLASH_3
 
 
-def plan_on_gpu(
-    queries: int, keys: int, layers: LayerShape, density: float, selection: Selection
-) -> GpuPlan:
+def plan_on_gpu(queries: int, keys: int, layers: LayerShape, selection: Selection) -> GpuPlan:
     """Chooses between the dense attention beneath and ours, for one layer.
 
     Args:
         queries: new tokens, the last of ``keys``.
         keys: tokens of the sequence.
         layers: the layers.
-        density: share of the causal blocks that is expected to be kept, unless their number is
-            given.
         selection: which blocks are kept.
     """
     pairs = queries * (keys - queries / 2)
     triton_s = _triton_s(pairs, layers)
     dense_s = triton_s / flash_speed(layers)
-    attended = triton_s * _kept(queries, keys, density, selection) / pairs / _EFFICIENCY
+    attended = triton_s * expected_share(queries, keys, selection) / _EFFICIENCY
     sparse_s = attended + _choice_s(queries, keys, layers, selection, triton_s)
     path = "sparse" if dense_s >= LEAST_GAIN * sparse_s else "dense"
     return GpuPlan(path, dense_s, sparse_s, layers.dense)
@@ -102,22 +98,11 @@ def _triton_s(pairs: float, layers: LayerShape) -> float:
     return published * pairs / (_TOKENS**2 / 2) * size
 
 
-def _kept(queries: int, keys: int, density: float, selection: Selection) -> float:
-    """Pairs of queries and keys in blocks that are kept."""
-    pairs = queries * (keys - queries / 2)
-    forced = selection.first + selection.recent
-    if selection.selector == "top":
-        kept: float = queries * TILE * max(selection.top, forced)
-    else:
-        kept = density * pairs + queries * TILE * forced
-    return min(pairs, kept)
-
-
 def _choice_s(
     queries: int, keys: int, layers: LayerShape, selection: Selection, triton_s: float
 ) -> float:
     """Of the estimate and the choice."""
-    step = SAMPLE_STEPS.get(selection.selector)
+    step = selection.sample_step
     products = 0.0 if step is None else triton_s / 2 / step / _EFFICIENCY
     samples = queries / (step or 1)
     traffic = samples * _SAMPLE_BYTES + queries / TILE * _CHOICE_BYTES

@@ -31,7 +31,6 @@ from trimtab.sparse.performance_model import (
     unseen_blocks,
 )
 from trimtab.sparse.published_figures import HEAD_SIZE, TIMES, Run
-from trimtab.sparse.vllm_prefill import EXPECTED_DENSITY
 
 Job = tuple[str, Configuration]
 
@@ -178,7 +177,7 @@ def _prefills(quick: bool) -> Iterator[Case]:
         for thousands in (32,) if quick else (4, 8, 32, 128):
             for selection in (Selection("mass"), Selection("top")):
                 tokens = thousands * 1024
-                found = plan_on_gpu(tokens, tokens, layers, EXPECTED_DENSITY, selection)
+                found = plan_on_gpu(tokens, tokens, layers, selection)
                 yield _case(
                     f"model/h200/prefill/{thousands}K/{selection.selector}/over-{dense}",
                     "layer_time",

@@ -23,10 +23,6 @@ from trimtab.sparse.selection import EVERYTHING, keeps_everything, selection
 if TYPE_CHECKING:
     from trimtab.hosts.vllm.prefills import LayerShape, PagedTensors, Prefill
 
-EXPECTED_DENSITY = 0.4
-"""Share of the causal blocks that a prompt is expected to keep on a GPU, to tell whether it pays;
-for a CPU `plan` knows better."""
-
 logger = logging.getLogger("vllm.trimtab.sparse")
 
 
@@ -57,7 +53,7 @@ class SparsePrefill:
         if layers.head_size > LARGEST_HEAD:
             self._tell("no prefill is sparse: heads of %d are too large", layers.head_size)
             return False
-        found = plan_on_gpu(queries, keys, layers, EXPECTED_DENSITY, selection(self.config))
+        found = plan_on_gpu(queries, keys, layers, selection(self.config))
         pays = found.dense_s >= self.config.least_gain * found.sparse_s
         found = replace(found, path="sparse" if pays else "dense")
         return self._takes(found, queries, keys)

@@ -21,6 +21,7 @@ setup(
         Extension(
             f"trimtab.kernels.sparse.{source}_{name}",
             [f"src/trimtab/kernels/sparse/{source}.cpp"],
+            depends=["src/trimtab/kernels/sparse/vectors.hpp"],
             extra_compile_args=[
                 *("-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden"),
                 *_SETS[name],

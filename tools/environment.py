@@ -78,7 +78,7 @@ class Stamp:
         """The stamp that an up-to-date environment of this checkout bears."""
         projects = [folder / "pyproject.toml" for folder in distributions()]
         kernels = ROOT / "kernels"
-        compiled = [kernels / "setup.py", *sorted((kernels / "src").rglob("*.cpp"))]
+        compiled = [kernels / "setup.py", *sorted((kernels / "src").rglob("*.?pp"))]
         return cls(
             root=str(ROOT),
             python=platform.python_version(),

@@ -5,62 +5,18 @@
 // is made in tiles of queries, whose scores are gone with the tile. The threads are torch's: OpenMP's
 // symbols are those that torch has loaded, so this links to none.
 
-#include <cstdint>
-#include <cstring>
+#include "vectors.hpp"
 
 namespace {
 
 constexpr int TILE = 16;     // queries of a tile
 constexpr int COLUMNS = 64;  // entries of a panel
-constexpr int ROWS = 4;      // rows of a register tile
-#if defined(__AVX512F__)
-constexpr int WIDTH = 16;
-constexpr int VECTORS = 4;  // vectors of a register tile
-#elif defined(__AVX2__)
-constexpr int WIDTH = 8;
-constexpr int VECTORS = 2;
-#else
-constexpr int WIDTH = 4;
-constexpr int VECTORS = 4;
-#endif
-constexpr float MASKED = -3e38f;
-
-typedef float vfloat __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
-typedef int32_t vint __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
-
-struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
-
-inline float widen(float x) { return x; }
-inline float widen(bf16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, 4);
-  return out;
-}
-inline float widen(fp16 x) {
-  _Float16 half;
-  std::memcpy(&half, &x.bits, 2);
-  return float(half);
-}
-
-inline vfloat load(const float* p) { return *reinterpret_cast<const vfloat*>(p); }
-inline void store(float* p, vfloat x) { *reinterpret_cast<vfloat*>(p) = x; }
 
 // 2^x for x <= 0, down to the smallest numbers there are: far blocks still have an order.
 inline vfloat exp2_below(vfloat x) {
-  const vfloat magic = vfloat{} + 12582912.0f;
-  vint tiny = x < -150.0f;
-  x = tiny ? vfloat{} : x;
-  vfloat shifted = x + magic;
-  vint n = (vint)shifted - (vint)magic, half = n >> 1;
-  vfloat f = x - (shifted - magic);
-  vfloat p = 1.535336188319500e-4f * f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
-  p = p * f + 1.0f;
+  vint tiny = x < -150.0f, n;
+  const vfloat p = exp2_of_fraction(whole_part(tiny ? vfloat{} : x, n));
+  const vint half = n >> 1;
   vfloat out = p * (vfloat)((half + 127) << 23) * (vfloat)((n - half + 127) << 23);
   return tiny ? vfloat{} : out;
 }
@@ -343,17 +299,6 @@ void invert(const Inversion& p) {
 }  // namespace
 
 extern "C" {
-
-// Whether this machine has the instructions that this file was compiled for.
-__attribute__((visibility("default"))) int trimtab_supported() {
-#if defined(__AVX512F__)
-  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-#elif defined(__AVX2__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return 1;
-#endif
-}
 
 // Callers compare them with their own: code built from an older source must not be called.
 __attribute__((visibility("default"))) int trimtab_selection_bytes() { return sizeof(Selection); }

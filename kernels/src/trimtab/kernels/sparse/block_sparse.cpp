@@ -4,8 +4,8 @@
 // first packed into panels that the products read in order, whatever their layout in memory. The
 // threads are torch's: OpenMP's symbols are those that torch has loaded, so this links to none.
 
-#include <cstdint>
-#include <cstring>
+#include "vectors.hpp"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -16,39 +16,9 @@
 namespace {
 
 constexpr int BLOCK = 64;   // keys of a block, and queries of a tile
-constexpr int ROWS = 4;     // rows of a register tile
-#if defined(__AVX512F__)
-constexpr int WIDTH = 16;
-constexpr int VECTORS = 4;  // vectors of a register tile
-#elif defined(__AVX2__)
-constexpr int WIDTH = 8;
-constexpr int VECTORS = 2;
-#else
-constexpr int WIDTH = 4;
-constexpr int VECTORS = 4;
-#endif
 constexpr uint8_t NEEDED = 1, PACKED = 2;
-constexpr float MASKED = -3e38f;
 constexpr float LEAST = -1e30f;
 
-typedef float vfloat __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
-typedef int32_t vint __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
-
-struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
-
-inline float widen(float x) { return x; }
-inline float widen(bf16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, 4);
-  return out;
-}
-inline float widen(fp16 x) {
-  _Float16 half;
-  std::memcpy(&half, &x.bits, 2);
-  return float(half);
-}
 inline void narrow(float x, float& out) { out = x; }
 inline void narrow(float x, bf16& out) {
   uint32_t bits;
@@ -64,23 +34,10 @@ inline void narrow(float x, fp16& out) {
   std::memcpy(&out.bits, &half, 2);
 }
 
-inline vfloat load(const float* p) { return *reinterpret_cast<const vfloat*>(p); }
-inline void store(float* p, vfloat x) { *reinterpret_cast<vfloat*>(p) = x; }
-
 // 2^x for x <= 0; less than 2^-125 is 0. Error below 2e-7.
 inline vfloat exp2_below(vfloat x) {
-  const vfloat magic = vfloat{} + 12582912.0f;
-  vint tiny = x < -125.0f;
-  x = tiny ? vfloat{} : x;
-  vfloat shifted = x + magic;
-  vint n = (vint)shifted - (vint)magic;
-  vfloat f = x - (shifted - magic);
-  vfloat p = 1.535336188319500e-4f * f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
-  p = p * f + 1.0f;
+  vint tiny = x < -125.0f, n;
+  const vfloat p = exp2_of_fraction(whole_part(tiny ? vfloat{} : x, n));
   vfloat out = (vfloat)((vint)p + (n << 23));
   return tiny ? vfloat{} : out;
 }
@@ -559,19 +516,6 @@ void run(const Problem& p) {
 }  // namespace
 
 extern "C" {
-
-// Whether this machine has the instructions that this file was compiled for.
-__attribute__((visibility("default"))) int trimtab_supported() {
-#if defined(__AVX512BF16__)
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
-#elif defined(__AVX512F__)
-  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-#elif defined(__AVX2__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return 1;
-#endif
-}
 
 // Callers compare it with their own: code built from an older source must not be called.
 __attribute__((visibility("default"))) int trimtab_problem_bytes() { return sizeof(Problem); }

@@ -97,8 +97,13 @@ def select_agrees():
     k = torch.randn(90, 1, 16, generator=generator)
     entries = naive.mean_compress(k, SHAPE)
     cu = [torch.tensor([0, n], dtype=torch.int32) for n in (30, 90, len(entries))]
-    chosen = select_blocks(q, entries, *cu, SHAPE)
-    assert torch.equal(chosen, naive.select(q, entries, 90, SHAPE, 16**-0.5))
+    expected = naive.select(q, entries, 90, SHAPE, 16**-0.5)
+    assert torch.equal(select_blocks(q, entries, *cu, SHAPE), expected)
+    _, lse = compressed_attention(q, entries, entries, *cu, SHAPE)
+    assert torch.equal(select_blocks(q, entries, *cu, SHAPE, lse=lse), expected)
+    # It is what is taken: heads of which all weights vanish have no say.
+    first = select_blocks(q, entries, *cu, SHAPE, lse=lse + torch.tensor([0.0, 60.0, 60.0]))
+    assert torch.equal(first, naive.select(q[:, :1], entries, 90, SHAPE, 16**-0.5))
 
 
 def branch_agrees(dtype, heads, kv_heads, d, d_v, queries, tolerance, branch):

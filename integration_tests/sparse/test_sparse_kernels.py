@@ -358,8 +358,16 @@ def test_the_operators_keep_torchs_rules():
     )
     entries = naive.mean_compress(k.detach(), SMALL)
     sizes = [8, 4, 16, 3, 1, 1]
-    arguments = (q.detach(), entries, cu_q, cu_k, ends([len(entries)]), sizes, 0.3)
-    torch.library.opcheck(operators.select, arguments)
+    for lse in (None, torch.zeros(10, 4)):
+        arguments = (q.detach(), entries, cu_q, cu_k, ends([len(entries)]), sizes, 0.3, lse)
+        torch.library.opcheck(operators.select, arguments)
+
+
+def test_a_sum_of_other_queries_is_refused():
+    q, k, _, cu_q, cu_k = drawn(10, 4, 2, 8, 8, [(40, 40)])
+    entries = naive.mean_compress(k, SMALL)
+    with pytest.raises(ValueError, match=r"lse is \(39, 4\); it must be \[queries, heads\]"):
+        select_blocks(q, entries, cu_q, cu_k, ends([len(entries)]), SMALL, lse=torch.ones(39, 4))
 
 
 def test_selection_and_attention_compile_into_one_graph_with_equal_gradients():

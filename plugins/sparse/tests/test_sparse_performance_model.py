@@ -109,7 +109,7 @@ def test_from_groups_of_eight_on_published_fsa_runs_vanilla_nsas_forward() -> No
 def test_ours_is_predicted_to_take_as_long_as_its_page_says() -> None:
     run = Run("h200", 128 * K, 1, 64, 16)
     of = model("h200")
-    assert 0.2 < of.forward_s("ours", run) < 0.24
+    assert 0.19 < of.forward_s("ours", run) <= 0.2
     assert of.forward_s("fsa", run) > 0.6
     short = run._replace(tokens=8 * K)
     assert of.forward_s("ours", short) > 1.02 * of.forward_s("dense", short)

@@ -216,8 +216,9 @@ def native_sparse_attention(
     """
     check_gates(gates, q)
     ends = (cu_queries, cu_keys)
-    coarse, _ = compressed_attention(q, entries_k, entries_v, *ends, cu_entries, shape, scale=scale)
-    blocks = select_blocks(q, entries_k, *ends, cu_entries, shape, scale=scale)
+    every = (*ends, cu_entries, shape)
+    coarse, lse = compressed_attention(q, entries_k, entries_v, *every, scale=scale)
+    blocks = select_blocks(q, entries_k, *every, scale=scale, lse=lse)
     fine, _ = selected_attention(
         q, k, v, blocks, *ends, block=shape.block, scale=scale, workspace_bytes=workspace_bytes
     )

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from math import log
 from typing import Any
 
 import torch
@@ -287,24 +288,28 @@ def select(
     queries: Queries,
     shape: SparseShape,
     scale: float,
+    lse: Tensor | None,
 ) -> Tensor:
     """The best blocks of each query, ``[kv_heads, queries, top]`` int32, ascending."""
     from trimtab.kernels.sparse import triton_select as kernels
 
     kv_heads = entries.shape[1]
     out = torch.empty(kv_heads, q.shape[0], shape.top, dtype=torch.int32, device=q.device)
-    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     how = tile("select", Need.of(q, entries), shape.block)
     tiles = tables.cut(cu_queries, q.shape[0], how.rows)
     begin = cu_entries.long()[tiles.sequence]
     common = {**of_keys(q, entries), **launched(how), "QUERIES": how.rows}
-    kernels.entry_logarithms[(tiles.first.numel(), q.shape[1])](
-        *(q, entries, lse, tiles.first, tiles.length, begin, visible, scale),
-        **common,
-        ENTRIES=how.columns,
-    )
+    if lse is None:
+        logarithms = q.new_empty(q.shape[:2], dtype=torch.float32)
+        kernels.entry_logarithms[(tiles.first.numel(), q.shape[1])](
+            *(q, entries, logarithms, tiles.first, tiles.length, begin, visible, scale),
+            **common,
+            ENTRIES=how.columns,
+        )
+    else:
+        logarithms = (lse.float() / log(2)).contiguous()
     kernels.best_blocks[(tiles.first.numel(), kv_heads)](
-        *(q, entries, lse, out, tiles.first, tiles.length, begin, visible, queries.own),
+        *(q, entries, logarithms, out, tiles.first, tiles.length, begin, visible, queries.own),
         *(q.shape[0], scale),
         **common,
         PER_BLOCK=shape.entries_per_block,

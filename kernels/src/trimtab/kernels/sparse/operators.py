@@ -25,7 +25,7 @@ from trimtab.kernels.sparse.chosen import Chosen
 from trimtab.kernels.sparse.shape import SparseShape
 from trimtab.kernels.sparse.tiles import wide
 
-WORKSPACE_BYTES = 256 * 2**20
+WORKSPACE_BYTES = 384 * 2**20
 """What partial results may take at most; longer inputs are done in segments."""
 
 
@@ -345,6 +345,7 @@ def _select(
     cu_entries: Tensor,
     sizes: list[int],
     scale: float,
+    lse: Tensor | None,
 ) -> Tensor:
     shape = SparseShape(*sizes)
     q, entries = q.contiguous(), entries.to(q.dtype).contiguous()
@@ -352,7 +353,7 @@ def _select(
         queries = tables.place_queries(cu_q, cu_k, q.shape[0], shape.block)
         position = queries.last - cu_k.long()[queries.sequence]
         seen = ((position + 1 - shape.window) // shape.stride + 1).clamp(min=0)
-        return launch.select(q, entries, cu_q, cu_entries, seen, queries, shape, scale)
+        return launch.select(q, entries, cu_q, cu_entries, seen, queries, shape, scale, lse)
     with exactly(q):
         every = (q, entries, cu_q, cu_k, cu_entries, shape, scale)
         chosen = block_lists.select(*every)
@@ -393,6 +394,7 @@ def _(
     cu_entries: Tensor,
     sizes: list[int],
     scale: float,
+    lse: Tensor | None,
 ) -> Tensor:
     return q.new_empty(entries.shape[1], q.shape[0], sizes[3], dtype=torch.int32)
 
@@ -406,6 +408,7 @@ def select_blocks(
     shape: SparseShape,
     *,
     scale: float | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """The blocks that packed queries choose by their attention to compressed keys (NSA, 3.3.2).
 
@@ -420,6 +423,8 @@ def select_blocks(
         cu_entries: the same of the compressed keys.
         shape: sizes.
         scale: of the logits; ``d ** -0.5`` by default.
+        lse: what `compressed_attention` gave for the same, ``[queries, heads]``: it saves a GPU a
+            pass over the entries.
 
     Returns:
         Ids within their sequence, ascending, -1 behind them: ``[kv_heads, queries, top]`` int32.
@@ -430,9 +435,14 @@ def select_blocks(
     _check_shapes(q, entries, entries)
     check_ends(cu_queries, cu_keys, q.shape[0])
     check_entries(cu_entries, cu_keys, entries.shape[0], shape.window, shape.stride)
+    if lse is not None and lse.shape != q.shape[:2]:
+        raise ValueError(
+            f"lse is {tuple(lse.shape)}; it must be [queries, heads], {tuple(q.shape[:2])}"
+        )
     sizes = [shape.window, shape.stride, shape.block, shape.top, shape.first, shape.recent]
     chosen: Tensor = _select(
         *(q.detach(), entries.detach(), cu_queries, cu_keys, cu_entries, sizes),
         q.shape[-1] ** -0.5 if scale is None else scale,
+        None if lse is None else lse.detach(),
     )
     return chosen

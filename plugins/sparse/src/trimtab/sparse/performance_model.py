@@ -170,12 +170,12 @@ class Model:
     def _our_forward_s(self, run: Run) -> float:
         """Compressed attention, the choice, and the selected branch.
 
-        The choice takes the logits of compressed keys again, once for their sum and once for each
-        entry that overlaps a block.
+        The choice takes the logits of compressed keys again, of each block that an entry overlaps;
+        their sum is the attention's.
         """
         compressed = self.dense.forward * (run.tokens / _UNIT) ** 2 / _STRIDE
         entries = run.block / _STRIDE
-        choice = compressed / 2 * (1 + (entries + 1) / entries)
+        choice = compressed / 2 * (entries + 1) / entries
         return compressed + choice + min(self.our_selected_s(run).values())
 
     def our_selected_s(self, run: Run) -> Terms:

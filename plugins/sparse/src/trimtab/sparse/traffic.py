@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from trimtab.kernels.sparse import WORKSPACE_BYTES
+
 _FORCED = 3
 """The first block, the own and the one before."""
 
@@ -28,7 +30,7 @@ class Sizes:
     block: int
     top: int
     item_bytes: int = 2
-    workspace_bytes: int = 256 * 2**20
+    workspace_bytes: int = WORKSPACE_BYTES
 
     @property
     def panel(self) -> int:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab.kernels.sparse import (
+    WORKSPACE_BYTES,
     SparseShape,
     blockwise,
     gpu_tiles,
@@ -522,6 +523,7 @@ def test_the_plan_chooses_as_the_model_of_times_predicts():
     parts_bytes = 6 * 128 * 64 * 128 * 1024 * 16
     assert pytest.approx(parts_bytes / known.seconds["parts"], rel=0.02) == PARTS_BYTES_PER_S
     assert performance_model.GPUS["h200"].l2_bytes_per_s == L2_BYTES_PER_S
+    assert traffic.Sizes(1, 1, 1, 1, 1, 1, 1).workspace_bytes == WORKSPACE_BYTES
     for group in (1, 2, 4, 8, 16, 32):
         for tokens in (8 * 1024, 128 * 1024):
             predicted = known.our_selected_s(Run("h200", tokens, group, 64, 16))

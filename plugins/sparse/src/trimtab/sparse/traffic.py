@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trimtab.kernels.sparse import WORKSPACE_BYTES
-
 _FORCED = 3
 """The first block, the own and the one before."""
 
@@ -30,7 +28,7 @@ class Sizes:
     block: int
     top: int
     item_bytes: int = 2
-    workspace_bytes: int = WORKSPACE_BYTES
+    workspace_bytes: int = 384 * 2**20
 
     @property
     def panel(self) -> int:

@@ -12,6 +12,8 @@ from pydantic import ValidationError
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -260,6 +262,21 @@ def test_a_qwen_with_biases_is_taken():
 def test_models_of_other_attention_are_refused(model, what):
     with pytest.raises(BadInput, match=what):
         use_native_attention(model(), SMALL)
+
+
+def test_a_model_that_has_it_already_is_refused(native):
+    with pytest.raises(BadInput, match="is native sparse attention already"):
+        use_native_attention(native, SMALL)
+
+
+def test_a_sliding_window_that_only_the_configuration_tells_is_refused():
+    models = [
+        MistralForCausalLM(MistralConfig(**SIZES, **HEADS, sliding_window=window))
+        for window in (8, None)
+    ]
+    with pytest.raises(BadInput, match="has a sliding window of its own"):
+        use_native_attention(models[0], SMALL)
+    assert use_native_attention(models[1], SMALL)
 
 
 def test_caches_and_other_masks_are_refused(native):

@@ -266,3 +266,8 @@ def test_missing_weights_are_named(tmp_path):
     save_file(weights, path)
     with pytest.raises(BadInput, match=r"no weights for model\.layers\.1\.self_attn\.gate_proj"):
         load_native_model(tmp_path)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(BadInput, match=r"there is no config\.json; give the folder"):
+        load_native_model(tmp_path / "nowhere")

@@ -154,7 +154,7 @@ def test_a_mask_is_named_as_what_attention_is_dense_for_once(model, prompt, said
         ({"is_causal": False}, "attention that is not causal"),
         ({"device": "meta"}, "the device meta"),
         ({"batch": 2}, "several prompts in a batch"),
-        ({"requires_grad": True}, "training"),
+        ({"requires_grad": True}, "gradients (torch.no_grad() goes without)"),
     ],
 )
 def test_what_attention_is_dense_for_is_named_once(said, options, reason):

@@ -44,3 +44,9 @@ def test_wrong_options_are_named(options: dict[str, object], named: str) -> None
 def test_each_selector_takes_its_options(options: dict[str, object]) -> None:
     made = plugin("sparse").configure(options).model_dump()
     assert {key: made[key] for key in options} == options
+
+
+def test_a_rule_over_several_options_speaks_of_them_alone() -> None:
+    with pytest.raises(BadInput) as caught:
+        plugin("sparse").configure({"stride": 4})
+    assert caught.value.what.startswith("stride 4 is for the selector fixed")

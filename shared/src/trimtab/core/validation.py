@@ -122,7 +122,10 @@ def _fault(model: type, detail: ErrorDetails, path: KeyPath) -> tuple[str, str, 
         return f"{key} is an unknown key", nearest(str(path[-1]), _keys(model, path[:-1])), ()
     what = f"{key} is {shown(detail['input'])}"
     if isinstance(cause, ValueError):
-        return what, str(cause), ()
+        # A rule over several keys of a mapping says itself which of them is wrong.
+        return (
+            (str(cause), "", ()) if isinstance(detail["input"], Mapping) else (what, str(cause), ())
+        )
     if detail["type"] in ("model_type", "model_attributes_type", "dict_type", "dataclass_type"):
         return what, "give a mapping of keys to values", ()
     remedy = re.sub(r"^\w+ should", "it should", detail["msg"])

@@ -64,7 +64,9 @@ class SparseConfig(BaseModel):
         description="share of the estimated attention that kept blocks hold, for mass, pooled,"
         " antidiagonal and oracle; 1 keeps all of them",
     )
-    top: int = Field(16, ge=1, description="blocks that the selectors top and minmax keep")
+    top: int = Field(
+        16, ge=1, description="blocks that top and minmax keep, first and recent in it"
+    )
     first: int = Field(1, ge=0, description="blocks at a prompt's beginning that are always kept")
     recent: int = Field(2, ge=1, description="latest blocks that are always kept, the own included")
     stride: int = Field(

@@ -97,7 +97,9 @@ def _position(
     reasons = {
         "a mask (of padding, packed prompts or your own)": position is None,
         "several prompts in a batch": query.shape[0] > 1,
-        "training": torch.is_grad_enabled() and query.requires_grad,
+        "gradients (torch.no_grad() goes without)": (
+            torch.is_grad_enabled() and query.requires_grad
+        ),
         "dropout": bool(options.get("dropout")),
         "a sliding window": bool(options.get("sliding_window")),
         "a soft cap, which SDPA leaves out": bool(options.get("softcap")),

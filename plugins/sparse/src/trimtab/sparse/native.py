@@ -208,15 +208,26 @@ def use_native_attention(
     return [parameter for parameter in model.parameters() if id(parameter) not in known]
 
 
+def _sliding_window(layer: nn.Module) -> object:
+    """A layer's own, or, where it has none such as Mistral's, that of its configuration."""
+    if hasattr(layer, "sliding_window"):
+        return layer.sliding_window
+    return getattr(getattr(layer, "config", None), "sliding_window", None)
+
+
 def _check(name: str, layer: nn.Module) -> None:
     kind = type(layer).__name__
+    if isinstance(layer, NativeAttention):
+        raise BadInput(
+            "the attention is native sparse attention already", where=name, fix="change it once"
+        )
     others = sorted({child for child, _ in layer.named_children()} - set(_PROJECTIONS))
     dropout = getattr(layer, "attention_dropout", 0.0)
     faults = {
         f"has {', '.join(others)} beside its projections": bool(others),
         "has a head_dim of no number": not isinstance(getattr(layer, "head_dim", None), int),
         f"drops {dropout:g} of its probabilities": bool(dropout),
-        "has a sliding window of its own": getattr(layer, "sliding_window", None) is not None,
+        "has a sliding window of its own": _sliding_window(layer) is not None,
         "is not causal": not getattr(layer, "is_causal", True),
     }
     for fault, found in faults.items():

@@ -91,6 +91,10 @@ def load_native_model(folder: str | Path) -> nn.Module:
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if not (Path(folder) / "config.json").is_file():
+        raise BadInput(
+            "there is no config.json", where=str(folder), fix="give the folder of a saved model"
+        )
     auto: Any = AutoModelForCausalLM
     config = AutoConfig.from_pretrained(folder)
     native = native_config(config)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels.sparse import compiled
-from trimtab.kernels.sparse.compiled import DTYPES
+from trimtab.kernels.sparse.compiled import DTYPES, integers, pointers
 from trimtab.kernels.sparse.tables import cut, place_queries
 from trimtab.kernels.sparse.tiles import weighted
 
@@ -254,15 +254,15 @@ class _Problem(ctypes.Structure):
     """``Problem`` of ``block_sparse.cpp``, field for field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "panels")),
-        *((name, ctypes.c_void_p) for name in ("k_base", "v_base", "block_token", "block_length")),
-        *((name, ctypes.c_void_p) for name in ("k_token_at", "v_token_at", "k_dim_at", "v_dim_at")),
-        *((name, ctypes.c_void_p) for name in ("tile_query", "tile_block", "tile_queries")),
-        *((name, ctypes.c_void_p) for name in ("tile_position", "rows", "chosen")),
-        *((name, ctypes.c_void_p) for name in ("chosen_by", "needed", "shares")),
-        *((name, ctypes.c_int64) for name in ("q_token", "q_head", "out_token", "out_head")),
-        *((name, ctypes.c_int64) for name in ("k_head", "v_head", "tiles", "blocks")),
-        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "d", "d_v", "share_rows")),
+        *pointers("q", "k", "v", "out", "panels"),
+        *pointers("k_base", "v_base", "block_token", "block_length"),
+        *pointers("k_token_at", "v_token_at", "k_dim_at", "v_dim_at"),
+        *pointers("tile_query", "tile_block", "tile_queries"),
+        *pointers("tile_position", "rows", "chosen"),
+        *pointers("chosen_by", "needed", "shares"),
+        *integers("q_token", "q_head", "out_token", "out_head"),
+        *integers("k_head", "v_head", "tiles", "blocks"),
+        *integers("heads", "kv_heads", "d", "d_v", "share_rows"),
         ("scale", ctypes.c_float),
         ("dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),
@@ -275,8 +275,8 @@ class _Keeping(ctypes.Structure):
     """``Keeping`` of ``block_sparse.cpp``, field for field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("shares", "own", "kept")),
-        *((name, ctypes.c_int64) for name in ("heads", "rows", "blocks", "first", "recent", "top")),
+        *pointers("shares", "own", "kept"),
+        *integers("heads", "rows", "blocks", "first", "recent", "top"),
         ("mass", ctypes.c_float),
         ("threads", ctypes.c_int32),
     )
@@ -311,16 +311,16 @@ class TiledAttention:
     """
 
     def __init__(self, q: Tensor, store: KeyStore, tiles: Tiles, scale: float) -> None:
-        compiled = library()
-        assert compiled is not None
+        code = library()
+        assert code is not None
         _check(q, store, tiles)
         # The compiled code steps through a query's numbers one by one.
         q = q if q.stride(2) == 1 else q.contiguous()
-        self._code, self._store, self._tiles = compiled, store, tiles
+        self._code, self._store, self._tiles = code, store, tiles
         self._heads = q.shape[1]
         blocks, wide = store.k_base.numel(), store.v_dim_at.numel()
         panel = TILE * (-(-q.shape[2] // 2) * 2 + -(-wide // 16) * 16)
-        bytes_each = compiled.trimtab_element_bytes(DTYPES[q.dtype])
+        bytes_each = code.trimtab_element_bytes(DTYPES[q.dtype])
         panels = torch.empty(store.kv_heads * blocks * panel * bytes_each, dtype=torch.uint8)
         tensors = {"q": q, "k": store.k, "v": store.v, "panels": panels}
         offsets = {
@@ -494,8 +494,8 @@ def kept_blocks(
         top: how many are kept; 0 where ``mass`` decides.
         mass: the share that is kept.
     """
-    compiled = library()
-    if compiled is None or shares.device.type != "cpu" or shares.dtype != torch.float32:
+    code = library()
+    if code is None or shares.device.type != "cpu" or shares.dtype != torch.float32:
         return None
     shares, own = shares.contiguous(), own.contiguous()
     kept = torch.zeros(shares.shape, dtype=torch.uint8)
@@ -513,7 +513,7 @@ def kept_blocks(
         own=own.data_ptr(),
         kept=kept.data_ptr(),
     )
-    compiled.trimtab_keep_blocks(ctypes.byref(given))
+    code.trimtab_keep_blocks(ctypes.byref(given))
     return kept.bool()
 
 

@@ -402,7 +402,7 @@ def _cut_turn(turn: Turn, length: int, slots: Counter[tuple[str, int]]) -> _CutT
         slot = _next(slots, ("to", outgoing.peer))
         if begin < end:
             sends.append(_Message(outgoing.peer, begin, end, slot))
-    keeps = any((total.begin, total.end) in sent for total in turn.sums)
+    keeps = any(total.own is not None for total in sums)
     return _CutTurn(tuple(receives), tuple(sends), tuple(sums), room, keeps)
 
 

@@ -99,7 +99,7 @@ def test_compiled_blocks_are_the_gathered_ones(seed, heads, sizes, spans, dtype)
 def test_all_blocks_are_dense_attention(dtype):
     q, k, v = drawn(1, 6, 2, 64, 64, [(150, 333)], dtype)
     out = torch.empty_like(q)
-    everything = Selection(mass=2.0)
+    everything = Selection(mass=1)
     store = KeyStore.packed(k, v, ends([333]))
     kept = prefill.sparse_prefill(q, lambda: k, store, 183, out, 64**-0.5, everything)
     assert kept == 1
@@ -135,7 +135,7 @@ def test_a_paged_cache_with_keys_laid_crosswise_is_read_where_it_lies():
         before=torch.tensor([0, 5]),
     )
     out = torch.empty_like(q)
-    prefill.sparse_prefill(q, lambda: k, store, 200, out, 32**-0.5, Selection(mass=2.0))
+    prefill.sparse_prefill(q, lambda: k, store, 200, out, 32**-0.5, Selection(mass=1))
     torch.testing.assert_close(out, dense(q, k, v), **NEAR[torch.float32])
 
 
@@ -167,9 +167,9 @@ def test_queries_whose_numbers_lie_apart_are_brought_together():
     q, k, v = drawn(13, 4, 2, 32, 32, [(100, 100)], torch.float32)
     apart, out = q.mT.contiguous().mT, torch.empty_like(q)
     store = KeyStore.packed(k, v, ends([100]))
-    prefill.sparse_prefill(apart, lambda: k, store, 0, out, 0.2, Selection(mass=2.0))
+    prefill.sparse_prefill(apart, lambda: k, store, 0, out, 0.2, Selection(mass=1))
     expected = torch.empty_like(q)
-    prefill.sparse_prefill(q, lambda: k, store, 0, expected, 0.2, Selection(mass=2.0))
+    prefill.sparse_prefill(q, lambda: k, store, 0, expected, 0.2, Selection(mass=1))
     assert torch.equal(out, expected)
 
 
@@ -258,8 +258,8 @@ def test_the_compiled_choice_is_that_of_plain_torch(
     shares += torch.rand(shares.shape, generator=generator) * (seed % 2)
     shares = shares.masked_fill(torch.arange(blocks) > own[:, None], 0.0)
     shares /= shares.sum(-1, keepdim=True).clamp(min=1e-30)
-    selection = Selection(selector, mass, top, first, recent)
-    amount = {"top": top if selector == "top" else 0, "mass": mass}
+    selection = Selection(selector, mass, max(top, first + recent), first, recent)
+    amount = {"top": selection.top if selector == "top" else 0, "mass": selection.share}
     found = block_sparse.kept_blocks(shares, own, first=first, recent=recent, **amount)
     assert torch.equal(found, selection.keep_in_torch(shares, own))
 
@@ -330,9 +330,15 @@ def test_short_prompts_and_full_selections_stay_dense():
 
 
 counted = st.builds(
-    Selection,
+    lambda selector, others, first, recent, stride: Selection(
+        selector,
+        top=first + recent + others,
+        first=first,
+        recent=recent,
+        stride=stride * (selector == "fixed"),
+    ),
     st.sampled_from(["top", "minmax", "fixed"]),
-    top=st.integers(1, 20),
+    st.integers(0, 20),
     first=st.integers(0, 4),
     recent=st.integers(1, 6),
     stride=st.integers(0, 5),
@@ -381,7 +387,7 @@ def test_without_compiled_code_plain_torch_does_it_and_the_plan_knows(monkeypatc
     q, k, v = drawn(9, 2, 1, 16, 16, [(100, 100)], torch.float32)
     out = torch.empty_like(q)
     store = KeyStore.packed(k, v, ends([100]))
-    prefill.sparse_prefill(q, lambda: k, store, 0, out, 0.25, Selection(mass=2.0))
+    prefill.sparse_prefill(q, lambda: k, store, 0, out, 0.25, Selection(mass=1))
     torch.testing.assert_close(out, dense(q, k, v), **NEAR[torch.float32])
     assert prefill.plan(4096, 4096, 3, Selection()).path == "dense"
 
@@ -439,7 +445,7 @@ def test_where_queries_choose_any_cut_of_a_prompt_gives_one_answer(
     """The compiled estimate to the bit; torch's products of other sizes differ in the last one."""
     keys = position + queries
     q, k, v = drawn(seed, 4, 2, 16, 16, [(queries, keys)], torch.float32)
-    selection = Selection(selector=selector, by="query", stride=3, **SOME)
+    selection = Selection(selector, by="query", stride=3 * (selector == "fixed"), **SOME)
     whole, _ = filled_in(selection, q, k, v, position, [slice(0, queries)])
     cut, _ = filled_in(selection, q, k, v, position, cut_at(queries, cuts))
     if selection.sample_step or selector == "fixed":
@@ -487,7 +493,7 @@ def test_where_queries_choose_no_later_token_changes_an_earlier_one(
 ):
     keys = position + queries
     q, k, v = drawn(seed, 4, 2, 16, 16, [(queries, keys)], dtype)
-    selection = Selection(selector=selector, by="query", stride=2, **SOME)
+    selection = Selection(selector, by="query", stride=2 * (selector == "fixed"), **SOME)
     token = data.draw(st.integers(0, queries - 1))
     outs, chosen = [], []
     for change in (0.0, 5.0):
@@ -614,7 +620,7 @@ def test_selections_that_cannot_be_are_refused():
         Selection(selector="antidiagonal", by="query")
     with pytest.raises(ValueError, match="'best' is none of"):
         Selection(selector="best")
-    with pytest.raises(ValueError, match="chosen by 'all'"):
+    with pytest.raises(ValueError, match="'all' is none of"):
         Selection(by="all")
 
 

@@ -207,7 +207,7 @@ def test_a_prefill_is_told_of_with_what_was_predicted_for_it(monkeypatch, caplog
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     monkeypatch.setattr(vllm_prefill, "plan", lambda q, k, *_: Plan("compiled", {"dense": q / k}))
     caplog.set_level(logging.INFO, "vllm.trimtab.sparse")
-    taker = vllm_prefill.make({"selector": "top", "top": 2, "min_prompt": 64})
+    taker = vllm_prefill.make({"selector": "top", "top": 2, "recent": 1, "min_prompt": 64})
     on_cpu = LayerShape(2, 1, 16, 64, 0, "CPU_ATTN")
     for queries, keys in ((200, 400), (300, 300), (100, 300)):
         assert taker.wants(queries, keys, on_cpu)

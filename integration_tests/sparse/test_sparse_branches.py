@@ -291,7 +291,7 @@ def test_sizes_that_do_not_fit_are_named(change, what):
 
 def test_a_window_of_nothing_is_refused():
     (q, k, v, *_), cu_q, cu_k = drawn(14, 2, 1, 8, 8, [(4, 4)])
-    with pytest.raises(ValueError, match="window of 0"):
+    with pytest.raises(ValueError, match="window is 0"):
         sliding_attention(q, k, v, cu_q, cu_k, window=0)
 
 

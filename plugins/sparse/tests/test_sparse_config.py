@@ -25,6 +25,11 @@ def test_the_plugin_is_found_with_its_defaults() -> None:
         ({"least_gain": -0.1}, "least_gain"),
         ({"by": "head"}, "by"),
         ({"by": "query", "selector": "antidiagonal"}, "antidiagonals go through 16 queries"),
+        (
+            {"selector": "top", "top": 4, "first": 2, "recent": 3},
+            "2 first and 3 recent blocks are more than top, 4",
+        ),
+        ({"native": {"top": 2}}, "1 first and 2 recent blocks are more than top, 2"),
         ({"stride": 4}, "stride 4 is for the selector fixed, not mass"),
     ],
 )

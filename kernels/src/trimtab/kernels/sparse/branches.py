@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 
 from trimtab.kernels.sparse import launch_spans, spans, tables
-from trimtab.kernels.sparse.operators import (
-    WORKSPACE_BYTES,
+from trimtab.kernels.sparse.checks import (
     check_ends,
     check_entries,
+    check_gates,
+    check_numbers,
     check_sizes,
+)
+from trimtab.kernels.sparse.operators import (
+    WORKSPACE_BYTES,
     exactly,
     like_gradients,
     like_output,
@@ -124,7 +128,7 @@ def compressed_attention(
     Raises:
         ValueError: the sizes or the ends do not fit together.
     """
-    check_sizes(q, entries_k, entries_v)
+    check_sizes(q, entries_k, entries_v, "entries_k", "entries_v")
     check_ends(cu_queries, cu_keys, q.shape[0])
     check_entries(cu_entries, cu_keys, entries_k.shape[0], shape.window, shape.stride)
     queries = tables.place_queries(cu_queries, cu_keys, q.shape[0], shape.block)
@@ -163,8 +167,7 @@ def sliding_attention(
     """
     check_sizes(q, k, v)
     check_ends(cu_queries, cu_keys, q.shape[0], k.shape[0])
-    if window < 1:
-        raise ValueError(f"a window of {window} tokens shows nothing; give at least 1")
+    check_numbers(1, window=window)
     queries = tables.place_queries(cu_queries, cu_keys, q.shape[0], 1)
     begins = cu_keys.long()[queries.sequence]
     high = queries.last + 1
@@ -214,6 +217,7 @@ def native_sparse_attention(
     Raises:
         ValueError: the sizes or the ends do not fit together.
     """
+    check_sizes(q, k, v)
     check_gates(gates, q)
     ends = (cu_queries, cu_keys)
     every = (*ends, cu_entries, shape)
@@ -231,14 +235,6 @@ def native_sparse_attention(
         scale=scale,
     )
     return mixed(coarse, fine, near, gates)
-
-
-def check_gates(gates: Tensor, q: Tensor) -> None:
-    """Refuses gates that do not fit the queries."""
-    if gates.shape not in ((q.shape[0], q.shape[1], 3), (q.shape[0], 1, 3)):
-        raise ValueError(
-            f"gates is {tuple(gates.shape)}; it must be [{q.shape[0]}, {q.shape[1]} or 1, 3]"
-        )
 
 
 def mixed(coarse: Tensor, fine: Tensor, near: Tensor, gates: Tensor) -> Tensor:

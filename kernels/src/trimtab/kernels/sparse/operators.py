@@ -6,7 +6,6 @@ On a GPU they run Triton kernels; on a CPU plain torch, or the kernels too where
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,13 @@ from trimtab.kernels.sparse import (
     naive,
     published,
     tables,
+)
+from trimtab.kernels.sparse.checks import (
+    check_ends,
+    check_entries,
+    check_numbers,
+    check_shapes,
+    check_sizes,
 )
 from trimtab.kernels.sparse.chosen import Chosen
 from trimtab.kernels.sparse.shape import SparseShape
@@ -192,29 +198,6 @@ def selected_attention(
     return result
 
 
-def check_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuses queries, keys and values that do not fit together.
-
-    Raises:
-        ValueError: with what is wrong.
-    """
-    _check_shapes(q, k, v)
-    if q.dtype != k.dtype or k.dtype != v.dtype:
-        raise ValueError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; give one dtype")
-
-
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 3:
-            raise ValueError(f"{name} has {x.dim()} dimensions; it needs 3")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} heads do not divide into {k.shape[1]} KV heads")
-    if k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together"
-        )
-
-
 def _check(
     q: Tensor,
     k: Tensor,
@@ -236,104 +219,8 @@ def _check(
         )
     if block < 16 or block & (block - 1):
         raise ValueError(f"a block of {block} tokens is no power of two from 16 on")
-    if workspace_bytes < 0:
-        raise ValueError(f"a workspace of {workspace_bytes} bytes is none; give 0 or more")
+    check_numbers(0, workspace_bytes=workspace_bytes)
     check_ends(cu_q, cu_k, q.shape[0], k.shape[0])
-
-
-def check_ends(cu_queries: Tensor, cu_keys: Tensor, queries: int, keys: int | None = None) -> None:
-    """Refuses ends of packed sequences that do not fit their tokens.
-
-    Numbers are looked at on a CPU alone, where nothing has to be waited for, and not while torch
-    traces.
-
-    Args:
-        cu_queries: ``[sequences + 1]``.
-        cu_keys: the same of the keys.
-        queries: tokens that ``cu_queries`` must tell of.
-        keys: tokens that ``cu_keys`` may tell of at most; unknown by default.
-
-    Raises:
-        ValueError: with what is wrong.
-    """
-    for name, cu in (("cu_queries", cu_queries), ("cu_keys", cu_keys)):
-        _check_form(name, cu)
-    if cu_queries.shape != cu_keys.shape:
-        raise ValueError("cu_queries and cu_keys name different numbers of sequences")
-    ends, key_ends = _known(cu_queries), _known(cu_keys)
-    if ends is not None:
-        _check_order("cu_queries", ends)
-        if ends[-1] != queries:
-            raise ValueError(f"cu_queries ends at {ends[-1]}; it must end at the {queries} queries")
-    if key_ends is not None:
-        _check_order("cu_keys", key_ends)
-        if keys is not None and key_ends[-1] > keys:
-            raise ValueError(f"cu_keys ends at {key_ends[-1]}; there are {keys} keys")
-    if ends is None or key_ends is None:
-        return
-    for number, (own, seen) in enumerate(zip(_lengths(ends), _lengths(key_ends), strict=True)):
-        if own > seen:
-            raise ValueError(
-                f"sequence {number} has {own} queries and {seen} keys; it needs a key a query"
-            )
-
-
-def check_entries(
-    cu_entries: Tensor, cu_keys: Tensor, entries: int, window: int, stride: int
-) -> None:
-    """Refuses ends of compressed entries that do not fit them or the keys, as `check_ends` does.
-
-    Args:
-        cu_entries: ``[sequences + 1]``.
-        cu_keys: the same of the raw keys.
-        entries: how many there are, which may be more.
-        window: tokens behind an entry.
-        stride: tokens between the beginnings of two.
-
-    Raises:
-        ValueError: with what is wrong.
-    """
-    _check_form("cu_entries", cu_entries)
-    if cu_entries.shape != cu_keys.shape:
-        raise ValueError("cu_entries and cu_keys name different numbers of sequences")
-    ends, key_ends = _known(cu_entries), _known(cu_keys)
-    if ends is None or key_ends is None:
-        return
-    _check_order("cu_entries", ends)
-    if ends[-1] > entries:
-        raise ValueError(f"cu_entries ends at {ends[-1]}; there are {entries} entries")
-    for number, (own, keys) in enumerate(zip(_lengths(ends), _lengths(key_ends), strict=True)):
-        needed = max(0, (keys - window) // stride + 1)
-        if own < needed:
-            raise ValueError(
-                f"sequence {number} has {own} entries; its {keys} keys make {needed} of them"
-            )
-
-
-def _check_form(name: str, cu: Tensor) -> None:
-    if cu.dim() != 1 or cu.shape[0] == 0 or cu.is_floating_point() or cu.dtype == torch.bool:
-        raise ValueError(
-            f"{name} is {tuple(cu.shape)} in {cu.dtype}; it must be [sequences + 1] whole numbers"
-        )
-
-
-def _known(cu: Tensor) -> list[int] | None:
-    """Its numbers, or None where they would have to be waited for or do not exist yet."""
-    if torch.compiler.is_compiling() or type(cu) is not Tensor or cu.device.type != "cpu":
-        return None
-    numbers: list[int] = cu.tolist()
-    return numbers
-
-
-def _lengths(ends: list[int]) -> list[int]:
-    return [stop - begin for begin, stop in pairwise(ends)]
-
-
-def _check_order(name: str, ends: list[int]) -> None:
-    if ends[0] != 0:
-        raise ValueError(f"{name} begins at {ends[0]}; it must begin at 0")
-    if any(length < 0 for length in _lengths(ends)):
-        raise ValueError(f"{name} decreases; each end must be at or behind the one before")
 
 
 @torch.library.custom_op("trimtab_sparse::select", mutates_args=())
@@ -432,7 +319,7 @@ def select_blocks(
     Raises:
         ValueError: the sizes or the ends do not fit together.
     """
-    _check_shapes(q, entries, entries)
+    check_shapes(q, entries, entries, "entries", "entries")
     check_ends(cu_queries, cu_keys, q.shape[0])
     check_entries(cu_entries, cu_keys, entries.shape[0], shape.window, shape.stride)
     if lse is not None and lse.shape != q.shape[:2]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.kernels.sparse import branches, naive, operators, tables, tiles
+from trimtab.kernels.sparse import branches, checks, naive, operators, tables, tiles
 from trimtab.kernels.sparse.operators import WORKSPACE_BYTES
 from trimtab.kernels.sparse.paging import Paging, ends, gathered
 from trimtab.kernels.sparse.shape import SparseShape
@@ -157,7 +157,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, paging: Paging) -> None:
         raise ValueError(
             f"k {tuple(k.shape)} and v {tuple(v.shape)} must be [pages, kv_heads, slots, size]"
         )
-    operators.check_sizes(q, k[:, :, 0], v[:, :, 0])
+    checks.check_sizes(q, k[:, :, 0], v[:, :, 0])
     if paging.cu_queries.shape != paging.cu_keys.shape:
         raise ValueError("cu_queries and cu_keys name different numbers of sequences")
     if paging.pages.shape[0] != paging.cu_keys.numel() - 1:
@@ -457,7 +457,7 @@ def paged_native_sparse_attention(
         ValueError: the sizes do not fit together.
     """
     _check(q, k, v, paging)
-    branches.check_gates(gates, q)
+    checks.check_gates(gates, q)
     blocks = paged_select_blocks(
         q, entries_k, paging, shape, scale=scale, workspace_bytes=workspace_bytes
     )

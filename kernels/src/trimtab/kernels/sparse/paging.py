@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from trimtab.kernels.sparse.checks import check_numbers
 from trimtab.kernels.sparse.shape import SparseShape
 
 
@@ -102,6 +103,7 @@ class NewTokens:
         Raises:
             ValueError: the stride does not divide a page.
         """
+        check_numbers(1, page_tokens=page_tokens)
         if page_tokens % shape.stride:
             raise ValueError(f"pages of {page_tokens} tokens end within a stride of {shape.stride}")
         keys, queries = paging.keys, paging.queries

@@ -19,6 +19,7 @@ from trimtab.kernels.sparse.block_sparse import (
     library,
     tiled_attention_in_torch,
 )
+from trimtab.kernels.sparse.checks import check_numbers
 from trimtab.kernels.sparse.selectors import COUNTED, By, Selection, sampled_positions
 
 ESTIMATE_BYTES = 16 * 2**20
@@ -87,7 +88,7 @@ def expected_blocks(visible: int, selection: Selection) -> float:
     forced = selection.first + selection.recent
     kept: float = forced
     if selection.selector in COUNTED:
-        kept = max(forced, selection.top)
+        kept = selection.top
     elif selection.selector == "fixed":
         end = visible - selection.recent
         if selection.stride and end > selection.first:
@@ -112,7 +113,16 @@ def plan(
         selection: which blocks are kept.
         least_gain: predicted speed-up below which dense attention is kept, as it is where all
             blocks are; 0 for neither.
+
+    Raises:
+        ValueError: the numbers cannot be, or there are more queries than keys.
     """
+    check_numbers(1, queries=queries, keys=keys, group=group)
+    if queries > keys:
+        raise ValueError(
+            f"{queries} queries are more than {keys} keys, of which they are the last; give keys"
+            f" from {queries} on"
+        )
     pairs = queries * (keys - queries / 2)
     visible, kept, read = _expected(queries, keys, selection)
     blocks_path = "compiled" if library() is not None else "torch"

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from math import inf
+from numbers import Real
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from trimtab.kernels.sparse.block_sparse import TILE, kept_blocks
+from trimtab.kernels.sparse.checks import check_choice, check_numbers, check_total
 
 By = Literal["tile", "query"]
 """Who chooses: the queries of a tile together, or each query by itself."""
@@ -205,9 +208,10 @@ class Selection:
 
     selector: Selector = "mass"
     mass: float = 0.97
-    """Share of the estimated attention that the kept blocks hold; not for `COUNTED`."""
+    """Share of the estimated attention that the kept blocks hold, all of them at 1; not for
+    `COUNTED`."""
     top: int = 16
-    """Blocks that `COUNTED` keep."""
+    """Blocks that `COUNTED` keep, forced ones included."""
     first: int = 1
     recent: int = 2
     stride: int = 0
@@ -217,15 +221,26 @@ class Selection:
     sees depends on itself and the keys before it alone."""
 
     def __post_init__(self) -> None:
-        if self.selector not in get_args(Selector):
-            raise ValueError(f"the selector {self.selector!r} is none of {get_args(Selector)}")
-        if self.by not in get_args(By):
-            raise ValueError(f"blocks are chosen by {self.by!r}; give one of {get_args(By)}")
+        check_choice("selector", self.selector, Selector)
+        check_choice("by", self.by, By)
+        check_numbers(0, first=self.first, recent=self.recent, stride=self.stride)
+        check_numbers(1, top=self.top)
+        if not isinstance(self.mass, Real) or not 0 < self.mass <= 1:
+            raise ValueError(f"mass is {self.mass!r}; give a share above 0, and at most 1")
+        if self.selector in COUNTED:
+            check_total(self.top, self.first, self.recent)
+        if self.stride and self.selector != "fixed":
+            raise ValueError(f"stride {self.stride} is for the selector fixed, not {self.selector}")
         if self.by == "query" and self.selector == "antidiagonal":
             raise ValueError(
                 "antidiagonals go through 16 queries, and no query can choose blocks by itself;"
                 " give another selector than 'antidiagonal', or by='tile'"
             )
+
+    @property
+    def share(self) -> float:
+        """`mass`, or where that is all, more than rounded shares ever add up to."""
+        return self.mass if self.mass < 1 else inf
 
     def describe(self) -> str:
         """A few words for logs."""
@@ -267,7 +282,7 @@ class Selection:
         if self.selector != "fixed":
             top = self.top if self.selector in COUNTED else 0
             kept = kept_blocks(
-                shares, own, first=self.first, recent=self.recent, top=top, mass=self.mass
+                shares, own, first=self.first, recent=self.recent, top=top, mass=self.share
             )
         return self.keep_in_torch(shares, own) if kept is None else kept
 
@@ -285,7 +300,7 @@ class Selection:
             keep = (ids < self.top).expand_as(shares)
         else:
             held = shares.gather(-1, ranked.indices).cumsum(-1)
-            keep = pad(held[..., :-1], (1, 0)) < self.mass
+            keep = pad(held[..., :-1], (1, 0)) < self.share
         chosen = torch.zeros_like(keep).scatter(-1, ranked.indices, keep)
         return (chosen | forced) & visible
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trimtab.kernels.sparse.checks import check_numbers, check_total
+
 
 @dataclass(frozen=True, slots=True)
 class SparseShape:
@@ -27,12 +29,16 @@ class SparseShape:
     sliding: int = 512
 
     def __post_init__(self) -> None:
-        if min(self.window, self.stride, self.block, self.top, self.sliding) < 1:
-            raise ValueError(f"{self}: every size must be at least 1")
-        if min(self.first, self.recent) < 0 or self.first + self.recent > self.top:
-            raise ValueError(f"{self}: the {self.top} blocks of a query must hold the forced ones")
-        if self.window % self.stride or self.block % self.stride or self.window > self.block:
-            raise ValueError(f"{self}: the stride must divide window and block, window <= block")
+        check_numbers(1, window=self.window, stride=self.stride, block=self.block, top=self.top)
+        check_numbers(1, sliding=self.sliding)
+        check_numbers(0, first=self.first, recent=self.recent)
+        check_total(self.top, self.first, self.recent)
+        if self.window % self.stride or self.block % self.stride:
+            raise ValueError(
+                f"the stride {self.stride} must divide window {self.window} and block {self.block}"
+            )
+        if self.window > self.block:
+            raise ValueError(f"the window {self.window} is longer than the block {self.block}")
 
     @property
     def entries_per_block(self) -> int:

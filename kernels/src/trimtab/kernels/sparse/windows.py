@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from trimtab.kernels.sparse.checks import check_form, check_numbers
 from trimtab.kernels.sparse.shape import SparseShape
 
 
@@ -25,6 +26,9 @@ class Windows:
     """Ends of the sequences' entries ``[sequences + 1]`` int32, from 0."""
     window: int
 
+    def __post_init__(self) -> None:
+        check_numbers(1, window=self.window)
+
     @classmethod
     def of(cls, cu_keys: Tensor, tokens: int, shape: SparseShape) -> Windows:
         """Lays windows over sequences; none crosses the end of one.
@@ -33,7 +37,12 @@ class Windows:
             cu_keys: ends of the packed sequences ``[sequences + 1]`` int32, from 0.
             tokens: how many they have together.
             shape: sizes.
+
+        Raises:
+            ValueError: the ends are no whole numbers of one dimension.
         """
+        check_form("cu_keys", cu_keys)
+        check_numbers(0, tokens=tokens)
         starts = cu_keys.long()
         counts = ((starts.diff() - shape.window) // shape.stride + 1).clamp(min=0)
         ends = pad(counts.cumsum(0), (1, 0))
@@ -55,7 +64,12 @@ class Windows:
         return x[(self.token[:, None] + offset).clamp(max=x.shape[0] - 1)]
 
     def mean(self, x: Tensor) -> Tensor:
-        """One entry a window: the mean of its tokens ``x [tokens, kv_heads, d]``."""
+        """One entry a window: the mean of its tokens ``x [tokens, kv_heads, d]``.
+
+        Raises:
+            ValueError: ``x`` has other dimensions.
+        """
+        self._check(x)
         return self.gather(x).mean(1)
 
     def linear(self, x: Tensor, weight: Tensor, position: Tensor | None = None) -> Tensor:
@@ -65,9 +79,35 @@ class Windows:
             x: ``[tokens, kv_heads, d]``.
             weight: ``[kv_heads, window * d, out]``.
             position: added to a window's tokens ``[window, d]``.
+
+        Returns:
+            ``[windows, kv_heads, out]``.
+
+        Raises:
+            ValueError: weight or position are not of these sizes.
         """
+        self._check(x)
+        heads, size = x.shape[1:]
+        if weight.dim() != 3 or weight.shape[:2] != (heads, self.window * size):
+            raise ValueError(
+                f"weight is {tuple(weight.shape)}; it must be [kv_heads, window * d, out],"
+                f" [{heads}, {self.window} * {size}, out]"
+            )
+        if position is not None and position.shape != (self.window, size):
+            raise ValueError(
+                f"position is {tuple(position.shape)}; it must be [window, d],"
+                f" [{self.window}, {size}]"
+            )
         tokens = self.gather(x)
         if position is not None:
             tokens = tokens + position[:, None]
         flat = tokens.permute(2, 0, 1, 3).flatten(2)
         return torch.bmm(flat, weight).transpose(0, 1)
+
+    @staticmethod
+    def _check(x: Tensor) -> None:
+        if x.dim() != 3:
+            raise ValueError(
+                f"x has {x.dim()} dimensions; it needs 3, [tokens, kv_heads, d], the sequences of"
+                " a batch end to end"
+            )

@@ -65,7 +65,9 @@ class SparseConfig(BaseModel):
         " antidiagonal and oracle; 1 keeps all of them",
     )
     top: int = Field(
-        16, ge=1, description="blocks that top and minmax keep, first and recent in it"
+        16,
+        ge=1,
+        description="blocks that top and minmax keep, at least first and recent, which it counts",
     )
     first: int = Field(1, ge=0, description="blocks at a prompt's beginning that are always kept")
     recent: int = Field(2, ge=1, description="latest blocks that are always kept, the own included")
@@ -97,6 +99,11 @@ class SparseConfig(BaseModel):
         if self.by == "query" and self.selector == "antidiagonal":
             raise ValueError(
                 "antidiagonals go through 16 queries: give by 'tile', or another selector"
+            )
+        if self.selector in ("top", "minmax") and self.first + self.recent > self.top:
+            raise ValueError(
+                f"{self.first} first and {self.recent} recent blocks are more than top,"
+                f" {self.top}, which counts them"
             )
         if self.stride and self.selector != "fixed":
             raise ValueError(f"stride {self.stride} is for the selector fixed, not {self.selector}")

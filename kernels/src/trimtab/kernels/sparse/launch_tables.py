@@ -1,0 +1,133 @@
+"""The Triton kernels that make index tables, launched.
+
+All functions return None where a tensor is not on a GPU, nor Triton interpreted, or lists are
+longer than a program can hold; callers then do the same in torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LONGEST_NUMBERED, _LONGEST_INVERTED = 64, 1024
+"""Slots of a query at most. To number them, all are compared with all."""
+_MOST_ROWS = 1 << 15
+"""Of a segment; each is compared with all."""
+_ROWS, _WIDE, _TILES, _COLUMNS = 64, 32, 32, 64
+
+
+def _on_triton(x: Tensor) -> bool:
+    from trimtab.kernels.sparse.launch import interpreted
+
+    return x.is_cuda or (x.device.type == "cpu" and interpreted())
+
+
+def _padded(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def tile_of(top: int, blocks: int) -> int:
+    """Queries of a tile: so many that its counts take a byte a choice or less."""
+    return max(32, _padded(-(-4 * blocks // top)))
+
+
+def number_through(ids: Tensor, own: Tensor, sequence: Tensor, before: Tensor) -> Tensor | None:
+    """What `tables.number_through` returns.
+
+    Args:
+        ids: ``[kv_heads, queries, top]`` int32 or int64, any order.
+        own: the last id of each query that counts, ``[queries]`` int64, below 2 ** 31.
+        sequence: of each query, ``[queries]`` int64.
+        before: what is added to the ids of each sequence, ``[sequences + 1]`` int64.
+    """
+    kv_heads, queries, top = ids.shape
+    if not (_on_triton(ids) and ids.numel() and top <= _LONGEST_NUMBERED):
+        return None
+    from trimtab.kernels.sparse import triton_tables as kernels
+
+    out = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
+    slots = _padded(top)
+    together = max(1, 4096 // slots**2)
+    kernels.number[(-(-queries // together), kv_heads)](
+        *(ids.contiguous(), own, sequence, before, out, queries),
+        TOP=top,
+        SLOTS=slots,
+        QUERIES=together,
+        num_warps=4,
+    )
+    return out
+
+
+def invert(ids: Tensor, blocks: int, step: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The rows, queries and places of `tables.BlockMajor`.
+
+    Args:
+        ids: ``[kv_heads, queries, top]`` int64; what is below 0 is none, and no query names a block
+            twice.
+        blocks: how many there are.
+        step: queries of a line.
+    """
+    kv_heads, known, top = ids.shape
+    if not (_on_triton(ids) and ids.numel() and top <= _LONGEST_INVERTED):
+        return None
+    from trimtab.kernels.sparse import triton_tables as kernels
+
+    if ids.stride()[1:] != (top, 1):
+        ids = ids.contiguous()
+    pieces = -(-known // step)
+    lines, tile, slots = kv_heads * pieces, tile_of(top, blocks), _padded(top)
+    tiles = -(-step // tile)
+    entries = lines * step * top
+    counted = torch.int32 if entries < 2**31 else torch.int64
+    place = torch.empty(lines, step, top, dtype=counted, device=ids.device)
+    query = torch.empty(entries, dtype=torch.int32, device=ids.device)
+    counts = torch.empty(lines, tiles, blocks + 1, dtype=counted, device=ids.device)
+    totals = torch.empty(lines * blocks, dtype=torch.int64, device=ids.device)
+    rows = torch.empty(lines * blocks + 1, dtype=torch.int64, device=ids.device)
+    sizes = {"TOP": top, "SLOTS": slots, "TILE": tile}
+    kernels.count[(lines * tiles,)](
+        *(ids, place, counts, ids.stride(0), known, step, pieces, tiles, blocks),
+        **sizes,
+        STEP=max(1, 256 // slots),
+        COLUMNS=128,
+        num_warps=1,
+    )
+    kernels.begin[(lines * -(-(blocks + 1) // _COLUMNS),)](
+        *(counts, totals, rows, tiles, blocks), TILES=_TILES, COLUMNS=_COLUMNS, num_warps=4
+    )
+    torch.cumsum(totals, 0, out=rows[1:])
+    together = max(1, 1024 // slots)
+    kernels.scatter[(lines * -(-step // together),)](
+        *(ids, place, counts, rows, query, ids.stride(0), known, step, pieces),
+        *(lines, tiles, blocks),
+        **sizes,
+        QUERIES=together,
+        num_warps=4,
+    )
+    return rows, query, place
+
+
+def work(lengths: Tensor, most: int, size: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The rows, chunks and further chunks of `tables.Work`.
+
+    Args:
+        lengths: of each row, ``[segments, rows]`` int64.
+        most: what those of a segment can add up to at most.
+        size: of an item.
+    """
+    segments, rows = lengths.shape
+    if not (_on_triton(lengths) and lengths.numel() and rows <= _MOST_ROWS):
+        return None
+    from trimtab.kernels.sparse import triton_tables as kernels
+
+    count = most // size + rows
+    items = torch.empty(2, segments, count, dtype=torch.int32, device=lengths.device)
+    further = torch.empty(segments, rows + 1, dtype=torch.int64, device=lengths.device)
+    kernels.items[(segments * -(-rows // _ROWS),)](
+        *(lengths.contiguous(), items[0], items[1], further, rows, count),
+        CHUNK=size,
+        ROWS=_ROWS,
+        WIDE=_WIDE,
+        num_warps=4,
+    )
+    return items[0], items[1], further

@@ -10,11 +10,11 @@ from dataclasses import replace
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from trimtab.kernels.sparse import launch, tables
+from trimtab.kernels.sparse import launch, selected_plan, tables
 from trimtab.kernels.sparse.chosen import Chosen
 from trimtab.sparse import traffic
 
-TOKENS, KV_HEADS, GROUP, D, BLOCK, TOP, ROOM = 48, 2, 3, 16, 16, 4, 20_000
+TOKENS, KV_HEADS, GROUP, D, BLOCK, TOP, ROOM = 96, 2, 3, 16, 16, 4, 20_000
 moved = 0
 
 
@@ -76,16 +76,55 @@ q, k, v, above = (
 cu = torch.tensor([0, TOKENS])
 queries, blocks = tables.place_queries(cu, cu, TOKENS, BLOCK), tables.cut(cu, TOKENS, BLOCK)
 indices = torch.randint(-1, TOKENS // BLOCK, (KV_HEADS, TOKENS, TOP), generator=generator)
-indices[..., 0] = 0
+indices[..., 0], indices[..., 1] = 0, 1
 ids = tables.number_through(indices, queries, blocks)
 chosen = Chosen(q, k, v, ids, BLOCK, 0.25, queries, blocks, ROOM)
 sizes = traffic.Sizes(TOKENS, KV_HEADS, GROUP, D, D, BLOCK, TOP, 2, ROOM)
 
+NEAR_UNTIL = 64
+"""Of 4 blocks, and a tile."""
+selected_plan.SelectedPlan.dense_until = lambda *_: NEAR_UNTIL
+near = launch.Near.of(chosen)
+assert near.how.rows == NEAR_UNTIL
+near_sizes = replace(sizes, near_until=NEAR_UNTIL)
+far_ids = near.far_ids()
+assert moved == traffic.far_bytes(near_sizes), (moved, traffic.far_bytes(near_sizes))
+
+
+def near_programs(found):
+    """Of each segment and tile: its KV head, the queries that it has, and its near blocks."""
+    for of in found:
+        for begin in range(0, TOKENS, NEAR_UNTIL):
+            mine = slice(max(begin, of.part.start), min(begin + NEAR_UNTIL, of.part.stop))
+            for kv_head in range(of.kv.start, of.kv.stop):
+                if mine.start < mine.stop:
+                    its = ids[kv_head, mine]
+                    is_near = (its >= 0) & (far_ids[kv_head, mine] < 0)
+                    yield mine, its[is_near].unique().tolist()
+
+
+moved = 0
 out, lse = launch.forward_by_blocks(chosen)
-known = lists(chosen, launch.fitted("forward", chosen)[1], sizes.forward_part_bytes)
+distant, how = replace(chosen, ids=far_ids), launch.fitted("forward", chosen)[1]
+known = lists(distant, how, sizes.forward_part_bytes)
 assert known.segments > KV_HEADS
 assert known.further > 0
-assert moved == traffic.forward_bytes(sizes, known), (moved, traffic.forward_bytes(sizes, known))
+found = list(launch.segments(distant, how, sizes.forward_part_bytes, shared=True))
+programs = list(near_programs(found))
+seen = sum(min(BLOCK, mine.stop - n * BLOCK) for mine, numbers in programs for n in numbers)
+panels = seen * GROUP * (D + D) * 2
+launched = sum(
+    (of.kv.stop - of.kv.start)
+    * (min(2, (of.part.stop - 1) // NEAR_UNTIL + 1) - of.part.start // NEAR_UNTIL)
+    for of in found
+)
+empty = 16 * (launched - len(programs)) * GROUP
+expected = (
+    traffic.far_bytes(near_sizes)
+    + traffic.forward_bytes(near_sizes, known)
+    + traffic.near_index_bytes(near_sizes, len(programs) * GROUP)
+)
+assert moved == expected + panels + empty, (moved, expected, panels, empty)
 
 moved = 0
 by_query, _ = launch.forward_by_queries(chosen)
@@ -93,7 +132,8 @@ torch.testing.assert_close(by_query, out, atol=2e-3, rtol=2e-3)
 own = sum(min(of.stop - 1, t) - of.start + 1 for t, of in lines())
 panels = own * (D + D) * 2
 assert moved == traffic.by_query_bytes(sizes) + panels, (moved, panels)
-assert panels < traffic.by_query_panel_bytes(sizes, known)
+every = int((chosen.ids >= 0).sum())
+assert panels < traffic.by_query_panel_bytes(sizes, replace(known, choices=every))
 
 moved = 0
 launch.selected_backward(above, out, lse, chosen)

@@ -39,8 +39,14 @@ def test_on_a_gpu_small_sizes_are_timed(group):
     sizes = [Sizes(4096, 16, 16 // group, 128, 128, torch.bfloat16, SparseShape())]
     cases = gpu_bench.run(Options(), lambda message, done=None: None, sizes=sizes, repeats=2)
     measured = {c.metric.removesuffix("_time") for c in cases}
-    assert measured >= KERNELS.keys() - {"forward", "merge", "by_query", "add_chunks"}
-    assert ("by_query" in measured) == (group == 16)
+    assert measured >= KERNELS.keys() - {
+        "forward",
+        "far",
+        "near_and_join",
+        "by_query",
+        "add_chunks",
+    }
+    assert ("by_query" in measured) == (group == 16) != ("near_and_join" in measured)
     assert all(0 < c.value < 10 for c in cases if c.unit == "s")
 
 
@@ -74,26 +80,34 @@ def test_kernels_go_by_the_names_of_what_is_shipped():
 def test_launchers_have_their_kernels_back_after_they_were_timed():
     from trimtab.kernels.sparse import triton_selected
 
-    before = triton_selected.merge
+    before = triton_selected.sum_parts
 
     def fail():
-        assert triton_selected.merge is not before
+        assert triton_selected.sum_parts is not before
         raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):
         each_kernel(HostDevice(), fail)
-    assert triton_selected.merge is before
+    assert triton_selected.sum_parts is before
 
 
 def test_the_work_of_kernels_is_what_the_papers_formulas_say():
     n, h, d, block, top = 65536, 64, 128, 64, 16
-    forward, maxima = (roofline.KERNELS[k](SIZES) for k in ("forward", "published_maxima"))
-    assert forward.flop == 4 * d * h * n * block * top  # appendix E
+    forward, maxima, merged = (
+        roofline.KERNELS[f"published_{k}"](SIZES) for k in ("forward", "maxima", "merge")
+    )
+    assert forward.flop == 4 * d * h * n * block * top  # appendix E, but for parts in float32
     assert maxima.flop == forward.flop / 2
     statistics = 8 * h * n * top
-    assert forward.memory_bytes == 4 * d * h * n * top + statistics
-    merged = roofline.KERNELS["merge"](SIZES)
-    assert merged.memory_bytes == 2 * d * h * n * (1 + top) + statistics + 4 * h * n
+    assert forward.memory_bytes == 6 * d * h * n * top + statistics
+    assert merged.memory_bytes == 2 * d * h * n * (1 + 2 * top) + statistics + 4 * h * n
+    ours, near = (roofline.KERNELS[k](SIZES) for k in ("forward", "near_and_join"))
+    assert SIZES.early == 3584
+    late = n - SIZES.early
+    assert ours.flop == 4 * d * h * late * block * (top - 3)
+    assert ours.memory_bytes == h * late * (top - 3) * (4 * d + 8)
+    assert near.flop == 4 * d * h * (SIZES.early**2 / 2 + late * 3 * block)
+    assert near.memory_bytes == h * (n * (4 * d + 4) + late * (top - 3) * (2 * d + 8))
     dense = roofline.SPANS["dense"](SIZES, n / 2)
     assert dense.flop == 2 * d * h * n**2
     assert roofline.SPANS["dense_backward"](SIZES, n / 2).flop == 2.5 * dense.flop
@@ -101,7 +115,7 @@ def test_the_work_of_kernels_is_what_the_papers_formulas_say():
     assert by_query.flop == forward.flop
     assert by_query.cache_bytes == 4 * n * top * block * 2 * d * 2
     wide = replace(SIZES, d_v=64)
-    assert roofline.KERNELS["forward"](wide).flop == forward.flop * 3 / 4
+    assert roofline.KERNELS["published_forward"](wide).flop == forward.flop * 3 / 4
 
 
 def test_a_roofline_is_bound_by_products_or_by_memory_and_knows_every_kernel():
@@ -113,7 +127,7 @@ def test_a_roofline_is_bound_by_products_or_by_memory_and_knows_every_kernel():
         assert it is not None
         assert it > roofline.LAUNCH_S
         assert roofline.kernel_s(name, SIZES, 512.0, more) <= it
-    assert roofline.kernel_s("merge", SIZES, 0.0, more) < 1e-4
+    assert roofline.kernel_s("sum_parts", SIZES, 0.0, more) < 1e-4
     assert roofline.kernel_s("nothing", SIZES, 0.0, h100) is None
 
 

@@ -26,11 +26,17 @@ from trimtab.kernels.sparse import (
     select_blocks,
     selected_attention,
     tables,
+    triton_near,
     triton_selected,
 )
 from trimtab.kernels.sparse.chosen import Chosen
 from trimtab.kernels.sparse.gpu_tiles import Need, Tile
-from trimtab.kernels.sparse.selected_plan import L2_BYTES_PER_S, PARTS_BYTES_PER_S, plan_selected
+from trimtab.kernels.sparse.selected_plan import (
+    DENSE_FLOP_PER_S,
+    L2_BYTES_PER_S,
+    PARTS_BYTES_PER_S,
+    plan_selected,
+)
 from trimtab.sparse import performance_model, traffic
 from trimtab.sparse.published_figures import Run
 
@@ -477,7 +483,8 @@ def counted_lists(segments):
     }
 
 
-def test_the_model_of_times_expects_the_tables_that_chance_makes():
+@pytest.mark.parametrize("near_until", [None, 0, 1024])
+def test_the_model_of_times_expects_the_tables_that_chance_makes(near_until):
     tokens, kv_heads, top, block = 4096, 4, 16, 64
     generator = torch.Generator().manual_seed(17)
     own = torch.arange(tokens)[:, None] // block
@@ -490,7 +497,11 @@ def test_the_model_of_times_expects_the_tables_that_chance_makes():
     q = torch.zeros(tokens, 2 * kv_heads, 8)
     for room, part_bytes in ((1 << 22, 24), (1 << 25, 24), (1 << 25, 1)):
         chosen = chosen_of([q, *kv], cu, cu, indices, block, room)
-        of = traffic.Sizes(tokens, kv_heads, 2, 8, 8, block, top, 2, room)
+        if near_until is not None:
+            near = chosen.ids - own[None] + 1 >= 0
+            near |= (chosen.ids == 0) | (torch.arange(tokens)[:, None] < near_until)
+            chosen = replace(chosen, ids=chosen.ids.masked_fill(near, -1))
+        of = traffic.Sizes(tokens, kv_heads, 2, 8, 8, block, top, 2, room, near_until=near_until)
         expected = traffic.lists(of, part_bytes, 512)
         found = list(launch.segments(chosen, Tile(64, 4, 2), part_bytes, shared=True))
         assert expected.choices == (chosen.ids >= 0).sum()
@@ -501,10 +512,12 @@ def test_the_model_of_times_expects_the_tables_that_chance_makes():
 
 
 def test_where_segments_begin_asks_for_no_kernels_of_their_own():
-    kernels = [getattr(triton_selected, n) for n in ("forward", "merge", "backward", "sum_parts")]
-    for kernel in (*kernels, triton_selected.add_chunks):
+    of_parts = ("forward", "merge", "backward", "add_chunks", "sum_parts")
+    kernels = [(triton_selected, name) for name in of_parts] + [(triton_near, "near_and_join")]
+    for module, name in kernels:
+        kernel = getattr(module, name)
         free = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
-        assert free == set(triton_selected.ANYWHERE) & set(kernel.arg_names)
+        assert free == set(module.ANYWHERE) & set(kernel.arg_names)
 
 
 def test_large_groups_go_by_queries_and_the_plan_says_why():
@@ -520,8 +533,11 @@ def test_large_groups_go_by_queries_and_the_plan_says_why():
 
 def test_the_plan_chooses_as_the_model_of_times_predicts():
     known = performance_model.model("h200")
-    parts_bytes = 6 * 128 * 64 * 128 * 1024 * 16
+    rows = 64 * 128 * 1024 * 16
+    parts_bytes = performance_model._PUBLISHED_PART_BYTES * rows
     assert pytest.approx(parts_bytes / known.seconds["parts"], rel=0.02) == PARTS_BYTES_PER_S
+    dense_flop = 4 * 128 * 64 * (128 * 1024) ** 2 / 2
+    assert pytest.approx(dense_flop / known.dense.forward, rel=0.02) == DENSE_FLOP_PER_S[2]
     assert performance_model.GPUS["h200"].l2_bytes_per_s == L2_BYTES_PER_S
     assert traffic.Sizes(1, 1, 1, 1, 1, 1, 1).workspace_bytes == WORKSPACE_BYTES
     for group in (1, 2, 4, 8, 16, 32):
@@ -534,6 +550,11 @@ def test_the_model_of_times_knows_how_our_kernels_are_launched(monkeypatch):
     need = Need("cuda", 256, 2)
     assert gpu_tiles.tile("forward", need, 64).chunk == performance_model.FORWARD_CHUNK
     assert gpu_tiles.tile("forward", need, 128).chunk == performance_model.FORWARD_CHUNK
+    for block, until in performance_model.NEAR_UNTIL.items():
+        for group in (1, 4, 64):
+            plan = plan_selected(group, 128, 128, block, 2)
+            assert plan.dense_until(1024 // block, block) == until
+    assert gpu_tiles.tile("near", need).rows == performance_model.NEAR_ROWS
     assert gpu_tiles.fit_block("backward", need, 128) == performance_model.BACKWARD_BLOCK
     assert gpu_tiles.tile("backward", need, 64).chunk == performance_model.BACKWARD_CHUNK
     monkeypatch.setattr(tables.block_lists, "invert", lambda *_: None)  # as on a GPU
@@ -564,8 +585,10 @@ def test_traffic_is_what_the_kernels_load_and_store():
     subprocess.run([sys.executable, script], env=environment, check=True, timeout=300)
 
 
-def test_the_gpu_kernels_agree_with_the_mathematics_interpreted_where_there_is_no_gpu():
-    script = Path(__file__).with_name("interpreted_kernels.py")
+@pytest.mark.parametrize("script", ["interpreted_kernels.py", "interpreted_near.py"])
+def test_the_gpu_kernels_agree_with_the_mathematics_interpreted_where_there_is_no_gpu(script):
     how = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     environment = {**os.environ, **how, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, script], env=environment, check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, Path(__file__).with_name(script)], env=environment, check=True, timeout=300
+    )

@@ -177,7 +177,7 @@ def test_what_a_thread_can_have_falls_with_its_program():
 
 
 def test_the_constants_of_a_kernel_are_those_of_its_launch():
-    of = configuration("merge", "cuda", (192, 128), group=3)
+    of = configuration("sum_parts", "cuda", (192, 128), group=3)
     assert of.tile == merge_tile(3, 192)
     assert merge_tile(16, 256).warps > of.tile.warps
     assert of.constants == {
@@ -185,9 +185,8 @@ def test_the_constants_of_a_kernel_are_those_of_its_launch():
         "HEADS": 32,
         "GROUP": 3,
         "GROUP_PAD": 4,
-        "D_V": 128,
-        "PAD_V": 128,
-        "NORMALISED": True,
+        "D": 192,
+        "PAD": 256,
     }
     assert of.types["part"] == "*bf16"
     assert configuration("published_merge", "cuda", (64, 64)).types["part"] == "*fp32"

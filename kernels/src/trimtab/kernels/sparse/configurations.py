@@ -38,21 +38,22 @@ class Kernel:
     function: str
     tile: str | None
     differs: Mapping[str, str]
-    blocks: bool = False
-    """Whether it reads keys a block at a time."""
+    blocks: str | None = None
+    """Whose tile says how large blocks can be, if it knows blocks."""
     square: bool = False
     """Whether its keys and values must be equally large."""
 
 
 KERNELS: Mapping[str, Kernel] = {
-    "forward": Kernel("triton_selected", "forward", "forward", {}, blocks=True),
-    "merge": Kernel("triton_selected", "merge", None, {}),
-    "by_query": Kernel("triton_selected", "by_query", "by_query", {}, blocks=True),
+    "forward": Kernel("triton_selected", "forward", "forward", {}, blocks="forward"),
+    "near_and_join": Kernel("triton_near", "near_and_join", "near", {}, blocks="forward"),
+    "far": Kernel("triton_near", "far", "far", {"out": "*i64"}),
+    "by_query": Kernel("triton_selected", "by_query", "by_query", {}, blocks="by_query"),
     "backward": Kernel(
-        "triton_selected", "backward", "backward", {"dk": "wide", "dv": "wide"}, blocks=True
+        "triton_selected", "backward", "backward", {"dk": "wide", "dv": "wide"}, blocks="backward"
     ),
     "add_chunks": Kernel(
-        "triton_selected", "add_chunks", "backward", {"dk": "wide", "dv": "wide"}, blocks=True
+        "triton_selected", "add_chunks", "backward", {"dk": "wide", "dv": "wide"}, blocks="backward"
     ),
     "sum_parts": Kernel("triton_selected", "sum_parts", None, {"part": "wide"}),
     "entry_logarithms": Kernel("triton_select", "entry_logarithms", "select", {}),
@@ -68,10 +69,10 @@ KERNELS: Mapping[str, Kernel] = {
         "triton_prefill", "block_logarithms", "prefill_estimate", {"out": "wide"}, square=True
     ),
     "published_maxima": Kernel(
-        "triton_selected", "forward", "published", {"part": "wide"}, blocks=True
+        "triton_selected", "forward", "published", {"part": "wide"}, blocks="published"
     ),
     "published_forward": Kernel(
-        "triton_selected", "forward", "published", {"part": "wide"}, blocks=True
+        "triton_selected", "forward", "published", {"part": "wide"}, blocks="published"
     ),
     "published_merge": Kernel("triton_selected", "merge", None, {"part": "wide"}),
 }
@@ -83,16 +84,18 @@ _PASSES: Mapping[str, int] = {"forward": 0, "published_maxima": 1, "published_fo
 _NARROW = ("q", "k", "v", "entries", "gradient", "out", "part", "dq", "dk", "dv")
 _WIDE = ("part_max", "part_sum", "lse", "delta", "dq_part", "further_k", "further_v")
 _LONG = ("rows", "block_first", "block_length", "last", "low", "high", "first_query", "end_query")
-_LONG_TOO = ("ids", "further", "tile_first", "tile_length", "entry_first", "visible", "own")
+_LONG_TOO = ("ids", "further", "tile_first", "tile_length", "tile_before", "before")
+_SEEN = ("entry_first", "visible", "own")
 _INT = ("query", "item_row", "item_chunk", "place", "pages", "lists", "counts")
-_NUMBERS = ("blocks", "queries", "tokens", "tiles", "samples", "position")
+_NUMBERS = ("blocks", "queries", "tokens", "tiles", "samples", "position", "lines")
+_NUMBERS_TOO = ("begin", "count", "tiles_before", "until")
 _STRIDES = ("page_stride", "head_stride", "slot_stride")
 _TYPES: Mapping[str, str] = {
     **dict.fromkeys(_NARROW, "narrow"),
     **dict.fromkeys(_WIDE, "wide"),
-    **dict.fromkeys((*_LONG, *_LONG_TOO), "*i64"),
+    **dict.fromkeys((*_LONG, *_LONG_TOO, *_SEEN), "*i64"),
     **dict.fromkeys(_INT, "*i32"),
-    **dict.fromkeys((*_NUMBERS, *_STRIDES), "i32"),
+    **dict.fromkeys((*_NUMBERS, *_NUMBERS_TOO, *_STRIDES), "i32"),
     "scale": "fp32",
 }
 
@@ -143,14 +146,13 @@ class Configuration:
             "KEPT": max(16, 1024 // self.block),
             "ROWS": self.tile.rows,
             "QUERIES": self.tile.rows,
-            "KEYS": self.tile.columns,
+            "KEYS": self._keys,
             "ENTRIES": self.tile.columns,
             "PER_BLOCK": self.block // 16,
             "REACH": 1,
             "OUTER": 2,
             "FIRST": 1,
             "RECENT": 2,
-            "NORMALISED": self.kernel == "merge",
             "PASS": _PASSES.get(self.kernel),
             "CHUNK": self.tile.chunk,
             "STEP": 8,
@@ -158,6 +160,11 @@ class Configuration:
             "PER_PROGRAM": self.tile.columns,
         }
         return {name: known[name] for name in self.function.arg_names if name in known}
+
+    @property
+    def _keys(self) -> int:
+        columns = self.tile.columns
+        return min(columns, self.block) if KERNELS[self.kernel].blocks else columns
 
     @property
     def types(self) -> dict[str, str]:
@@ -182,8 +189,8 @@ def configuration(
         how = merge_tile(group, max(head_size))
         return Configuration(kernel, backend, head_size, dtype, block, group, how)
     need = _need(of.tile, backend, head_size, dtype)
-    fitting = fit_block(of.tile, need, block) if of.blocks else block
-    how = tile(of.tile, need, fitting if of.blocks or of.tile == "select" else 0)
+    fitting = fit_block(of.blocks, need, block) if of.blocks else block
+    how = tile(of.tile, need, fitting if of.tile in (of.blocks, "select") else 0)
     return Configuration(kernel, backend, head_size, dtype, fitting, group, how)
 
 

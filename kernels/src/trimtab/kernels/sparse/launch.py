@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import log
 from typing import Any
@@ -26,7 +26,7 @@ from trimtab.kernels.sparse.gpu_tiles import (
 )
 from trimtab.kernels.sparse.selected_plan import plan_selected
 from trimtab.kernels.sparse.shape import SparseShape
-from trimtab.kernels.sparse.tables import BlockMajor, Queries
+from trimtab.kernels.sparse.tables import BlockMajor, Blocks, Queries
 
 logger = logging.getLogger(__name__)
 
@@ -163,28 +163,6 @@ def pass_over_blocks(
     )
 
 
-def merge(
-    chosen: Chosen,
-    of: Segment,
-    parts: tuple[Tensor, Tensor, Tensor],
-    out: Tensor,
-    lse: Tensor,
-    *,
-    normalised: bool,
-) -> None:
-    """Joins the parts of a segment's queries: outputs, what each is shifted by, and sums."""
-    from trimtab.kernels.sparse import triton_selected as kernels
-
-    kv_heads, queries, _ = of.table.place.shape
-    kernels.merge[(of.part.stop - of.part.start, kv_heads)](
-        *(*parts, of.table.rows, of.table.place),
-        *(out[of.part, of.heads], lse[of.part, of.heads], queries),
-        **of_group(chosen),
-        **of_values(chosen.v),
-        NORMALISED=normalised,
-    )
-
-
 def selected_forward(chosen: Chosen) -> tuple[Tensor, Tensor]:
     """Output and natural logarithm of selected attention, by queries or by blocks."""
     sizes = chosen.q.shape[-1], chosen.v.shape[-1], chosen.block, chosen.q.element_size()
@@ -214,19 +192,91 @@ def forward_by_queries(chosen: Chosen) -> tuple[Tensor, Tensor]:
 
 
 def forward_by_blocks(chosen: Chosen) -> tuple[Tensor, Tensor]:
-    """`selected_forward` a block at a time."""
+    """`selected_forward` a block at a time, but for what is near: see `triton_near`."""
     from trimtab.kernels.sparse.triton_selected import WHOLE
 
     chosen, how = fitted("forward", chosen)
     q, v = chosen.q, chosen.v
     out, lse = chosen.unwritten()
     part_bytes = v.shape[-1] * q.element_size() + 8
-    for of in segments(chosen, how, part_bytes, shared=True):
+    near = Near.of(chosen)
+    distant = replace(chosen, ids=near.far_ids())
+    for of in segments(distant, how, part_bytes, shared=True):
         rows = of.entries * chosen.group
         parts = q.new_empty(rows, v.shape[-1]), lse.new_empty(rows), lse.new_empty(rows)
-        pass_over_blocks(WHOLE, chosen, how, of, parts)
-        merge(chosen, of, parts, out, lse, normalised=True)
+        pass_over_blocks(WHOLE, distant, how, of, parts)
+        near.join(of, parts, out, lse)
     return out, lse
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """Blocks of which a tile's queries share the keys, and the tiles."""
+
+    chosen: Chosen
+    until: int
+    """Queries before it call all blocks near, in tokens from the beginning of their sequence."""
+    how: Tile
+    tiles: Blocks
+
+    @classmethod
+    def of(cls, chosen: Chosen) -> Near:
+        """For blocks that fit `forward`."""
+        sizes = chosen.q.shape[-1], chosen.v.shape[-1], chosen.block, chosen.q.element_size()
+        plan = plan_selected(chosen.group, *sizes)
+        how = tile("near", Need.of(chosen.q, chosen.v))
+        tiles = tables.cut(chosen.queries.ends, chosen.q.shape[0], how.rows)
+        return cls(chosen, plan.dense_until(chosen.top, chosen.block), how, tiles)
+
+    def far_ids(self) -> Tensor:
+        """The ids of blocks that are not near, -1 in place of others."""
+        from trimtab.kernels.sparse import triton_near as kernels
+
+        chosen = self.chosen
+        kv_heads, queries, top = chosen.ids.shape
+        ids = chosen.ids.contiguous()
+        out = torch.empty_like(ids)
+        how = tile("far", Need.of(chosen.q, chosen.v))
+        kernels.far[(-(-queries // how.rows), kv_heads)](
+            *(ids, out, chosen.queries.last, chosen.blocks.before[chosen.queries.sequence]),
+            *(chosen.blocks.first, queries, self.until),
+            **launched(how),
+            TOP=top,
+            KEPT=padded(top),
+            BLOCK=chosen.block,
+            ROWS=how.rows,
+        )
+        return out
+
+    def join(
+        self, of: Segment, parts: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor
+    ) -> None:
+        """Attends to what is near, and joins the parts of a segment to it."""
+        from trimtab.kernels.sparse import triton_near as kernels
+
+        chosen, rows = self.chosen, self.how.rows
+        mine, kv_heads = (of.part, of.heads), of.kv.stop - of.kv.start
+        passed = of.part.start // rows
+        # A sequence has one tile at most that is not full.
+        reached = (of.part.stop - 1) // rows + chosen.queries.ends.numel() - 1
+        count = min(reached, self.tiles.first.numel()) - passed
+        ids = chosen.ids.contiguous()
+        kernels.near_and_join[(count, kv_heads * chosen.group)](
+            *(chosen.q[mine], chosen.k[:, of.kv], chosen.v[:, of.kv], ids[of.kv, of.part]),
+            *(*parts, of.table.rows, of.table.place, out[mine], lse[mine]),
+            *(self.tiles.first, self.tiles.length, chosen.blocks.before[self.tiles.sequence]),
+            *(chosen.blocks.first, chosen.queries.last[of.part]),
+            *(chosen.scale, of.part.start, of.part.stop - of.part.start, passed, self.until),
+            *(chosen.q.shape[0], of.table.place.shape[1]),
+            **of_keys(chosen.q, chosen.k),
+            **of_values(chosen.v),
+            **launched(self.how),
+            TOP=chosen.top,
+            KEPT=padded(chosen.top),
+            BLOCK=chosen.block,
+            ROWS=rows,
+            KEYS=min(self.how.columns, chosen.block),
+        )
 
 
 def selected_backward(

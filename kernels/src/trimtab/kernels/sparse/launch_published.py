@@ -9,7 +9,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from trimtab.kernels.sparse.chosen import Chosen
-from trimtab.kernels.sparse.launch import fitted, merge, pass_over_blocks, segments
+from trimtab.kernels.sparse.launch import (
+    Segment,
+    fitted,
+    of_group,
+    of_values,
+    pass_over_blocks,
+    segments,
+)
 from trimtab.kernels.sparse.published import running_maxima
 
 
@@ -28,5 +35,20 @@ def forward(chosen: Chosen) -> tuple[Tensor, Tensor]:
         _, running = running_maxima(maxima, of.table.place)
         parts = partial, running, sums
         pass_over_blocks(SHIFTED, chosen, how, of, parts)
-        merge(chosen, of, parts, out, lse, normalised=False)
+        _merge(chosen, of, parts, out, lse)
     return out, lse
+
+
+def _merge(
+    chosen: Chosen, of: Segment, parts: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor
+) -> None:
+    """Joins the parts of a segment's queries: outputs, what each is shifted by, and sums."""
+    from trimtab.kernels.sparse import triton_selected as kernels
+
+    kv_heads, queries, _ = of.table.place.shape
+    kernels.merge[(of.part.stop - of.part.start, kv_heads)](
+        *(*parts, of.table.rows, of.table.place),
+        *(out[of.part, of.heads], lse[of.part, of.heads], queries),
+        **of_group(chosen),
+        **of_values(chosen.v),
+    )

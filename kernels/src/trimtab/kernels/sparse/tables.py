@@ -49,6 +49,8 @@ class Queries:
     own: Tensor
     """Its own block within its sequence, ``[queries]`` int64."""
     sequence: Tensor
+    ends: Tensor
+    """Of the packed sequences, ``[sequences + 1]`` int64."""
 
 
 def place_queries(cu_queries: Tensor, cu_keys: Tensor, queries: int, block: int) -> Queries:
@@ -57,7 +59,8 @@ def place_queries(cu_queries: Tensor, cu_keys: Tensor, queries: int, block: int)
     at = torch.arange(queries, device=ends.device)
     sequence = torch.searchsorted(ends[1:], at, right=True).clamp(max=ends.numel() - 2)
     last = key_ends[sequence + 1] - (ends[sequence + 1] - at)
-    return Queries(last, (last - key_ends[sequence]).clamp(min=0) // block, sequence)
+    own = (last - key_ends[sequence]).clamp(min=0) // block
+    return Queries(last, own, sequence, ends)
 
 
 def number_through(indices: Tensor, queries: Queries, blocks: Blocks) -> Tensor:

@@ -192,11 +192,10 @@ def merge(
     GROUP_PAD: tl.constexpr,
     D_V: tl.constexpr,
     PAD_V: tl.constexpr,
-    NORMALISED: tl.constexpr,
 ):
-    """Joins the parts of one query's group, in the order of its blocks.
+    """FSA's published last pass: joins the parts of one query's group, in the order of its blocks.
 
-    Each is shifted by its ``part_max``, and already divided by its sum if ``NORMALISED``.
+    Each is shifted by its ``part_max``.
     """
     token = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -219,8 +218,6 @@ def merge(
         ).to(tl.float32)
         new = tl.maximum(top, its_top)
         kept = tl.exp2(top - new)
-        if NORMALISED:
-            its_out *= its_sum[:, None]
         scaled = tl.exp2(its_top - new)
         acc = acc * kept[:, None] + its_out * scaled[:, None]
         total = total * kept + its_sum * scaled

@@ -64,14 +64,22 @@ _TABLE_BYTES = 260
 """Memory traffic of a table for each choice: 141 of torch's calls but for the sort, whose four
 passes of a radix sort take 24 each, and its copies."""
 
+NEAR_UNTIL: Mapping[int, int] = {64: 3584, 128: 1664}
+"""Token from which on queries have far blocks, by the tokens of a block; a query has 1024 of them,
+and heads are of 128 in bfloat16."""
+NEAR_ROWS = 64
+"""Of a program that joins parts."""
+
 FORWARD_CHUNK, BACKWARD_CHUNK, BACKWARD_BLOCK = 512, 2048, 64
 """Rows of our programs at most, for heads of 128 in bfloat16, and the backward's largest block."""
 _BACKWARD_CHAIN_S = BACKWARD_CHUNK / 32 * 2e-6
 """The longest program of our backward, a tile of 32 rows after the other."""
 
-_PUBLISHED_PART_BYTES = 6 * HEAD_SIZE
-"""Of a query, head and block in the published forward but its maxima: the query, its part, and
-that read again."""
+_PUBLISHED_ROWS = 128 * 8
+"""What a program of the published forward takes of a block's queries, and reads its keys for."""
+_PUBLISHED_PART_BYTES = 6 * HEAD_SIZE * 17 / 16 + 4 * HEAD_SIZE * 64 / _PUBLISHED_ROWS
+"""Of a query, head and block in the published forward but its maxima, for 16 blocks of 64 tokens:
+the query, its part, and that read again (FSA, appendix E: ``6 d h N (1 + T)``); keys and values."""
 _PUBLISHED_BACKWARD_BYTES = 12 * HEAD_SIZE
 """The same of the backward: queries and gradients for dK and dV, again for dQ, and its parts."""
 
@@ -183,16 +191,23 @@ class Model:
 
         `trimtab.kernels.sparse.selected_plan` chooses so, without the model.
         """
-        of = _sizes(run)
+        of, gpu = _sizes(run), GPUS[run.gpu]
+        lists = traffic.lists(of, of.forward_part_bytes, FORWARD_CHUNK)
+        panels = traffic.by_query_panel_bytes(of, lists) / gpu.l2_bytes_per_s
+        beside = traffic.by_query_bytes(of) / gpu.memory_bytes_per_s
+        return {"blocks": self._by_blocks_s(run), "queries": panels + beside}
+
+    def _by_blocks_s(self, run: Run) -> float:
+        """What is near at the rate of dense attention, and parts of what is far."""
+        of = replace(_sizes(run), near_until=NEAR_UNTIL[run.block])
         lists = traffic.lists(of, of.forward_part_bytes, FORWARD_CHUNK)
         bytes_per_s = _PUBLISHED_PART_BYTES * HEADS * _UNIT * 16 / self.seconds["parts"]
-        by_blocks = traffic.forward_bytes(of, lists) / bytes_per_s
-        gpu = GPUS[run.gpu]
-        beside = traffic.by_query_bytes(of) / gpu.memory_bytes_per_s
-        return {
-            "blocks": by_blocks + self._tables_s(run.gpu, lists, _FORWARD_LAUNCHES),
-            "queries": traffic.by_query_panel_bytes(of, lists) / gpu.l2_bytes_per_s + beside,
-        }
+        programs = run.tokens / NEAR_ROWS * HEADS
+        moved = traffic.forward_bytes(of, lists) + traffic.near_index_bytes(of, programs)
+        near = self.dense.forward * traffic.near_keys(of) / (_UNIT**2 / 2)
+        copied = traffic.far_bytes(of) / GPUS[run.gpu].memory_bytes_per_s + LAUNCH_S
+        tables = self._tables_s(run.gpu, of, lists, _FORWARD_LAUNCHES)
+        return moved / bytes_per_s + near + copied + tables
 
     def _our_backward_s(self, run: Run) -> float:
         """Compressed attention's, and the selected branch's by its bytes."""
@@ -206,11 +221,11 @@ class Model:
             traffic.backward_bytes(of, lists) / bytes_per_s, lists.segments * _BACKWARD_CHAIN_S
         )
         beside = traffic.torch_bytes(of) / GPUS[run.gpu].memory_bytes_per_s
-        tables = self._tables_s(run.gpu, lists, _BACKWARD_LAUNCHES)
+        tables = self._tables_s(run.gpu, of, lists, _BACKWARD_LAUNCHES)
         return _backward_known(self.dense, run) + selected + beside + tables
 
-    def _tables_s(self, gpu: str, lists: traffic.Lists, launches: int) -> float:
-        sorting = lists.choices * _TABLE_BYTES / GPUS[gpu].memory_bytes_per_s
+    def _tables_s(self, gpu: str, of: traffic.Sizes, lists: traffic.Lists, launches: int) -> float:
+        sorting = of.tokens * of.kv_heads * of.top * _TABLE_BYTES / GPUS[gpu].memory_bytes_per_s
         started = lists.lots * _TABLE_LAUNCHES + lists.segments * launches
         return sorting + started * LAUNCH_S
 

@@ -15,6 +15,7 @@ import torch
 
 from trimtab.core.devices import DeviceProfile
 from trimtab.kernels.sparse import SparseShape
+from trimtab.kernels.sparse.selected_plan import FORCED, plan_selected
 from trimtab.kernels.sparse.selectors import SAMPLE_STEPS
 
 LAUNCH_S = 5e-6
@@ -64,6 +65,17 @@ class Sizes:
         """Queries times heads times blocks that each has chosen."""
         return self.rows * min(self.shape.top, -(-self.tokens // self.shape.block))
 
+    @property
+    def early(self) -> int:
+        """Tokens whose queries call all blocks near (`trimtab.kernels.sparse.triton_near`)."""
+        plan = plan_selected(self.group, self.d, self.d_v, self.shape.block, self.item)
+        return min(self.tokens, plan.dense_until(self.shape.top, self.shape.block))
+
+    @property
+    def far(self) -> float:
+        """Queries times heads times blocks that each has chosen and does not call near."""
+        return float(self.heads * (self.tokens - self.early) * max(0, self.shape.top - FORCED))
+
 
 @dataclass(frozen=True)
 class Demand:
@@ -90,14 +102,22 @@ def _entries(of: Sizes) -> float:
     return of.shape.entries(of.tokens) / 2
 
 
-def _selected(of: Sizes, products: int, wide: int, read: int, written: int) -> Demand:
-    """A pass over blocks: numbers that are read and written for each row and block."""
-    flop = 2.0 * of.chosen * of.shape.block * (products * of.d + wide * of.d_v)
-    return Demand(flop, of.chosen * (read + written + 8))
+def _selected(of: Sizes, rows: float, products: int, wide: int, moved: int) -> Demand:
+    """A pass over blocks: bytes that are read and written for each row, which has one block."""
+    flop = 2.0 * rows * of.shape.block * (products * of.d + wide * of.d_v)
+    return Demand(flop, rows * (moved + 8))
 
 
 def _merge(of: Sizes, part_bytes: int) -> Demand:
     return Demand(0.0, of.chosen * (part_bytes + 8) + of.rows * (of.item * of.d_v + 4))
+
+
+def _near(of: Sizes) -> Demand:
+    """Early queries attend to all before them, later ones to their near blocks; and the parts."""
+    keys = of.early**2 / 2 + (of.tokens - of.early) * FORCED * of.shape.block
+    queries = of.rows * (of.item * (of.d + of.d_v) + 4)
+    parts = of.far * (of.item * of.d_v + 8)
+    return Demand(2.0 * of.heads * keys * (of.d + of.d_v), queries + parts)
 
 
 def _by_query(of: Sizes) -> Demand:
@@ -118,10 +138,11 @@ def _spans(products: int, wide: int) -> Callable[[Sizes, float], Demand]:
 
 
 KERNELS: Mapping[str, Callable[[Sizes], Demand]] = {
-    "forward": lambda of: _selected(of, 1, 1, of.item * of.d, of.item * of.d_v),
+    "forward": lambda of: _selected(of, of.far, 1, 1, of.item * (of.d + of.d_v)),
+    "near_and_join": _near,
+    "far": lambda of: Demand(0.0, of.chosen / of.group * 16),
     "by_query": _by_query,
-    "merge": lambda of: _merge(of, of.item * of.d_v),
-    "backward": lambda of: _selected(of, 3, 2, of.item * (of.d + of.d_v), 4 * of.d),
+    "backward": lambda of: _selected(of, of.chosen, 3, 2, of.item * (of.d + of.d_v) + 4 * of.d),
     "add_chunks": lambda of: Demand(
         0.0, of.chosen / _CHUNK_ROWS * of.shape.block * 8 * (of.d + of.d_v)
     ),
@@ -129,8 +150,8 @@ KERNELS: Mapping[str, Callable[[Sizes], Demand]] = {
     "entry_logarithms": lambda of: _pairs(of, _entries(of), 1, 0),
     "best_blocks": _best_blocks,
     "prefill_estimate": lambda of: _pairs(of, _causal(of) / SAMPLE_STEPS["mass"], 1, 0),
-    "published_maxima": lambda of: _selected(of, 1, 0, of.item * of.d, 0),
-    "published_forward": lambda of: _selected(of, 1, 1, of.item * of.d, 4 * of.d_v),
+    "published_maxima": lambda of: _selected(of, of.chosen, 1, 0, of.item * of.d),
+    "published_forward": lambda of: _selected(of, of.chosen, 1, 1, of.item * of.d + 4 * of.d_v),
     "published_merge": lambda of: _merge(of, 4 * of.d_v),
 }
 """Those whose work follows from the sizes alone; `SPANS` are told what their queries see."""

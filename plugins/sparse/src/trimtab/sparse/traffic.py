@@ -29,6 +29,9 @@ class Sizes:
     top: int
     item_bytes: int = 2
     workspace_bytes: int = 384 * 2**20
+    near_until: int | None = None
+    """Token from which on queries have far blocks (`trimtab.kernels.sparse.triton_near`); None
+    where no block is near."""
 
     @property
     def panel(self) -> int:
@@ -50,7 +53,7 @@ class Lists:
     """What a call's tables hold, over all its segments."""
 
     choices: float
-    """Blocks that are chosen, by KV head and query."""
+    """Blocks that are chosen and not near, by KV head and query."""
     launched: float
     """Work items, absent ones too."""
     items: float
@@ -66,14 +69,40 @@ class Lists:
 
 
 def forward_bytes(of: Sizes, lists: Lists) -> float:
-    """Of the main kernel and the merge."""
+    """Of the main kernel, and of what joins its parts but for near keys and values."""
     rows = lists.choices * of.group
     items = 16 * lists.launched + (32 + of.panel * of.item_bytes) * lists.items
     read = rows * (4 + 8 + of.d * of.item_bytes)
     parts = 2 * rows * of.forward_part_bytes
-    merged = of.tokens * of.kv_heads * (8 + 4 * of.top)
-    out = of.tokens * of.kv_heads * of.group * (of.d_v * of.item_bytes + 4)
-    return items + read + parts + merged + out
+    heads = of.tokens * of.kv_heads * of.group
+    return items + read + parts + heads * ((of.d + of.d_v) * of.item_bytes + 4)
+
+
+def near_index_bytes(of: Sizes, programs: float) -> float:
+    """What joins parts reads of indices, for each head again.
+
+    Args:
+        of: the sizes; ``near_until`` is a multiple of a program's rows.
+        programs: tiles times heads.
+    """
+    early = min(of.tokens, of.near_until or 0)
+    heads = of.kv_heads * of.group
+    late = (of.tokens - early) * heads * 4 * of.top
+    return of.tokens * heads * 8 * (1 + of.top) + late + 40 * programs
+
+
+def far_bytes(of: Sizes) -> float:
+    """Of the copy of what is chosen without what is near, and of what it reads beside."""
+    return of.tokens * of.kv_heads * (16 * of.top + 24)
+
+
+def near_keys(of: Sizes) -> float:
+    """Keys that queries of one head attend to by tiles, in a sequence that is no shorter.
+
+    Early ones share all before them, whoever chose it; of later ones all near blocks count whole.
+    """
+    early = min(of.tokens, of.near_until or 0)
+    return early**2 / 2 + (of.tokens - early) * _FORCED * of.block
 
 
 def by_query_panel_bytes(of: Sizes, lists: Lists) -> float:
@@ -130,10 +159,9 @@ def lists(of: Sizes, part_bytes: int, chunk: int) -> Lists:
     lengths = _lengths(of, step, pieces) * of.group
     chunks = np.ceil(lengths / chunk)
     some = -np.expm1(-lengths / of.group)
-    own = np.arange(of.tokens) // of.block + 1
     rows = lengths.size
     return Lists(
-        choices=of.kv_heads * float(np.minimum(own, of.top).sum()),
+        choices=of.kv_heads * _choices(of),
         launched=of.kv_heads * (pieces * (of.group * step * of.top // chunk) + rows),
         items=of.kv_heads * float((some + np.maximum(chunks - 1, 0)).sum()),
         further=of.kv_heads * float(np.maximum(chunks - 1, 0).sum()),
@@ -144,19 +172,32 @@ def lists(of: Sizes, part_bytes: int, chunk: int) -> Lists:
     )
 
 
+def _choices(of: Sizes) -> float:
+    """Of one KV head."""
+    chosen = np.minimum(np.arange(of.tokens) // of.block + 1, of.top)
+    if of.near_until is not None:
+        chosen = np.maximum(chosen[of.near_until :] - _FORCED, 0)
+    return float(chosen.sum())
+
+
 def _lengths(of: Sizes, step: int, pieces: int) -> NDArray[np.float64]:
     """Expected queries of each block's list in each segment, ``[pieces, blocks]``."""
     blocks = -(-of.tokens // of.block)
     own = np.arange(blocks)
-    bounds = np.minimum(np.arange(pieces + 1) * step, of.tokens)[:, None]
+    bounds = np.minimum(np.arange(pieces + 1) * step, of.tokens)
+    bounds = np.maximum(bounds, of.near_until or 0)[:, None]
     before = np.clip(bounds - own * of.block, 0, of.block)
     queries = np.diff(before, axis=0).astype(float)
     seen = own + 1
     forced = np.minimum(_FORCED, seen)
     chance = (np.minimum(of.top, seen) - forced) / np.maximum(seen - forced, 1)
     behind = np.cumsum((queries * chance)[:, ::-1], axis=1)[:, ::-1]
-    found = queries.copy()
-    found[:, :-2] += behind[:, 2:]
-    found[:, :-1] += queries[:, 1:]
-    found[:, 0] = queries.sum(1)
+    found = np.zeros_like(queries)
+    found[:, :-2] = behind[:, 2:]
+    if of.near_until is None:
+        found += queries
+        found[:, :-1] += queries[:, 1:]
+        found[:, 0] = queries.sum(1)
+    else:
+        found[:, 0] = 0.0
     return found

@@ -1,0 +1,199 @@
+"""Selected attention on a GPU: blocks that neighbouring queries share, and the sum of all others.
+
+A tile of queries reads the blocks that any of them calls near, each once, as dense attention would.
+The parts of all other blocks, which `triton_selected.forward` has written, are joined to that.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False, check-untyped-defs=False
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from trimtab.kernels.sparse.triton_selected import (
+    LEAST,
+    LOG2_E,
+    _attend,
+    _dot,
+    _put,
+    _tile,
+    _to_natural,
+)
+
+ANYWHERE = ("q", "ids", "last", "rows", "place", "out", "lse")
+"""Where segments begin in these is aligned or not; nothing is gained by a kernel for each case."""
+
+
+@triton.jit
+def _is_near(block, position, until, BLOCK: tl.constexpr):
+    """Whether queries call a block near: their own, that before and the first; early ones any.
+
+    Neither a tile's other queries nor where a call begins may matter, so that a query gets the same
+    bits in every call.
+    """
+    own = position // BLOCK
+    return (block >= 0) & ((block == 0) | (block >= own - 1) | (position < until))
+
+
+@triton.jit
+def far(
+    ids,
+    out,
+    last,
+    before,
+    block_first,
+    queries,
+    until,
+    TOP: tl.constexpr,
+    KEPT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Copies ``ids [kv_heads, queries, TOP]``, but for -1 where a block is near."""
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = token < queries
+    its_first = tl.load(before + token, mask=there, other=0)
+    first_key = tl.load(block_first + its_first, mask=there, other=0)
+    position = tl.load(last + token, mask=there, other=0) - first_key
+    slot = tl.arange(0, KEPT)
+    place = (tl.program_id(1).to(tl.int64) * queries + token)[:, None] * TOP + slot[None, :]
+    known = there[:, None] & (slot < TOP)[None, :]
+    number = tl.load(ids + place, mask=known, other=-1)
+    near = _is_near(number - its_first[:, None], position[:, None], until, BLOCK)
+    tl.store(out + place, tl.where(near, -1, number), mask=known)
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def _count(word):
+    """The set bits of 64."""
+    bits = (word >> tl.arange(0, 64).to(tl.int64)) & 1
+    return tl.sum(bits.to(tl.int32), 0)
+
+
+@triton.jit
+def _log2(power):
+    """Of a power of two below ``2 ** 63``."""
+    return (power.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
+def near_and_join(
+    q,
+    k,
+    v,
+    ids,
+    part,
+    part_max,
+    part_sum,
+    rows,
+    place,
+    out,
+    lse,
+    tile_first,
+    tile_length,
+    tile_before,
+    block_first,
+    last,
+    scale,
+    begin,
+    count,
+    tiles_before,
+    until,
+    queries,
+    lines,
+    TOP: tl.constexpr,
+    KEPT: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    PAD: tl.constexpr,
+    PAD_V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Output and logarithm of a tile of queries and head, in a segment of ``count`` from ``begin``.
+
+    ``ids [kv_heads, queries, TOP]`` are all that was chosen, ``place [kv_heads, lines, TOP]`` where
+    the parts of what is far lie. No block but the first 63 may be chosen by queries that come
+    before ``until`` or share a tile with one.
+    """
+    tile = tiles_before + tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    kv_head = head // GROUP
+    row = tl.arange(0, ROWS)
+    token = tl.load(tile_first + tile) - begin + row
+    there = (row < tl.load(tile_length + tile)) & (token >= 0) & (token < count)
+    if tl.max(there.to(tl.int32), 0) > 0:
+        first_block = tl.load(tile_before + tile)
+        own_key = tl.load(last + token, mask=there, other=-1)
+        first_key = tl.load(block_first + first_block)
+        position = (own_key - first_key).to(tl.int32)
+        earliest = tl.min(tl.where(there, position, 2147483647), 0)
+        latest = tl.max(tl.where(there, position, -1), 0)
+
+        slot = tl.arange(0, KEPT)
+        address = (kv_head * queries + token)[:, None] * TOP + slot[None, :]
+        known = there[:, None] & (slot < TOP)[None, :]
+        number = tl.load(ids + address, mask=known, other=-1)
+        block = tl.where(number >= 0, number - first_block, -1)
+        is_near = _is_near(block, position[:, None], until, BLOCK)
+        block = tl.where(is_near, block, -1).to(tl.int32)
+        # A word holds what the tile calls near: bit 0 the first block, all others from here on.
+        skipped = tl.where(earliest < until, 0, tl.maximum(earliest // BLOCK - 2, 0))
+        bit = tl.where(block > 0, block - skipped, block)
+        words = tl.where(bit >= 0, tl.full((ROWS, KEPT), 1, tl.int64) << bit.to(tl.int64), 0)
+        mine = tl.reduce(words, 1, _or)
+        word = tl.reduce(mine, 0, _or)
+
+        query = _tile(q, token, head, there, HEADS, D, PAD)
+        top = tl.full((ROWS,), LEAST, tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, PAD_V), tl.float32)
+        pieces: tl.constexpr = BLOCK // KEYS
+        for at in range(_count(word) * pieces):
+            lowest = word & -word
+            its_bit = _log2(lowest)
+            its_block = tl.where(its_bit > 0, its_bit + skipped, 0)
+            key = its_block * BLOCK + at % pieces * KEYS + tl.arange(0, KEYS)
+            inside = key <= latest
+            keys = _tile(k, first_key + key, kv_head, inside, HEADS // GROUP, D, PAD)
+            values = _tile(v, first_key + key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
+            reached = tl.where((mine & lowest) != 0, position, -1)
+            visible = key[None, :] <= reached[:, None]
+            logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
+            acc, total, top = _attend(acc, total, top, logits, visible, values, WIDEN)
+            word = tl.where(at % pieces == pieces - 1, word ^ lowest, word)
+
+        base = tl.load(rows)
+        column = tl.arange(0, PAD_V)
+        for of_slot in range(tl.where(latest >= until, TOP, 0)):
+            entry = tl.load(
+                place + (kv_head * lines + token) * TOP + of_slot, mask=there, other=-1
+            ).to(tl.int64)
+            known_part = entry >= 0
+            where = (entry - base) * GROUP + head % GROUP
+            its_top = tl.load(part_max + where, mask=known_part, other=LEAST)
+            its_sum = tl.load(part_sum + where, mask=known_part, other=0.0)
+            its_out = tl.load(
+                part + where[:, None] * D_V + column[None, :],
+                mask=known_part[:, None] & (column < D_V)[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            new = tl.maximum(top, its_top)
+            kept = tl.exp2(top - new)
+            weight = its_sum * tl.exp2(its_top - new)
+            acc = acc * kept[:, None] + its_out * weight[:, None]
+            total = total * kept + weight
+            top = new
+        result = acc / tl.where(total > 0, total, 1.0)[:, None]
+        _put(out, token, head, there, result, HEADS, D_V, PAD_V)
+        tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)

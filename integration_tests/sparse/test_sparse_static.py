@@ -188,7 +188,8 @@ def test_the_constants_of_a_kernel_are_those_of_its_launch():
         "D": 192,
         "PAD": 256,
     }
-    assert of.types["part"] == "*bf16"
+    assert of.types["part"] == "*fp32"
+    assert configuration("near_and_join", "cuda", (64, 64)).types["part"] == "*bf16"
     assert configuration("published_merge", "cuda", (64, 64)).types["part"] == "*fp32"
     span = configuration("span", "cuda", (64, 64), "fp32")
     assert span.types["q"] == "*fp32"

@@ -15,11 +15,13 @@ from trimtab.kernels.sparse import (
     naive,
     select_blocks,
     selected_attention,
+    selected_plan,
     sliding_attention,
 )
 from trimtab.kernels.sparse.configurations import KERNELS, configuration
 from trimtab.kernels.sparse.launch import interpreted
 
+selected_plan.SelectedPlan.dense_until = lambda *_: 0  # so that what is short has far blocks
 DEVICE = "cpu" if interpreted() else "cuda"
 torch.set_default_device(DEVICE)
 SHAPE = SparseShape(window=8, stride=4, block=16, top=3, first=1, recent=1, sliding=24)

@@ -87,12 +87,18 @@ def fitted(kernel: str, chosen: Chosen) -> tuple[Chosen, Tile]:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """Queries and KV heads whose parts fit the workspace, what they chose, and the work items."""
+class Place:
+    """Neighbouring queries and KV heads of a call, and the heads of these."""
 
     part: slice
     kv: slice
     heads: slice
+
+
+@dataclass(frozen=True, slots=True)
+class Segment(Place):
+    """Whose parts fit the workspace: what its queries chose, and the work items."""
+
     table: BlockMajor
     """Of these alone, but that its lists lie in those of other segments, whose length is fixed."""
     entries: int
@@ -200,12 +206,15 @@ def forward_by_blocks(chosen: Chosen) -> tuple[Tensor, Tensor]:
     out, lse = chosen.unwritten()
     part_bytes = v.shape[-1] * q.element_size() + 8
     near = Near.of(chosen)
+    if chosen.k.shape[0] <= near.until:
+        near.attend(out, lse)
+        return out, lse
     distant = replace(chosen, ids=near.far_ids())
     for of in segments(distant, how, part_bytes, shared=True):
         rows = of.entries * chosen.group
         parts = q.new_empty(rows, v.shape[-1]), lse.new_empty(rows), lse.new_empty(rows)
         pass_over_blocks(WHOLE, distant, how, of, parts)
-        near.join(of, parts, out, lse)
+        near.join(of, of.table.rows, of.table.place, parts, out, lse)
     return out, lse
 
 
@@ -248,33 +257,46 @@ class Near:
         )
         return out
 
+    def attend(self, out: Tensor, lse: Tensor) -> None:
+        """Where no query is late enough to have far blocks, whatever it has chosen."""
+        queries, heads = self.chosen.q.shape[:2]
+        every = Place(slice(0, queries), slice(0, self.chosen.k.shape[1]), slice(0, heads))
+        unread = self.chosen.ids.new_empty(1, 1, 1, dtype=torch.int32)
+        self.join(every, self.chosen.blocks.first, unread, (out, lse, lse), out, lse)
+
     def join(
-        self, of: Segment, parts: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor
+        self,
+        of: Place,
+        rows: Tensor,
+        place: Tensor,
+        parts: tuple[Tensor, Tensor, Tensor],
+        out: Tensor,
+        lse: Tensor,
     ) -> None:
         """Attends to what is near, and joins the parts of a segment to it."""
         from trimtab.kernels.sparse import triton_near as kernels
 
-        chosen, rows = self.chosen, self.how.rows
+        chosen, tile_rows = self.chosen, self.how.rows
         mine, kv_heads = (of.part, of.heads), of.kv.stop - of.kv.start
-        passed = of.part.start // rows
+        passed = of.part.start // tile_rows
         # A sequence has one tile at most that is not full.
-        reached = (of.part.stop - 1) // rows + chosen.queries.ends.numel() - 1
+        reached = (of.part.stop - 1) // tile_rows + chosen.queries.ends.numel() - 1
         count = min(reached, self.tiles.first.numel()) - passed
         ids = chosen.ids.contiguous()
         kernels.near_and_join[(count, kv_heads * chosen.group)](
             *(chosen.q[mine], chosen.k[:, of.kv], chosen.v[:, of.kv], ids[of.kv, of.part]),
-            *(*parts, of.table.rows, of.table.place, out[mine], lse[mine]),
+            *(*parts, rows, place, out[mine], lse[mine]),
             *(self.tiles.first, self.tiles.length, chosen.blocks.before[self.tiles.sequence]),
             *(chosen.blocks.first, chosen.queries.last[of.part]),
             *(chosen.scale, of.part.start, of.part.stop - of.part.start, passed, self.until),
-            *(chosen.q.shape[0], of.table.place.shape[1]),
+            *(chosen.q.shape[0], place.shape[1]),
             **of_keys(chosen.q, chosen.k),
             **of_values(chosen.v),
             **launched(self.how),
             TOP=chosen.top,
             KEPT=padded(chosen.top),
             BLOCK=chosen.block,
-            ROWS=rows,
+            ROWS=tile_rows,
             KEYS=min(self.how.columns, chosen.block),
         )
 

@@ -5,7 +5,7 @@ The last half of the text counts. The share of blocks is that of all which atten
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from statistics import mean
 
@@ -40,4 +40,10 @@ def main(name, text):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]).read_text())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", metavar="MODEL", help="a folder or name that transformers reads")
+    parser.add_argument("text", metavar="TEXT_FILE", type=Path, help="some pages of UTF-8 text")
+    arguments = parser.parse_args()
+    if not arguments.text.is_file():
+        parser.error(f"there is no file {arguments.text}")
+    main(arguments.model, arguments.text.read_text(encoding="utf-8"))

@@ -207,16 +207,36 @@ def test_a_prefill_is_told_of_with_what_was_predicted_for_it(monkeypatch, caplog
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     monkeypatch.setattr(vllm_prefill, "plan", lambda q, k, *_: Plan("compiled", {"dense": q / k}))
     caplog.set_level(logging.INFO, "vllm.trimtab.sparse")
-    taker = vllm_prefill.make({"selector": "top", "top": 2, "recent": 1, "min_prompt": 64})
+    taker = vllm_prefill.make({"selector": "top", "top": 3, "min_prompt": 64})
     on_cpu = LayerShape(2, 1, 16, 64, 0, "CPU_ATTN")
     for queries, keys in ((200, 400), (300, 300), (100, 300)):
         assert taker.wants(queries, keys, on_cpu)
     for last in (300, 200):
         work, _ = prefill_of(300 if last == 300 else 400, "layers.5.attn", last)
         taker.prefill(work)
+    assert caplog.messages == []  # layers may follow until the next step begins
+    for _ in range(2):
+        assert not taker.wants(1, 301, on_cpu)
     (line,) = caplog.messages
     assert "sparse prefill of 300 tokens" in line
     assert Plan("compiled", {"dense": 1.0}).explain() in line
+
+
+def test_the_log_tells_the_mean_of_the_layers_that_were_sparse(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(vllm_prefill, "plan", lambda *_: Plan("compiled", {"dense": 1.0}))
+    shares = iter([1.0, 0.8, 0.3, 0.4, 0.1, 0.1])
+    monkeypatch.setattr(vllm_prefill, "sparse_prefill", lambda **_: next(shares))
+    caplog.set_level(logging.INFO, "vllm.trimtab.sparse")
+    taker = vllm_prefill.make({"min_prompt": 64, "dense_layers": 1})
+    on_cpu = LayerShape(2, 1, 16, 64, 0, "CPU_ATTN")
+    for _ in range(2):  # one request: the second's shares are not looked at
+        assert taker.wants(300, 300, on_cpu)
+        for layer in range(4 if not caplog.messages else 2):
+            work, _ = prefill_of(300, f"layers.{layer}.attn", 300)
+            taker.prefill(work)
+    (line,) = caplog.messages
+    assert "of 300 tokens kept 50 % of the blocks, the mean of 3 layers with 30 to 80 %" in line
 
 
 def test_a_cache_whose_keys_and_values_lie_differently_is_refused():

@@ -279,6 +279,19 @@ def test_a_sliding_window_that_only_the_configuration_tells_is_refused():
     assert use_native_attention(models[1], SMALL)
 
 
+def test_options_may_be_a_mapping_and_wrong_ones_are_named():
+    model = llama()
+    use_native_attention(model, {**SMALL.model_dump(), "gate": "token"})
+    assert model.model.layers[0].self_attn.config == SMALL.model_copy(update={"gate": "token"})
+    for options, said in (
+        ({"blocks": 32}, "blocks is an unknown key; the nearest known one is 'block'"),
+        ({"top": 2}, "1 first and 2 recent blocks are more than top, 2"),
+        ("small", "the document is 'small'; give a mapping"),
+    ):
+        with pytest.raises(BadInput, match=rf"trimtab\.sparse\.native: {said}"):
+            use_native_attention(llama(), options)
+
+
 def test_caches_and_other_masks_are_refused(native):
     with pytest.raises(BadInput, match="keeps no cache"):
         native(tokens(1, 20), use_cache=True)

@@ -271,3 +271,75 @@ def test_missing_weights_are_named(tmp_path):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(BadInput, match=r"there is no config\.json; give the folder"):
         load_native_model(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """Saves a model, changes its config.json and its weights, and reads it back."""
+
+    def change(options, config=(), weights=None, **made):
+        from safetensors.torch import load_file, save_file
+
+        save_native_model(native(options=NATIVE.model_copy(update=made)), tmp_path)
+        path = tmp_path / "config.json"
+        written = {**json.loads(path.read_text()), **dict(config)}
+        written["trimtab_native"] |= options
+        path.write_text(json.dumps(written))
+        (file,) = tmp_path.glob("*.safetensors")
+        if weights:
+            save_file({**load_file(file), **weights}, file)
+        return load_native_model(tmp_path)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("made", "given", "said"),
+    [
+        ({}, {"gate": "token"}, "gate is 'token', but the weights .* with 'head'; give 'head'"),
+        ({"gate": "token"}, {"gate": "head"}, "gate is 'head', .* with 'token'; give 'token'"),
+        ({}, {"window": 16}, "window is 16, .* with 8; give 8"),
+        ({}, {"compress": "mean"}, "compress is 'mean', .* with 'linear'"),
+        ({"compress": "mean"}, {"compress": "mlp"}, "compress is 'mlp', .* with 'mean'"),
+        ({"compress": "mlp"}, {"compress": "linear"}, "compress is 'linear', .* with 'mlp'"),
+        ({}, {"kv_per_branch": True}, "kv_per_branch is True, .* with False; give False"),
+        ({"kv_per_branch": True}, {"kv_per_branch": False}, "kv_per_branch is False, .* True"),
+    ],
+)
+def test_an_option_that_does_not_fit_the_weights_is_named_with_what_would(
+    changed, made, given, said
+):
+    with pytest.raises(BadInput, match=rf"config\.json: trimtab_native: {said}"):
+        changed(given, **made)
+
+
+def test_options_that_weights_do_not_tell_of_may_be_changed(changed):
+    other = {"top": 4, "sliding": 16, "stride": 8}
+    model = changed(other)
+    assert model.model.layers[1].self_attn.config == NATIVE.model_copy(update=other)
+
+
+def test_weights_of_another_size_and_unknown_ones_are_named(changed):
+    what = r"model\.layers\.0\.mlp\.down_proj\.weight is \[64, 96\], and config\.json makes it"
+    with pytest.raises(BadInput, match=rf"{what} \[64, 80\]; save"):
+        changed({}, {"intermediate_size": 80})
+    with pytest.raises(BadInput, match=r"no layer takes model\.layers\.0\.self_attn\.gates;"):
+        changed({}, weights={"model.layers.0.self_attn.gates": torch.zeros(3)})
+
+
+def test_transformers_alone_does_not_read_a_saved_model_as_a_dense_one(tmp_path):
+    """In a process that knows nothing of trimtab; who wants it dense can say so."""
+    save_native_model(native(), tmp_path)
+    code = (
+        "from transformers import AutoModelForCausalLM as auto\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "try:\n"
+        "    auto.from_pretrained(folder)\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+        "print(type(auto.from_pretrained(folder, attn_implementation='sdpa')).__name__)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    refused, dense = ran.stdout.splitlines()
+    assert '`attn_implementation="trimtab_native_sparse"` is not supported' in refused
+    assert dense == "LlamaForCausalLM"

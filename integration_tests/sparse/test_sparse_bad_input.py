@@ -20,8 +20,8 @@ from trimtab.kernels.sparse import (
 )
 from trimtab.kernels.sparse.prefill import plan
 from trimtab.kernels.sparse.selectors import Selection
-from trimtab.sparse.config import NativeConfig, SparseConfig
-from trimtab.sparse.native import shape_of
+from trimtab.sparse.config import SparseConfig
+from trimtab.sparse.nsa import NSAAttention
 from trimtab.sparse.selection import selection
 
 pytestmark = pytest.mark.integration
@@ -107,30 +107,6 @@ def test_the_kernels_take_the_very_selections_that_the_configuration_takes(optio
         assert selection(config) == Selection(**options)
 
 
-@given(
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "window": st.sampled_from([0, 8, 16, 48, 128]),
-            "stride": st.sampled_from([0, 4, 16, 32]),
-            "block": st.sampled_from([16, 64]),
-            "top": small,
-            "first": small,
-            "recent": small,
-            "sliding": small,
-        },
-    )
-)
-def test_the_kernels_take_the_very_shapes_that_the_configuration_takes(options):
-    try:
-        config = NativeConfig(**options)
-    except ValidationError:
-        with pytest.raises(ValueError, match=r"is|are|must"):
-            SparseShape(**options)
-    else:
-        assert shape_of(config) == SparseShape(**options)
-
-
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -156,6 +132,21 @@ def test_the_kernels_take_the_very_shapes_that_the_configuration_takes(options):
 def test_windows_and_pages_of_wrong_sizes_are_refused(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"gate": "heads"}, "gate 'heads' is none of 'token', 'head'"),
+        ({"compress": "max"}, "compress 'max' is none of 'mean', 'linear', 'mlp'"),
+        ({"value_size": 0}, "value_size is 0; give a whole number from 1 on"),
+        ({"kv_heads": 0}, "kv_heads is 0"),
+        ({"kv_heads": 3}, "4 heads do not divide into 3 KV heads"),
+    ],
+)
+def test_a_module_of_wrong_sizes_or_kinds_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        NSAAttention(**{"hidden_size": 32, "heads": 4, "kv_heads": 2, "head_size": 8, **options})
 
 
 def test_a_batch_is_told_of_the_queries_first():

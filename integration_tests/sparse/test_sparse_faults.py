@@ -408,7 +408,7 @@ def said(monkeypatch, caplog):
         ({"alibi_slopes": [0.5] * 9}, "ALiBi"),
         ({"logits_soft_cap": 30.0}, "soft-capped logits"),
         ({"sinks": torch.zeros(9)}, "attention sinks"),
-        ({"attn_type": AttentionType.ENCODER_ONLY}, f"{AttentionType.ENCODER_ONLY} attention"),
+        ({"attn_type": AttentionType.ENCODER_ONLY}, "encoder-only attention"),
     ],
 )
 def test_what_is_not_known_is_left_to_vllm_with_one_line_for_all_layers(said, given, why):

@@ -245,6 +245,19 @@ def test_compiled_code_is_told_of_dense_attention_and_stays_one_graph(said):
     assert "several prompts in a batch" in line
 
 
+def test_options_may_be_a_mapping_and_wrong_ones_are_named(model, prompt):
+    few = {"selector": "top", "top": 1, "first": 0, "recent": 1, "min_prompt": 64}
+    found = [logits(model, register(config), prompt) for config in (few, SparseConfig(**few))]
+    assert torch.equal(*found)
+    for options, said in (
+        ({"selectors": "mass"}, "selectors is an unknown key"),
+        ({"mass": 2}, "mass is 2"),
+        ("mass", "give a mapping"),
+    ):
+        with pytest.raises(BadInput, match=rf"trimtab\.sparse: .*{said}"):
+            register(options)
+
+
 def test_attention_sinks_are_refused():
     attend = AttentionInterface()[register(ALL_BLOCKS)]
     x = torch.zeros(1, 2, 100, 16)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trimtab.core.documents import validate
 from trimtab.core.errors import BadInput
 from trimtab.kernels.sparse.block_sparse import TILE, KeyStore
 from trimtab.kernels.sparse.prefill import sparse_prefill
@@ -22,7 +23,9 @@ log = logging.getLogger("trimtab")
 _said: set[str] = set()
 
 
-def register(config: SparseConfig, kept: Callable[[float], None] | None = None) -> str:
+def register(
+    config: SparseConfig | Mapping[str, Any], kept: Callable[[float], None] | None = None
+) -> str:
     """Registers the attention in transformers; a second call replaces the first.
 
     Long prompts of one sequence without padding are filled in sparsely, at once or in parts, into
@@ -32,15 +35,17 @@ def register(config: SparseConfig, kept: Callable[[float], None] | None = None) 
     process.
 
     Args:
-        config: which prompts, and which blocks they keep.
+        config: which prompts, and which blocks they keep; also as a mapping of options.
         kept: called with the share of causal blocks that was kept, once a layer and prompt.
 
     Returns:
         The name for ``attn_implementation`` or ``model.set_attn_implementation``.
 
     Raises:
-        BadInput: by the model's first call, where it has attention sinks: SDPA has none.
+        BadInput: an option is unknown or out of range; by the model's first call, where it has
+            attention sinks: SDPA has none.
     """
+    chosen = validate(SparseConfig, config, where="trimtab.sparse")
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -53,14 +58,14 @@ def register(config: SparseConfig, kept: Callable[[float], None] | None = None) 
         attention_mask: Tensor | None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        position = _position(module, query, key, attention_mask, config, options)
+        position = _position(module, query, key, attention_mask, chosen, options)
         if position is None:
             out: tuple[Tensor, None] = sdpa_attention_forward(
                 module, query, key, value, attention_mask, **options
             )
             return out
         scale = options.get("scaling") or query.shape[-1] ** -0.5
-        return _filled_in(query, key, value, position, scale, config, kept), None
+        return _filled_in(query, key, value, position, scale, chosen, kept), None
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)

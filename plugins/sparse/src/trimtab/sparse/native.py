@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.core.documents import validate
 from trimtab.core.errors import BadInput
 from trimtab.hosts.deepspeed.partitioned import whole
 from trimtab.kernels.sparse import SparseShape
@@ -159,7 +161,9 @@ def _restarts(position_ids: Tensor, known: Tensor) -> Tensor:
 
 
 def use_native_attention(
-    model: nn.Module, config: NativeConfig | None = None, sequence_group: Any = None
+    model: nn.Module,
+    config: NativeConfig | Mapping[str, Any] | None = None,
+    sequence_group: Any = None,
 ) -> list[nn.Parameter]:
     """Replaces every attention layer of a transformers model by native sparse attention.
 
@@ -170,7 +174,7 @@ def use_native_attention(
     Args:
         model: of transformers, with its usual weights; it may be part of another module, and its
             weights spread over ranks by ``deepspeed.zero.Init``.
-        config: sizes and choices.
+        config: sizes and choices, also as a mapping of options; the defaults without one.
         sequence_group: of torch.distributed: ranks that each give their part of every sequence, in
             the order of ranks and with its ``position_ids`` (DeepSpeed-Ulysses).
 
@@ -178,9 +182,10 @@ def use_native_attention(
         The new parameters.
 
     Raises:
-        BadInput: the model has no such layer, or its attention does what this one does not.
+        BadInput: the model has no such layer, or its attention does what this one does not; or an
+            option is unknown or out of range.
     """
-    config = config or NativeConfig()
+    chosen = validate(NativeConfig, {} if config is None else config, where="trimtab.sparse.native")
     layers = [
         (parent, name, child)
         for parent in model.modules()
@@ -199,7 +204,7 @@ def use_native_attention(
         raise BadInput(f"{type(model).__name__} holds no model of transformers", fix=_SUPPORTED)
     known = {id(parameter) for parameter in model.parameters()}
     for parent, name, layer in layers:
-        ours = NativeAttention(layer, config)
+        ours = NativeAttention(layer, chosen)
         if sequence_group is not None:
             ours.share_sequences(sequence_group)
         setattr(parent, name, ours)
@@ -248,7 +253,8 @@ def _leave_masks_alone(model: Any) -> None:
         raise BadInput(
             "native sparse attention is no function but a layer",
             where=f"attn_implementation={NAME!r}",
-            fix="call trimtab.sparse.native.use_native_attention(model)",
+            fix="call trimtab.sparse.native.use_native_attention(model), or for a saved one"
+            " trimtab.sparse.saving.load_native_model(folder)",
         )
 
     AttentionInterface.register(NAME, attend)

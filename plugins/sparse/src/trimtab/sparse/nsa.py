@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.kernels.sparse import SparseShape, Windows, native_sparse_attention
+from trimtab.kernels.sparse.checks import check_choice, check_numbers
 from trimtab.sparse.ulysses import SequenceParallel
 
 Gate = Literal["token", "head"]
@@ -111,6 +112,9 @@ class NSAAttention(nn.Module):
         kv_per_branch: whether each branch has keys and values of its own, as NSA's authors have it.
         bias: whether queries, keys and values have one.
         output_bias: whether the output has one.
+
+    Raises:
+        ValueError: a size is none, the heads do not divide, or there is no such gate or map.
     """
 
     def __init__(
@@ -129,9 +133,13 @@ class NSAAttention(nn.Module):
         output_bias: bool = False,
     ) -> None:
         super().__init__()
-        if kv_heads < 1 or heads % kv_heads:
+        value_size = head_size if value_size is None else value_size
+        check_numbers(1, hidden_size=hidden_size, heads=heads, kv_heads=kv_heads)
+        check_numbers(1, head_size=head_size, value_size=value_size)
+        check_choice("gate", gate, Gate)
+        check_choice("compress", compress, Compress)
+        if heads % kv_heads:
             raise ValueError(f"{heads} heads do not divide into {kv_heads} KV heads")
-        value_size = value_size or head_size
         self.shape = shape or SparseShape()
         self._kv_heads, self._head_size = kv_heads, head_size
         self._parallel: SequenceParallel | None = None

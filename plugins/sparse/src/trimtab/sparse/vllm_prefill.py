@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass, field, replace
+from statistics import mean
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,9 +35,15 @@ class SparsePrefill:
     _told: set[str] = field(default_factory=set, init=False)
     _whys: dict[tuple[int, int], str] = field(default_factory=dict, init=False)
     """Why prefills are sparse, by their queries and keys, until it is told."""
+    _of: tuple[int, int] = field(default=(0, 0), init=False)
+    """Queries and keys of the first sparse prefill."""
+    _shares: dict[str, float | Tensor] = field(default_factory=dict, init=False)
+    """What it kept in each layer, until it is told."""
 
     def wants(self, queries: int, keys: int, layers: LayerShape) -> bool:
         """Whether it pays; never where all would be kept, so that vLLM's own bits come out."""
+        if self._shares:
+            self._tell_shares()
         if keeps_everything(self.config) or queries < TILE or keys < self.config.min_prompt:
             return False
         if layers.dense != "CPU_ATTN":
@@ -75,10 +82,21 @@ class SparsePrefill:
         else:
             kept = self._on_gpu(work, work.cache, position, kept_of)
         if _DONE not in self._told and kept_of is not EVERYTHING:
-            # Only here does a GPU's share have to be waited for.
-            why = self._whys.get((queries, work.keys), "")
-            self._tell(_DONE, work.keys, 100 * float(kept), work.layer, why)
-            self._whys.clear()
+            if not self._shares:
+                self._of = (queries, work.keys)
+            if self._of == (queries, work.keys):
+                self._shares.setdefault(work.layer, kept)
+
+    def _tell_shares(self) -> None:
+        """Tells of the first sparse prefill, once all layers have done it: in the next step.
+
+        Only here does a GPU's share have to be waited for.
+        """
+        shares = [100 * float(share) for share in self._shares.values()]
+        facts = (mean(shares), len(shares), min(shares), max(shares), self._whys.get(self._of, ""))
+        self._tell(_DONE, self._of[1], *facts)
+        self._shares.clear()
+        self._whys.clear()
 
     def _kept_in(self, layer: str) -> Selection:
         """The first layers may attend to all blocks."""
@@ -120,7 +138,10 @@ class SparsePrefill:
             logger.info(message, *facts)
 
 
-_DONE = "sparse prefill of %d tokens keeps %.0f %% of the blocks in %s (%s)"
+_DONE = (
+    "sparse prefill of %d tokens kept %.0f %% of the blocks, the mean of %d layers with %.0f to"
+    " %.0f %% (%s)"
+)
 
 
 def make(options: object) -> SparsePrefill:

@@ -28,6 +28,7 @@ from trimtab.hosts.vllm.prefills import (
     Prefill,
     Span,
     dense_rows,
+    kind_of,
     prefiller,
     set_apart,
     split_of,
@@ -92,7 +93,7 @@ class _Impl(CPUAttentionBackendImpl):
             "soft-capped logits": bool(self.logits_soft_cap),
             "attention sinks": self.sinks is not None,
             f"a cache in {self.kv_cache_dtype}": self.kv_cache_dtype not in ("auto", own),
-            f"{self.attn_type} attention": self.attn_type != AttentionType.DECODER,
+            kind_of(self.attn_type): self.attn_type != AttentionType.DECODER,
             "a cache of another layer": self.kv_sharing_target_layer_name is not None,
         }
         return ", ".join(name for name, present in features.items() if present)

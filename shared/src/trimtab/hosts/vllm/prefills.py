@@ -125,6 +125,11 @@ class Split:
     """The rows of the rest in the batch."""
 
 
+def kind_of(attn_type: str) -> str:
+    """What vLLM's type of attention is called in a sentence, such as "encoder-only attention"."""
+    return f"{getattr(attn_type, 'value', attn_type).replace('_', '-')} attention"
+
+
 def wanted(
     taker: Prefiller, starts: Sequence[int], lengths: Sequence[int], layers: LayerShape
 ) -> list[int]:

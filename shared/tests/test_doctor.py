@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 
@@ -304,17 +305,37 @@ class TestBuildLocks:
     def test_a_lock_that_no_process_holds(self, lock):
         (finding,) = torch_build.stale_build_locks()
         assert finding.level is Level.ERROR
-        assert str(lock) in finding.what
+        assert f"{lock} is 60 min old" in finding.what
+        assert "DeepSpeed" in finding.what
         assert finding.fix == f"rm {lock}"
 
     @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
     def test_a_lock_that_is_held_is_at_work(self, lock):
-        with lock.open():
-            assert torch_build.stale_build_locks() == []
+        for _ in range(2):
+            with lock.open():
+                assert torch_build.stale_build_locks() == []
+            os.utime(lock)
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
     def test_a_young_lock_may_be_of_another_machine(self, lock):
         os.utime(lock)
+        (finding,) = torch_build.stale_build_locks()
+        assert finding.level is Level.WARNING
+        assert re.search(rf"{lock} is \d+ s old and open in no process here", finding.what)
+        assert finding.fix.startswith(f"rm {lock}, unless another machine")
+
+    def test_a_lock_that_is_released_meanwhile_is_none(self, lock, monkeypatch):
+        lock.unlink()
+        monkeypatch.setattr(torch_build, "_locks", lambda _: [lock])
         assert torch_build.stale_build_locks() == []
+
+    @pytest.mark.parametrize(
+        ("age_s", "words"), [(100, r"10\d s"), (121, "2 min"), (7000, "117 min"), (90_000, "25 h")]
+    )
+    def test_an_age_is_told_in_few_digits(self, age_s, words, lock):
+        os.utime(lock, (time.time() - age_s,) * 2)
+        (finding,) = torch_build.stale_build_locks()
+        assert re.search(f"is {words} old", finding.what)
 
     def test_the_folder_is_torch_s_own_unless_the_environment_names_one(self, monkeypatch):
         monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)

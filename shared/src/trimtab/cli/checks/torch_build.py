@@ -9,7 +9,7 @@ import time
 from importlib.metadata import Distribution
 from pathlib import Path
 
-from trimtab.cli.checks.finding import Finding, error, ok
+from trimtab.cli.checks.finding import Finding, error, ok, warning
 from trimtab.cli.checks.installations import find
 from trimtab.cli.checks.other_process import CallFailed, call
 
@@ -80,20 +80,35 @@ def stale_build_locks() -> list[Finding]:
     """Locks in torch's extension cache that no process holds; who waits for one waits forever.
 
     torch keeps the lock's file open while it builds, so a lock that is open nowhere on this
-    machine is left over from a build that was killed. Its age spares the builds of other machines
-    that share the folder.
+    machine is left over from a build that was killed: an old one for sure, a young one unless
+    another machine shares the folder and is building.
     """
-    old = [path for path in _locks(extension_cache()) if _age_s(path) > STALE_AFTER_S]
-    held = _open_files() if old else set()
+    ages = {path: age for path in _locks(extension_cache()) if (age := _age_s(path)) is not None}
+    held = _open_files() if ages else set()
     return [
-        error(
-            "torch extensions",
-            f"{path} was left by a build that was killed; every later build waits for it forever",
-            f"rm {path}",
-        )
-        for path in old
-        if os.path.realpath(path) not in held
+        _left(path, age)
+        for path, age in ages.items()
+        if os.path.realpath(path) not in held and (age > STALE_AFTER_S or Path("/proc").is_dir())
     ]
+
+
+def _left(path: Path, age_s: float) -> Finding:
+    check, since = "torch extensions", f"{path} is {_words(age_s)} old"
+    fate = "every later build there, such as DeepSpeed's, waits for it forever"
+    if age_s > STALE_AFTER_S:
+        what = f"{since} and was left by a build that was killed; {fate}"
+        return error(check, what, f"rm {path}")
+    return warning(
+        check,
+        f"{since} and open in no process here; if a build was killed, {fate}",
+        f"rm {path}, unless another machine shares the folder and is building",
+    )
+
+
+def _words(age_s: float) -> str:
+    if age_s < 2 * 60:
+        return f"{age_s:.0f} s"
+    return f"{age_s / 60:.0f} min" if age_s < 2 * 3600 else f"{age_s / 3600:.0f} h"
 
 
 def extension_cache() -> Path:
@@ -112,11 +127,11 @@ def _locks(root: Path) -> list[Path]:
     return sorted({*root.glob("*/lock"), *root.glob("*/*/lock")})
 
 
-def _age_s(path: Path) -> float:
+def _age_s(path: Path) -> float | None:
     try:
         return time.time() - path.stat().st_mtime
     except OSError:  # released meanwhile
-        return 0.0
+        return None
 
 
 def _open_files() -> set[str]:

@@ -154,25 +154,9 @@ def near_and_join(
         mine = tl.reduce(words, 1, _or)
         word = tl.reduce(mine, 0, _or)
 
-        query = _tile(q, token, head, there, HEADS, D, PAD)
         top = tl.full((ROWS,), LEAST, tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         acc = tl.zeros((ROWS, PAD_V), tl.float32)
-        pieces: tl.constexpr = BLOCK // KEYS
-        for at in range(_count(word) * pieces):
-            lowest = word & -word
-            its_bit = _log2(lowest)
-            its_block = tl.where(its_bit > 0, its_bit + skipped, 0)
-            key = its_block * BLOCK + at % pieces * KEYS + tl.arange(0, KEYS)
-            inside = key <= latest
-            keys = _tile(k, first_key + key, kv_head, inside, HEADS // GROUP, D, PAD)
-            values = _tile(v, first_key + key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
-            reached = tl.where((mine & lowest) != 0, position, -1)
-            visible = key[None, :] <= reached[:, None]
-            logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
-            acc, total, top = _attend(acc, total, top, logits, visible, values, WIDEN)
-            word = tl.where(at % pieces == pieces - 1, word ^ lowest, word)
-
         base = tl.load(rows)
         column = tl.arange(0, PAD_V)
         for of_slot in range(tl.where(latest >= until, TOP, 0)):
@@ -194,6 +178,22 @@ def near_and_join(
             acc = acc * kept[:, None] + its_out * weight[:, None]
             total = total * kept + weight
             top = new
+
+        query = _tile(q, token, head, there, HEADS, D, PAD)
+        pieces: tl.constexpr = BLOCK // KEYS
+        for at in range(_count(word) * pieces):
+            lowest = word & -word
+            its_bit = _log2(lowest)
+            its_block = tl.where(its_bit > 0, its_bit + skipped, 0)
+            key = its_block * BLOCK + at % pieces * KEYS + tl.arange(0, KEYS)
+            inside = key <= latest
+            keys = _tile(k, first_key + key, kv_head, inside, HEADS // GROUP, D, PAD)
+            values = _tile(v, first_key + key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
+            reached = tl.where((mine & lowest) != 0, position, -1)
+            visible = key[None, :] <= reached[:, None]
+            logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
+            acc, total, top = _attend(acc, total, top, logits, visible, values, WIDEN)
+            word = tl.where(at % pieces == pieces - 1, word ^ lowest, word)
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
         _put(out, token, head, there, result, HEADS, D_V, PAD_V)
         tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)

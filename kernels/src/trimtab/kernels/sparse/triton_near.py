@@ -21,7 +21,7 @@ from trimtab.kernels.sparse.triton_selected import (
     _to_natural,
 )
 
-ANYWHERE = ("q", "ids", "last", "rows", "place", "out", "lse")
+ANYWHERE = ("ids", "last", "rows", "place", "lse")
 """Where segments begin in these is aligned or not; nothing is gained by a kernel for each case."""
 
 

@@ -144,7 +144,12 @@ _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
         Rule(384, Tile(32, 4, 2, 64)),
         Rule(512, Tile(64, 8, 2, 32)),
     ),
-    ("near", "cuda", 4): (Rule(128, Tile(32, 4, 2, 32)), Rule(512, Tile(16, 8, 1, 32))),
+    ("near", "cuda", 4): (
+        Rule(128, Tile(16, 8, 1, 32)),
+        Rule(256, Tile(32, 8, 1, 16)),
+        Rule(384, Tile(16, 4, 1, 16)),
+        Rule(512, Tile(16, 8, 1, 16)),
+    ),
     ("near", "hip", 2): (Rule(256, Tile(64, 4, 2, 64)), Rule(512, Tile(64, 4, 2, 32))),
     ("near", "hip", 4): (Rule(256, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 4, 1, 32))),
     ("span", "cuda", 2): (

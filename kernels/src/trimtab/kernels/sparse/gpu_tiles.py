@@ -74,7 +74,6 @@ class Rule:
 _MAIN: Mapping[tuple[str, int], tuple[Rule, ...]] = {
     ("cuda", 2): (
         Rule(384, Tile(64, 4, 2), 64),
-        Rule(128, Tile(64, 8, 2), 128),
         Rule(256, Tile(64, 8, 1), 128),
         Rule(512, Tile(32, 8, 2), 64),
         Rule(384, Tile(32, 8, 2), 128),

@@ -15,7 +15,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-1.0e30)
 
-ANYWHERE = ("rows", "item_row", "item_chunk", "further", "lse", "delta")
+ANYWHERE = ("rows", "item_row", "item_chunk", "further", "lse", "delta", "last", "place")
 """Where segments begin in these is aligned or not; nothing is gained by a kernel for each case."""
 
 WHOLE = tl.constexpr(0)
@@ -154,7 +154,8 @@ def forward(
         keys = _tile(k, key, kv_head, inside, HEADS // GROUP, D, PAD)
         if PASS != MAXIMA:
             values = _tile(v, key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
-        for offset in range(begin, stop, ROWS):
+        for passed in range(0, (stop - begin).to(tl.int32), ROWS):
+            offset = begin + passed
             at, there, token, head = _rows(offset, stop, base, query, kv_head, GROUP, ROWS)
             queries = _tile(q, token, head, there, HEADS, D, PAD)
             own = tl.load(last + token, mask=there, other=-1)

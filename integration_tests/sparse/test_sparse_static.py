@@ -6,13 +6,28 @@ A part of what is shipped, nearest to its limits; `trimtab bench sparse-static` 
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from itertools import product
 
 import pytest
+import torch
 
-from trimtab.kernels.sparse import configurations, gpu_tiles, launch, static_report
+from trimtab.kernels.sparse import (
+    SparseShape,
+    configurations,
+    gpu_tiles,
+    launch,
+    launch_published,
+    launch_spans,
+    operators,
+    selected_plan,
+    static_report,
+    tables,
+)
 from trimtab.kernels.sparse.configurations import configuration
 from trimtab.kernels.sparse.gpu_tiles import Need, Tile, merge_tile
+from trimtab.kernels.sparse.paged_prefill import PagedCache, paged_prefill
+from trimtab.kernels.sparse.selectors import Selection
 
 pytestmark = pytest.mark.integration
 
@@ -208,3 +223,67 @@ def test_heads_that_no_backward_tile_holds_are_left_to_torch_with_one_line(caplo
     assert not launch.in_torch("backward", Need("cuda", 512, 2))
     with pytest.raises(ValueError, match="backward takes 256 at most with 4 bytes"):
         gpu_tiles.tile("backward", wide, 16)
+
+
+class Noted:
+    """A kernel that is not run: it notes which of its tensors begin at no multiple of 16 bytes."""
+
+    def __init__(self, kernel, odd):
+        self.kernel, self.odd = kernel, odd
+
+    def __getitem__(self, grid):
+        def launch(*given, **_):
+            for parameter, x in zip(self.kernel.params, given, strict=False):
+                odd = isinstance(x, torch.Tensor) and x.numel() and x.data_ptr() % 16
+                if odd:
+                    self.odd.setdefault(self.kernel.__name__, {})[parameter.name] = parameter
+
+        return launch
+
+
+@pytest.fixture
+def odd(monkeypatch):
+    """What kernels are given that begins anywhere."""
+    found = {}
+    for where, name in {(of.module, of.function) for of in configurations.KERNELS.values()}:
+        module = import_module(f"trimtab.kernels.sparse.{where}")
+        if name in vars(module):
+            monkeypatch.setattr(module, name, Noted(getattr(module, name), found))
+    return found
+
+
+@pytest.mark.parametrize("until", [0, 10_000])
+def test_what_launches_give_that_begins_anywhere_is_compiled_so(odd, monkeypatch, until):
+    monkeypatch.setattr(selected_plan.SelectedPlan, "dense_until", lambda *_: until)
+    cu = torch.tensor([0, 150, 301], dtype=torch.int32)
+    for top, group, workspace in product((3, 16), (3, 16), (100_000, 3_000_000)):
+        q, k, v = (torch.randn(301, heads, 64) for heads in (3 * group, 3, 3))
+        ids = torch.randint(0, 3, (3, 301, top)).int()
+        chosen = operators._chosen(q, k, v, ids, cu, cu, 64, 0.1, workspace)
+        out, lse = launch.selected_forward(chosen)
+        launch_published.forward(chosen)
+        launch.selected_backward(q, out, lse, chosen)
+    at = tables.place_queries(cu, cu, 301, 64)
+    entries, ends = k[:17], torch.tensor([0, 8, 17])
+    launch.select(q, entries, cu, ends, at.own, at, SparseShape(), 0.1, None)
+    out, lse = launch_spans.forward(q, k, v, at.last, at.last, 0.1)
+    launch_spans.backward(q, q, k, v, out, lse, at.last, at.last, 0.1)
+    cache, table = torch.randn(60, 3, 16, 128), torch.zeros(2, 37).int()
+    for selector, by in product(("mass", "top"), ("tile", "query")):
+        pages = PagedCache(*cache.split(64, -1), table[1])
+        few = torch.randn(301, 3, 64)
+        paged_prefill(few, pages, 17, torch.empty_like(few), 0.1, Selection(selector, by=by))
+    for kernel, parameters in odd.items():
+        for name, parameter in parameters.items():
+            assert parameter.do_not_specialize_on_alignment, (kernel, name)
+    assert "pages" in odd["attend"]
+    assert until or {"last", "item_row", "further"} <= odd["backward"].keys()
+
+
+def test_a_report_takes_for_aligned_what_launches_know_to_be():
+    given = static_report.aligned(configuration("backward", "cuda", (64, 64)))
+    assert {"q", "k", "v", "gradient", "dq_part", "query", "block_first"} <= set(given)
+    assert not {"lse", "delta", "rows", "item_row", "last", "scale", "BLOCK"} & set(given)
+    paged = static_report.aligned(configuration("prefill", "cuda", (64, 64)))
+    assert {"page_stride", "slot_stride", "counts"} <= set(paged)
+    assert not {"pages", "position", "queries"} & set(paged)

@@ -113,16 +113,11 @@ def measure(configuration: Configuration, target: str) -> Resources:
     names = configuration.function.arg_names
     constants, types = configuration.constants, configuration.types
     signature = {n: types.get(n, "constexpr") for n in names}
-    aligned = {
-        (at,): [["tt.divisibility", 16]]
-        for at, name in enumerate(names)
-        if signature[name].startswith("*") or name.endswith("_stride")
-    }
     source = ASTSource(
         configuration.function,
         signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs=aligned,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned(configuration)},
     )
     options = {"num_warps": configuration.tile.warps, "num_stages": configuration.tile.stages}
     to = TARGETS[target]
@@ -130,6 +125,24 @@ def measure(configuration: Configuration, target: str) -> Resources:
         source, target=GPUTarget(to.backend, to.architecture, to.warp), options=options
     )
     return Resources(**(_amd(compiled) if to.backend == "hip" else _nvidia(compiled)))
+
+
+def aligned(configuration: Configuration) -> list[str]:
+    """The arguments of which launches know that 16 divides them, in bytes or as numbers.
+
+    All pointers but those of which the kernel says that segments begin anywhere; and strides of the
+    cache, of which heads and pages make multiples. Other numbers may be anything.
+    """
+    return [
+        parameter.name
+        for parameter in configuration.function.params
+        if parameter.name in configuration.types
+        and not parameter.do_not_specialize_on_alignment
+        and (
+            configuration.types[parameter.name].startswith("*")
+            or parameter.name.endswith("_stride")
+        )
+    ]
 
 
 def _nvidia(compiled: Any) -> dict[str, Any]:

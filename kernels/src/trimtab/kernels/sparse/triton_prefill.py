@@ -12,6 +12,9 @@ import triton.language as tl
 
 from trimtab.kernels.sparse.triton_selected import LEAST, LOG2_E, _attend, _dot, _put, _tile
 
+ANYWHERE = ("pages",)
+"""A request's row of a server's table is aligned or not: one kernel serves both."""
+
 
 @triton.jit
 def _places(pages, key, inside, kv_head, page_stride, head_stride, slot_stride, PAGE: tl.constexpr):
@@ -28,7 +31,7 @@ def _read(pointer, place, inside, D: tl.constexpr, PAD: tl.constexpr):
     return tl.load(pointer + place[:, None] + column[None, :], mask=both, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
 def block_logarithms(
     q,
     k,
@@ -81,7 +84,7 @@ def block_logarithms(
         tl.store(out + (head * samples + row) * blocks + number, logarithm, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
 def attend(
     q,
     k,

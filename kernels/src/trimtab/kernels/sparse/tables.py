@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.kernels.sparse import block_lists
+from trimtab.kernels.sparse import block_lists, launch_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +76,22 @@ def number_through(indices: Tensor, queries: Queries, blocks: Blocks) -> Tensor:
     Returns:
         ``[kv_heads, queries, top]`` int64, the absent ones last.
     """
-    before = blocks.before[queries.sequence]
-    numbered = block_lists.number_through(indices, queries.own, before)
+    own, sequence = queries.own, queries.sequence
+    numbered = launch_tables.number_through(indices, own, sequence, blocks.before)
+    if numbered is not None:
+        return numbered
+    before = blocks.before[sequence]
+    numbered = block_lists.number_through(indices, own, before)
     if numbered is not None:
         return numbered
     none = blocks.first.numel()
     ids = indices.long()
-    wrong = (ids < 0) | (ids > queries.own[:, None])
+    wrong = (ids < 0) | (ids > own[:, None])
     known = (ids + before[:, None]).masked_fill(wrong, none).sort(-1).values
     repeated = torch.zeros_like(known, dtype=torch.bool)
     repeated[..., 1:] = known[..., 1:] == known[..., :-1]
-    return known.masked_fill(repeated | (known == none), -1)
+    known = known.masked_fill(repeated, none).sort(-1).values
+    return known.masked_fill(known == none, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +110,23 @@ class BlockMajor:
     unless there are too many."""
 
 
-def block_major(ids: Tensor, blocks: int) -> BlockMajor:
-    """Inverts lists of blocks ``ids [kv_heads, queries, top]`` (-1 is none); a stable sort.
+def block_major(ids: Tensor, blocks: int, step: int | None = None) -> BlockMajor:
+    """Inverts lists of blocks; a stable sort.
 
-    On a CPU compiled code counts instead.
+    On a GPU Triton kernels, on a CPU compiled code counts instead.
+
+    Args:
+        ids: ``[kv_heads, queries, top]`` int64, -1 is none; no query names a block twice.
+        blocks: how many there are.
+        step: queries of a line. A KV head's are then cut into lines, whose last one is filled up
+            with queries that have no blocks, and each line is taken for a KV head. By default a
+            line has all queries.
     """
+    step = ids.shape[1] if step is None else step
+    on_gpu = launch_tables.invert(ids, blocks, step)
+    if on_gpu is not None:
+        return BlockMajor(*on_gpu)
+    ids = _lines(ids, step)
     counted_out = block_lists.invert(ids, blocks)
     if counted_out is not None:
         return BlockMajor(*counted_out)
@@ -126,6 +143,16 @@ def block_major(ids: Tensor, blocks: int) -> BlockMajor:
     place = place.masked_fill(row == kv_heads * blocks, -1).view(ids.shape)
     query = ((ordered.indices // top) % max(queries, 1)).int()
     return BlockMajor(rows, query, place)
+
+
+def _lines(ids: Tensor, step: int) -> Tensor:
+    """Pieces of so many queries, in which -1 stands behind the last."""
+    _, queries, top = ids.shape
+    if queries == step:
+        return ids
+    pieces = -(-queries // step)
+    padding = (0, 0, 0, pieces * step - queries)
+    return torch.nn.functional.pad(ids, padding, value=-1).reshape(-1, step, top)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +198,9 @@ def work(lengths: Tensor, most: int, rows_per_item: int) -> Work:
         most: what the lengths of a segment can add up to at most.
         rows_per_item: of a chunk.
     """
+    on_gpu = launch_tables.work(lengths, most, rows_per_item)
+    if on_gpu is not None:
+        return Work(*on_gpu)
     counts = (lengths + rows_per_item - 1) // rows_per_item
     ends = counts.cumsum(1)
     segments, rows = lengths.shape

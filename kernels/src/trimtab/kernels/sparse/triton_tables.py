@@ -6,6 +6,8 @@ no number is added to twice at once. What is counted takes little beside the lis
 large. Nothing depends on the order in which programs run.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False, check-untyped-defs=False
 from __future__ import annotations
 
 import triton
@@ -60,7 +62,8 @@ def number(
 def _line(ids, line, head_stride, known, queries, pieces, TOP: tl.constexpr):
     """Where a line's ids begin, and how many of its queries are there."""
     before = (line % pieces) * queries
-    return ids + (line // pieces) * head_stride + before * TOP, tl.minimum(known - before, queries)
+    there_are = tl.minimum(known - before, queries).to(tl.int32)
+    return ids + (line // pieces) * head_stride + before * TOP, there_are
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -89,9 +92,9 @@ def count(
     Lines are pieces of ``queries`` of a KV head, which has ``known``.
     """
     line = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = (tl.program_id(0) % tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
     slot = tl.arange(0, SLOTS)
-    there = slot < TOP
+    per_query = tl.full((), TOP, tl.int64)
     mine = counts + (line * tiles + tile) * (blocks + 1)
     for first_column in range(0, blocks + 1, COLUMNS):
         column = first_column + tl.arange(0, COLUMNS)
@@ -103,19 +106,21 @@ def count(
     end = tl.minimum(tile * TILE + TILE, queries)
     for first in range(tile * TILE, end, STEP):
         stop = tl.minimum(first + STEP, end)
-        flat = first * TOP + tl.arange(0, STEP * SLOTS)
-        within = flat < stop * TOP
-        named = tl.load(ids + flat, mask=within & (flat < there_are * TOP), other=-1)
+        flat = first * per_query + tl.arange(0, STEP * SLOTS)
+        within = flat < stop * per_query
+        there = flat < there_are * per_query
+        named = tl.load(ids + flat, mask=within & there, other=-1)
         gone = (within & ((named < 0) | (named >= blocks))).to(counts.dtype.element_ty)
         tl.store(place + flat, absent + tl.cumsum(gone, 0) - 1, mask=gone > 0)
         absent += tl.sum(gone, 0)
         for token in range(first, tl.minimum(stop, there_are)):
-            column = tl.load(ids + token * TOP + slot, mask=there, other=-1)
+            at = token * per_query + slot
+            column = tl.load(ids + at, mask=slot < TOP, other=-1)
             is_block = (column >= 0) & (column < blocks)
             number = tl.load(mine + column, mask=is_block, other=0)
             tl.debug_barrier()
             tl.store(mine + column, number + 1, mask=is_block)
-            tl.store(place + token * TOP + slot, number, mask=is_block)
+            tl.store(place + at, number, mask=is_block)
             tl.debug_barrier()
     tl.store(mine + blocks, absent)
 
@@ -251,14 +256,14 @@ def items(
     tl.store(item_row + all_wholes + rank, row, mask=left > 0)
     tl.store(item_chunk + all_wholes + rank, whole.to(tl.int32), mask=left > 0)
     place = tl.sum(wholes_before, 0) + tl.cumsum(whole, 0) - whole
-    for first in range(0, tl.max(whole, 0), WIDE):
+    for first in range(0, tl.max(whole, 0).to(tl.int32), WIDE):
         chunk = first + tl.arange(0, WIDE)
         there = chunk[None, :] < whole[:, None]
         at = place[:, None] + chunk[None, :]
         tl.store(item_row + at, tl.broadcast_to(row[:, None], (ROWS, WIDE)), mask=there)
         its_chunk = tl.broadcast_to(chunk[None, :], (ROWS, WIDE)).to(tl.int32)
         tl.store(item_chunk + at, its_chunk, mask=there)
-    known = all_wholes + tl.sum(lefts, 0)
+    known = (all_wholes + tl.sum(lefts, 0)).to(tl.int32)
     behind = (tl.load(lengths + row_count - 1) + CHUNK - 1) // CHUNK - known
     for first in range(known + part * WIDE, most, parts * WIDE):
         at = first + tl.arange(0, WIDE)

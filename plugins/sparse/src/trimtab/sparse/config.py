@@ -9,6 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 _LEAST_BLOCK = 16
 
 
+def _check_total(top: int, first: int, recent: int) -> None:
+    if first + recent > top:
+        raise ValueError(
+            f"{first} first and {recent} recent blocks are more than top, {top}, which counts them"
+        )
+
+
 class NativeConfig(BaseModel):
     """Native sparse attention in place of a model's own, to train with; sizes in tokens."""
 
@@ -33,10 +40,7 @@ class NativeConfig(BaseModel):
     def _fits(self) -> Self:
         if self.block & (self.block - 1):
             raise ValueError(f"the block of {self.block} tokens is no power of two")
-        if self.first + self.recent > self.top:
-            raise ValueError(
-                f"{self.first} first and {self.recent} recent blocks are more than top, {self.top}"
-            )
+        _check_total(self.top, self.first, self.recent)
         if self.window % self.stride or self.block % self.stride:
             raise ValueError(
                 f"the stride {self.stride} must divide window {self.window} and block {self.block}"
@@ -100,11 +104,8 @@ class SparseConfig(BaseModel):
             raise ValueError(
                 "antidiagonals go through 16 queries: give by 'tile', or another selector"
             )
-        if self.selector in ("top", "minmax") and self.first + self.recent > self.top:
-            raise ValueError(
-                f"{self.first} first and {self.recent} recent blocks are more than top,"
-                f" {self.top}, which counts them"
-            )
+        if self.selector in ("top", "minmax"):
+            _check_total(self.top, self.first, self.recent)
         if self.stride and self.selector != "fixed":
             raise ValueError(f"stride {self.stride} is for the selector fixed, not {self.selector}")
         return self

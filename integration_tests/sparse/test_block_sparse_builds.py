@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,54 @@ def test_each_build_keeps_out_what_nobody_chose(build):
     assert torch.equal(*outs)
     assert not outs[0][:64].any()
     assert outs[0][64:].isfinite().all()
+
+
+ODD = [
+    {40: float("nan")},
+    {40: float("inf")},
+    {40: float("-inf"), 100: float("nan")},
+    {40: float("inf"), 41: float("-inf")},
+]
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+@pytest.mark.parametrize("by", ["tile", "query"])
+def test_what_is_infinite_or_no_number_reaches_those_that_see_it_and_no_others(build, by, dtype):
+    """Queries before it, and those that did not choose its block as others of their tile did."""
+    q, *kv = drawn(2, 1, 20, 24, 150, 150, dtype)
+    at = torch.arange(150)
+    if by == "query":
+        generator = torch.Generator().manual_seed(1)
+        mask = torch.rand(2, 150, 3, generator=generator) < 0.6
+        choice, shown = Choice.of_queries(mask, 0), mask
+    else:
+        mask = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 1]]).bool().expand(2, 3, 3)
+        choice, shown = Choice.of_mask(mask), mask.repeat_interleave(64, 1)[:, :150]
+    shown = shown.repeat_interleave(64, 2)[..., :150] & (at <= at[:, None])
+
+    def attend(way, keys, values):
+        store, tiles = laid(q, keys, values)
+        out = torch.empty(150, 2, 24, dtype=dtype)
+        if way is None:
+            return TiledAttention(q, store, tiles, 0.2).attend(choice, out)
+        return way(q, store, tiles, choice, out, 0.2)
+
+    clean = attend(None, *kv)
+    assert clean.isfinite().all()
+    for odd, which in product(ODD, (0, 1)):
+        faulty = [x.clone() for x in kv]
+        for token, value in odd.items():
+            faulty[which][token, 0, 7] = value
+        out = attend(None, *faulty)
+        sees = shown[..., list(odd)].any(-1).T
+        assert torch.equal(out[~sees], clean[~sees])
+        expected = attend(tiled_attention_in_torch, *faulty)
+        torch.testing.assert_close(
+            out, expected, atol=NEAR[dtype], rtol=NEAR[dtype], equal_nan=True
+        )
+        assert not (
+            out[sees].isfinite().all(-1) if which == 0 else out[sees][:, 7].isfinite()
+        ).all()
 
 
 def test_each_build_takes_logits_of_ten_thousand_in_half_precision(build):

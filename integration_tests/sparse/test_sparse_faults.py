@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+from math import isnan
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,6 +88,64 @@ def test_nothing_leaks_from_blocks_that_other_queries_chose(as_published, fault)
         assert out[1::2].isfinite().all() == (added == 0)
     for clean, faulty in zip(*found, strict=True):
         assert torch.equal(clean, faulty)
+
+
+def packed_branches():
+    """Each branch of two sequences packed after one another, and its tensors."""
+    lengths = (29, 11)
+    cu, cu_entries = ends(*lengths), ends(*map(SMALL.entries, lengths))
+    tensors = drawn(12, (40, 2, 8), (40, 1, 8), (40, 1, 8), (40, 2, 8))
+    q, k, v, above = tensors
+    ids = torch.rand(1, 40, 3, generator=torch.Generator().manual_seed(12)).argsort(-1)[..., :2]
+    few = int(cu_entries[-1])
+    for as_published in (False, True):
+        way = {"block": 16, "as_published": as_published}
+        yield (
+            lambda *x, way=way: selected_attention(*x, ids.int(), cu, cu, **way),
+            tensors,
+            (20, 31),
+        )
+    yield lambda *x: sliding_attention(*x, cu, cu, window=9), tensors, (20, 31)
+    yield (
+        lambda *x: compressed_attention(*x, cu, cu, cu_entries, SMALL),
+        (q, k[:few], v[:few], above),
+        (3, few - 1),
+    )
+
+
+def found(attend, leaves, above):
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    out, lse = attend(*leaves)
+    out.backward(above)
+    return out.detach(), lse.detach(), leaves[0].grad
+
+
+def put(x, token, value):
+    x = x.clone()
+    x[token, 0, 3] = value
+    return x
+
+
+def test_what_is_infinite_or_no_number_reaches_those_that_see_it_and_no_others():
+    """Who sees a token is told by those whose output another value of it changes."""
+    for attend, (q, k, v, above), tokens in packed_branches():
+        clean = found(attend, (q, k, v), above)
+        for token in tokens:
+            sees = (attend(q, k, put(v, token, 5.0))[0] != clean[0]).any(-1)
+            assert sees.any()
+            assert not sees.all()
+            for odd in (float("nan"), float("inf"), float("-inf")):
+                expected = clean[0].clone()
+                expected[..., 3] = expected[..., 3].masked_fill(sees, odd)
+                of_v, of_k = (
+                    found(attend, x, above)
+                    for x in ((q, k, put(v, token, odd)), (q, put(k, token, odd), v))
+                )
+                torch.testing.assert_close(of_v[0], expected, atol=0, rtol=0, equal_nan=True)
+                assert torch.equal(of_v[1], clean[1])
+                for faulty, wanted in zip((*of_v[2:], *of_k), (*clean[2:], *clean), strict=True):
+                    assert torch.equal(faulty[~sees], wanted[~sees])
+                assert not isnan(odd) or of_k[0][sees].isnan().all()
 
 
 def branches(q, k, v):

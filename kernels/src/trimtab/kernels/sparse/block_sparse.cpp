@@ -301,15 +301,48 @@ struct Work {
         q(reinterpret_cast<element*>(kept + ROWS * panels.wide)),
         weights(q + BLOCK * panels.depth) {
     std::memset(static_cast<void*>(q), 0, BLOCK * panels.depth * sizeof(element));
+    begin(panels);
+  }
+  void begin(const Panels<Kind>& panels) {
     std::memset(acc, 0, BLOCK * panels.wide * sizeof(float));
     for (int i = 0; i < BLOCK; ++i) top[i] = LEAST, total[i] = 0;
+  }
+};
+
+// Values that are infinite or no number: a weight of 0 times these is not 0. A block is met with 0
+// in their place, and to what a query sees of them they are added.
+template <class Kind>
+struct Odd {
+  typedef typename Kind::element element;
+  const int64_t wide;
+  element* values;  // of one block
+  float* seen;      // [BLOCK, wide], of the tile's queries
+  explicit Odd(const Panels<Kind>& panels)
+      : wide(panels.wide),
+        values(static_cast<element*>(__builtin_malloc(BLOCK * wide * sizeof(element)))),
+        seen(static_cast<float*>(__builtin_calloc(BLOCK * wide, sizeof(float)))) {}
+  Odd(const Odd&) = delete;
+  ~Odd() { __builtin_free(values), __builtin_free(seen); }
+  // Takes them out of a block, which the queries of a tile see that have a bit.
+  void take_out(const Problem& p, const element* from, int64_t tile, int64_t id, uint64_t bits) {
+    std::memcpy(static_cast<void*>(values), from, BLOCK * wide * sizeof(element));
+    for (int64_t at = 0; at < BLOCK * wide; ++at) {
+      const float x = widen(values[at]);
+      if (x - x == 0) continue;
+      Kind::put(0, values[at]);
+      const int64_t c = at / Kind::PAIR % wide;
+      const int64_t t = at / Kind::PAIR / wide * Kind::PAIR + at % Kind::PAIR;
+      for (int i = 0; i < p.tile_queries[tile]; ++i)
+        if (bits >> i & 1 && t < visible(p, tile, i, id)) seen[i * wide + c] += x;
+    }
   }
 };
 
 // Rows from `first` on meet one block.
 template <class Kind>
 void meet(const Problem& p, const Panels<Kind>& panels, Work<Kind>& work, int64_t tile,
-          int64_t kv_head, int64_t id, int first, int rows) {
+          int64_t kv_head, int64_t id, int first, int rows,
+          const typename Kind::element* values) {
   const int64_t at = kv_head * p.blocks + p.tile_block[tile] + id;
   const float scale = p.scale * 1.44269504088896f;
   float* logits = work.logits + first * BLOCK;
@@ -322,7 +355,7 @@ void meet(const Problem& p, const Panels<Kind>& panels, Work<Kind>& work, int64_
     work.keep[first + i] =
         soften<Kind>(line, weights + i * BLOCK, work.top[first + i], work.total[first + i]);
   }
-  multiply<Kind>(weights, BLOCK, panels.values(at), panels.wide, work.acc + first * panels.wide,
+  multiply<Kind>(weights, BLOCK, values, panels.wide, work.acc + first * panels.wide,
                  panels.wide, rows, int(panels.wide), BLOCK, work.keep + first);
 }
 
@@ -330,12 +363,13 @@ void meet(const Problem& p, const Panels<Kind>& panels, Work<Kind>& work, int64_
 // whatever lies in it.
 template <class Kind>
 void meet_some(const Problem& p, const Panels<Kind>& panels, Work<Kind>& work, int64_t tile,
-               int64_t kv_head, int64_t id, int first, unsigned chosen) {
+               int64_t kv_head, int64_t id, int first, unsigned chosen,
+               const typename Kind::element* values) {
   float top[ROWS], total[ROWS];
   const int64_t line = panels.wide * sizeof(float);
   for (int i = 0; i < ROWS; ++i) top[i] = work.top[first + i], total[i] = work.total[first + i];
   std::memcpy(work.kept, work.acc + first * panels.wide, ROWS * line);
-  meet(p, panels, work, tile, kv_head, id, first, ROWS);
+  meet(p, panels, work, tile, kv_head, id, first, ROWS, values);
   for (int i = 0; i < ROWS; ++i) {
     if (chosen >> i & 1) continue;
     work.top[first + i] = top[i], work.total[first + i] = total[i];
@@ -343,30 +377,53 @@ void meet_some(const Problem& p, const Panels<Kind>& panels, Work<Kind>& work, i
   }
 }
 
-template <class Source, class Kind>
-void attend(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t tile,
-            float* scratch) {
-  const int64_t kv_head = head / (p.heads / p.kv_heads);
-  const int queries = p.tile_queries[tile];
-  const int rows = (queries + ROWS - 1) / ROWS * ROWS;
+// A tile meets all of its blocks.
+template <class Kind>
+void meet_all(const Problem& p, const Panels<Kind>& panels, Work<Kind>& work, int64_t head,
+              int64_t tile, Odd<Kind>* odd) {
+  const int64_t kv_head = head / (p.heads / p.kv_heads), row = head * p.tiles + tile;
+  const int rows = (p.tile_queries[tile] + ROWS - 1) / ROWS * ROWS;
   constexpr unsigned EVERY = (1u << ROWS) - 1;
-  Work<Kind> work(panels, scratch);
-  for (int i = 0; i < queries; ++i)
-    copy_query<Source, Kind>(p, p.tile_query[tile] + i, head, work.q + i * panels.depth);
-  const int64_t row = head * p.tiles + tile;
   for (int64_t at = p.rows[row]; at < p.rows[row + 1]; ++at) {
+    const int64_t id = p.chosen[at];
+    const uint64_t bits =
+        p.chosen_by ? p.chosen_by[at] >> (p.tile_position[tile] % BLOCK) : ~uint64_t(0);
+    const auto* values = panels.values(kv_head * p.blocks + p.tile_block[tile] + id);
+    if (odd) odd->take_out(p, values, tile, id, bits), values = odd->values;
     if (!p.chosen_by) {
-      meet(p, panels, work, tile, kv_head, p.chosen[at], 0, rows);
+      meet(p, panels, work, tile, kv_head, id, 0, rows, values);
       continue;
     }
-    const uint64_t bits = p.chosen_by[at] >> (p.tile_position[tile] % BLOCK);
     for (int first = 0; first < rows; first += ROWS) {
       const unsigned chosen = unsigned(bits >> first) & EVERY;
       if (chosen == EVERY)
-        meet(p, panels, work, tile, kv_head, p.chosen[at], first, ROWS);
+        meet(p, panels, work, tile, kv_head, id, first, ROWS, values);
       else if (chosen)
-        meet_some(p, panels, work, tile, kv_head, p.chosen[at], first, chosen);
+        meet_some(p, panels, work, tile, kv_head, id, first, chosen, values);
     }
+  }
+}
+
+// Whether some of count numbers are infinite or none; count is a multiple of WIDTH.
+inline bool any_odd(const float* x, int64_t count) {
+  vfloat sum = {};
+  for (int64_t j = 0; j < count; j += WIDTH) sum += load(x + j) * 0.0f;
+  return !(sum_of(sum) == 0);
+}
+
+template <class Source, class Kind>
+void attend(const Problem& p, const Panels<Kind>& panels, int64_t head, int64_t tile,
+            float* scratch) {
+  const int queries = p.tile_queries[tile];
+  Work<Kind> work(panels, scratch);
+  for (int i = 0; i < queries; ++i)
+    copy_query<Source, Kind>(p, p.tile_query[tile] + i, head, work.q + i * panels.depth);
+  meet_all<Kind>(p, panels, work, head, tile, nullptr);
+  if (any_odd(work.acc, queries * panels.wide)) {
+    Odd<Kind> odd(panels);
+    work.begin(panels);
+    meet_all<Kind>(p, panels, work, head, tile, &odd);
+    for (int64_t j = 0; j < queries * panels.wide; ++j) work.acc[j] += odd.seen[j];
   }
   auto* out = static_cast<Source*>(p.out) + p.tile_query[tile] * p.out_token + head * p.out_head;
   for (int i = 0; i < queries; ++i) {

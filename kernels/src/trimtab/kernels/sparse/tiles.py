@@ -29,13 +29,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tu
 
 
 def weighted(p: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """The product of weights and values; a query that sees a value of no number has none."""
+    """The product of weights and values, to which what a query sees of infinities is added."""
     finite = v.isfinite()
     if bool(finite.all()):
         return torch.bmm(p, v)
-    faulty = visible & ~finite.all(-1)[:, None]
     out = torch.bmm(p, v.masked_fill(~finite, 0.0))
-    return out.masked_fill_(faulty.any(-1).expand(out.shape[:2])[..., None], float("nan"))
+    seen = visible.expand(p.shape).to(p.dtype)
+    for infinity in (float("inf"), float("-inf")):
+        # What is no number counts as both, as their sum is none.
+        odd = ~finite & (v != -infinity)
+        found = torch.bmm(seen, odd.to(p.dtype)) > 0
+        out += torch.zeros_like(out).masked_fill_(found, infinity)
+    return out
 
 
 def differentiate(

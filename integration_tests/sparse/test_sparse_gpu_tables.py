@@ -124,7 +124,7 @@ def test_a_choice_takes_no_more_memory_than_lots_allow_for(
     rows = table.rows.numel()
     assert calls.bytes <= 10 * table.query.numel() + 24 * rows
     copied = 8 * table.query.numel()  # where ids do not lie as they are wanted
-    assert calls.bytes + copied <= chosen._TABLE_BYTES * table.query.numel()
+    assert calls.bytes + copied <= chosen._COUNTED_BYTES * table.query.numel()
     assert launches == ["count", "begin", "scatter"]
 
 

@@ -21,6 +21,7 @@ from trimtab.kernels.sparse import (
     blockwise,
     gpu_tiles,
     launch,
+    launch_tables,
     naive,
     published,
     select_blocks,
@@ -28,6 +29,7 @@ from trimtab.kernels.sparse import (
     tables,
     triton_near,
     triton_selected,
+    triton_tables,
 )
 from trimtab.kernels.sparse.chosen import Chosen
 from trimtab.kernels.sparse.gpu_tiles import Need, Tile
@@ -420,7 +422,7 @@ def test_checkpointing_chooses_the_same_blocks_again():
         (lambda a: a.update(block=24), "power of two"),
         (lambda a: a.update(cu_keys=ends([10, 10])), "different numbers"),
         (lambda a: a.update(indices=a["indices"] + 0.5), "indices is torch.float32"),
-        (lambda a: a.update(workspace_bytes=-5), "workspace of -5 bytes"),
+        (lambda a: a.update(workspace_bytes=-5), "workspace_bytes is -5"),
         (lambda a: a.update(cu_queries=ends([10])), "must end at the 20 queries"),
         (lambda a: a.update(cu_keys=ends([21])), "there are 20 keys"),
         (
@@ -465,9 +467,17 @@ def test_a_choice_among_entries_that_do_not_fit_is_refused(change, what):
         select_blocks(**arguments)
 
 
-@pytest.mark.parametrize("sizes", [{"stride": 12}, {"top": 2}, {"window": 128}, {"block": 0}])
-def test_shapes_that_cannot_be_are_refused(sizes):
-    with pytest.raises(ValueError, match="SparseShape"):
+@pytest.mark.parametrize(
+    ("sizes", "what"),
+    [
+        ({"stride": 12}, "stride 12 must divide"),
+        ({"top": 2}, "more than top, 2"),
+        ({"window": 128}, "longer than the block 64"),
+        ({"block": 0}, "block is 0"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused(sizes, what):
+    with pytest.raises(ValueError, match=what):
         SparseShape(**sizes)
 
 
@@ -557,12 +567,27 @@ def test_the_model_of_times_knows_how_our_kernels_are_launched(monkeypatch):
     assert gpu_tiles.tile("near", need).rows == performance_model.NEAR_ROWS
     assert gpu_tiles.fit_block("backward", need, 128) == performance_model.BACKWARD_BLOCK
     assert gpu_tiles.tile("backward", need, 64).chunk == performance_model.BACKWARD_CHUNK
-    monkeypatch.setattr(tables.block_lists, "invert", lambda *_: None)  # as on a GPU
+    for top, blocks in ((16, 128), (16, 2048), (8, 64), (3, 1)):
+        assert traffic.count_tile(top, blocks) == launch_tables.tile_of(top, blocks)
     *qkv, cu, _ = drawn(18, 4, 2, 8, 8, [(60, 60)])
     chosen = chosen_of(qkv, cu, cu, some_blocks(18, 2, 60, 4))
+    started = []
+    for name in ("count", "begin", "scatter", "items"):
+        monkeypatch.setattr(triton_tables, name, Started(started))
+    monkeypatch.setattr(launch_tables, "_on_triton", lambda x: True)  # as on a GPU
     with Calls() as calls:
         assert len(list(launch.segments(chosen, Tile(16, 4, 1), 24, shared=True))) == 1
-    assert calls.count == performance_model.TABLE_CALLS
+    assert len(started) + calls.count == performance_model.TABLE_LAUNCHES
+
+
+class Started:
+    """Stands for a kernel, and notes its launches."""
+
+    def __init__(self, launches):
+        self.launches = launches
+
+    def __getitem__(self, grid):
+        return lambda *given, **constants: self.launches.append(grid)
 
 
 class Calls(TorchDispatchMode):

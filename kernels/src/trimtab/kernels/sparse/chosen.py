@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trimtab.kernels.sparse import tables
+from trimtab.kernels.sparse import launch_tables, tables
 from trimtab.kernels.sparse.tables import BlockMajor, Blocks, Queries
 from trimtab.kernels.sparse.tiles import wide
 
-_TABLE_BYTES = 48
-"""What a choice takes at most while its table is made."""
+_COUNTED_BYTES, _SORTED_BYTES = 24, 48
+"""What a choice takes at most while its table is made: by counting, and where that cannot be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,8 @@ class Chosen:
         step = -(-count // pieces)
         pieces = -(-count // step)
         heads = max(1, min(kv_heads, self.workspace_bytes // (query_bytes * count)))
-        together = self.workspace_bytes // (heads * step * self.top * _TABLE_BYTES) if shared else 1
+        each = _COUNTED_BYTES if self.top <= launch_tables.LONGEST_INVERTED else _SORTED_BYTES
+        together = self.workspace_bytes // (heads * step * self.top * each) if shared else 1
         lines = heads * max(1, together // pieces)
         queries = step * max(1, min(pieces, together))
         whole = kv_heads // heads * heads

@@ -114,13 +114,9 @@ def segments(
     """The segments of `Chosen.lots`, with the work items of a tile."""
     group, blocks = chosen.group, chosen.blocks.first.numel()
     for lot in chosen.lots(part_bytes, shared=shared):
-        ids = chosen.ids[lot.kv, lot.part]
-        _, count, top = ids.shape
-        pieces = -(-count // lot.step)
-        padding = (0, 0, 0, pieces * lot.step - count)
-        lines = torch.nn.functional.pad(ids, padding, value=-1).reshape(-1, lot.step, top)
-        table = tables.block_major(lines, blocks)
-        row_count, entries = lot.heads * blocks, lot.heads * lot.step * top
+        pieces = -(-(lot.part.stop - lot.part.start) // lot.step)
+        table = tables.block_major(chosen.ids[lot.kv, lot.part], blocks, lot.step)
+        row_count, entries = lot.heads * blocks, lot.heads * lot.step * chosen.top
         lengths = table.rows.diff().view(-1, row_count) * group
         work = tables.work(lengths, entries * group, how.chunk)
         for number in range(lengths.shape[0]):

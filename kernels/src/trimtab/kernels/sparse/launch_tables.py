@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LONGEST_NUMBERED, _LONGEST_INVERTED = 64, 1024
+_LONGEST_NUMBERED, LONGEST_INVERTED = 64, 1024
 """Slots of a query at most. To number them, all are compared with all."""
 _MOST_ROWS = 1 << 15
 """Of a segment; each is compared with all."""
-_ROWS, _WIDE, _TILES, _COLUMNS = 64, 32, 32, 64
+_ROWS, _WIDE, _TILES, _COLUMNS = 32, 32, 32, 64
 
 
 def _on_triton(x: Tensor) -> bool:
@@ -68,7 +68,7 @@ def invert(ids: Tensor, blocks: int, step: int) -> tuple[Tensor, Tensor, Tensor]
         step: queries of a line.
     """
     kv_heads, known, top = ids.shape
-    if not (_on_triton(ids) and ids.numel() and top <= _LONGEST_INVERTED):
+    if not (_on_triton(ids) and ids.numel() and top <= LONGEST_INVERTED):
         return None
     from trimtab.kernels.sparse import triton_tables as kernels
 

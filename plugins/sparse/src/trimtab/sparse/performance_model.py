@@ -54,15 +54,14 @@ GPUS: Mapping[str, Gpu] = {
 
 LAUNCH_S = 5e-6
 """Of a small kernel."""
-TABLE_CALLS = 46
-"""Calls of torch that make one index table."""
-_TABLE_LAUNCHES = TABLE_CALLS + 12
-"""Kernels of these; two calls sort, in several."""
+TABLE_LAUNCHES = 7
+"""Kernels that make a table and its work items: Triton's four, and torch's sums and differences."""
+_COUNT_QUERY_S = 0.6e-6
+"""A program that counts goes through its queries one by one, and waits for the L2 cache twice."""
+_COUNTING = 32 * 132
+"""Such programs at once, of a warp each, where the L2 cache is an H100's."""
 _FORWARD_LAUNCHES, _BACKWARD_LAUNCHES = 2, 3
 """Of a segment."""
-_TABLE_BYTES = 260
-"""Memory traffic of a table for each choice: 141 of torch's calls but for the sort, whose four
-passes of a radix sort take 24 each, and its copies."""
 
 NEAR_UNTIL: Mapping[int, int] = {64: 3584, 128: 1664}
 """Token from which on queries have far blocks, by the tokens of a block; a query has 1024 of them,
@@ -198,16 +197,18 @@ class Model:
         return {"blocks": self._by_blocks_s(run), "queries": panels + beside}
 
     def _by_blocks_s(self, run: Run) -> float:
-        """What is near at the rate of dense attention, and parts of what is far."""
+        """What is near at the rate of dense attention, and parts of what is far if anything is."""
         of = replace(_sizes(run), near_until=NEAR_UNTIL[run.block])
-        lists = traffic.lists(of, of.forward_part_bytes, FORWARD_CHUNK)
         bytes_per_s = _PUBLISHED_PART_BYTES * HEADS * _UNIT * 16 / self.seconds["parts"]
-        programs = run.tokens / NEAR_ROWS * HEADS
-        moved = traffic.forward_bytes(of, lists) + traffic.near_index_bytes(of, programs)
+        indices = traffic.near_index_bytes(of, run.tokens / NEAR_ROWS * HEADS)
         near = self.dense.forward * traffic.near_keys(of) / (_UNIT**2 / 2)
+        joined = near + indices / bytes_per_s
+        if run.tokens <= NEAR_UNTIL[run.block]:
+            return joined + LAUNCH_S
+        lists = traffic.lists(of, of.forward_part_bytes, FORWARD_CHUNK)
+        parts = traffic.forward_bytes(of, lists) / bytes_per_s
         copied = traffic.far_bytes(of) / GPUS[run.gpu].memory_bytes_per_s + LAUNCH_S
-        tables = self._tables_s(run.gpu, of, lists, _FORWARD_LAUNCHES)
-        return moved / bytes_per_s + near + copied + tables
+        return joined + parts + copied + self._tables_s(run.gpu, of, lists, _FORWARD_LAUNCHES)
 
     def _our_backward_s(self, run: Run) -> float:
         """Compressed attention's, and the selected branch's by its bytes."""
@@ -225,9 +226,12 @@ class Model:
         return _backward_known(self.dense, run) + selected + beside + tables
 
     def _tables_s(self, gpu: str, of: traffic.Sizes, lists: traffic.Lists, launches: int) -> float:
-        sorting = of.tokens * of.kv_heads * of.top * _TABLE_BYTES / GPUS[gpu].memory_bytes_per_s
-        started = lists.lots * _TABLE_LAUNCHES + lists.segments * launches
-        return sorting + started * LAUNCH_S
+        """Of all tables of a call: their bytes, their launches, and the queries that are counted."""
+        of_gpu, queries = GPUS[gpu], of.tokens * of.kv_heads
+        at_once = _COUNTING * of_gpu.l2_bytes_per_s / _H100_L2
+        started = lists.lots * TABLE_LAUNCHES + 1 + lists.segments * launches
+        moved = traffic.table_bytes(of, lists) / of_gpu.memory_bytes_per_s
+        return moved + started * LAUNCH_S + queries / at_once * _COUNT_QUERY_S
 
 
 def _sizes(run: Run) -> traffic.Sizes:

@@ -96,6 +96,21 @@ def far_bytes(of: Sizes) -> float:
     return of.tokens * of.kv_heads * (16 * of.top + 24)
 
 
+def table_bytes(of: Sizes, lists: Lists) -> float:
+    """Of the index tables of a call: ids checked and numbered, counted, and put into lists."""
+    queries = of.tokens * of.kv_heads
+    blocks = -(-of.tokens // of.block)
+    counts = queries / count_tile(of.top, blocks) * (blocks + 1)
+    numbered = queries * (12 * of.top + 24)
+    listed = queries * of.top * 44 + lists.choices * 16 + counts * 12 + lists.rows * 8
+    return numbered + listed + lists.rows * 24 + lists.launched * 8
+
+
+def count_tile(top: int, blocks: int) -> int:
+    """Queries whose choices are counted together, as `trimtab.kernels.sparse` has it."""
+    return max(32, 1 << (-(-4 * blocks // top) - 1).bit_length())
+
+
 def near_keys(of: Sizes) -> float:
     """Keys that queries of one head attend to by tiles, in a sequence that is no shorter.
 
@@ -137,7 +152,7 @@ def torch_bytes(of: Sizes) -> float:
     return of.tokens * of.kv_heads * of.group * of.d_v * widened + keys
 
 
-_TABLE_BYTES = 48
+_TABLE_BYTES = 24
 
 
 def lists(of: Sizes, part_bytes: int, chunk: int) -> Lists:

@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from trimtab.hosts.vllm.prefills import LayerShape
 from trimtab.kernels.sparse import (
     NewTokens,
     Paging,
@@ -21,6 +22,7 @@ from trimtab.kernels.sparse import (
 from trimtab.kernels.sparse.prefill import plan
 from trimtab.kernels.sparse.selectors import Selection
 from trimtab.sparse.config import SparseConfig
+from trimtab.sparse.gpu_plan import plan_on_gpu
 from trimtab.sparse.nsa import NSAAttention
 from trimtab.sparse.selection import selection
 
@@ -192,3 +194,9 @@ def test_a_branch_names_the_tensor_by_the_name_it_was_given_under(attend, said):
 def test_a_plan_for_sizes_that_cannot_be_is_refused(sizes, said):
     with pytest.raises(ValueError, match=said):
         plan(*sizes, Selection())
+
+
+def test_a_plan_for_a_gpu_refuses_them_too():
+    layers = LayerShape(32, 8, 128, 16, 9, "FLASH_ATTN")
+    with pytest.raises(ValueError, match="4096 queries are more than 2048 keys"):
+        plan_on_gpu(4096, 2048, layers, Selection())

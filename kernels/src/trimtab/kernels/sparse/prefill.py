@@ -117,14 +117,9 @@ def plan(
     Raises:
         ValueError: the numbers cannot be, or there are more queries than keys.
     """
-    check_numbers(1, queries=queries, keys=keys, group=group)
-    if queries > keys:
-        raise ValueError(
-            f"{queries} queries are more than {keys} keys, of which they are the last; give keys"
-            f" from {queries} on"
-        )
-    pairs = queries * (keys - queries / 2)
+    check_numbers(1, group=group)
     visible, kept, read = _expected(queries, keys, selection)
+    pairs = queries * (keys - queries / 2)
     blocks_path = "compiled" if library() is not None else "torch"
     sparse = read * TILE / _SPEED[blocks_path]
     sparse += _selection_work(selection) * pairs + _PACKING * keys / group
@@ -141,6 +136,9 @@ def expected_share(queries: int, keys: int, selection: Selection) -> float:
         queries: new tokens, the last of ``keys``.
         keys: tokens of the sequence.
         selection: which blocks are kept.
+
+    Raises:
+        ValueError: the numbers cannot be, or there are more queries than keys.
     """
     visible, _, read = _expected(queries, keys, selection)
     return read / visible
@@ -148,6 +146,12 @@ def expected_share(queries: int, keys: int, selection: Selection) -> float:
 
 def _expected(queries: int, keys: int, selection: Selection) -> tuple[float, float, float]:
     """Blocks that queries see, that they keep, and that are read for them."""
+    check_numbers(1, queries=queries, keys=keys)
+    if queries > keys:
+        raise ValueError(
+            f"{queries} queries are more than {keys} keys, of which they are the last; give keys"
+            f" from {queries} on"
+        )
     position = keys - queries
     visible = kept = read = 0.0
     union = _UNION if selection.by == "query" else 1

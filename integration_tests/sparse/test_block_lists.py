@@ -202,7 +202,7 @@ def test_ids_are_numbered_through_in_order_and_wrong_ones_dropped(seed, size, dt
         numbered = block_lists.number_through(ids, own, before)
         assert torch.equal(numbered, block_lists.number_through(strided, own, before))
         assert block_lists.number_through(ids.repeat(1, 1, 200), own, before) is None
-    assert numbered.dtype == torch.int64
+    assert numbered.dtype == torch.int32
     for of_head, rows in zip(ids.tolist(), numbered.tolist(), strict=True):
         every = zip(of_head, rows, own.tolist(), before.tolist(), strict=True)
         for given_ids, row, last, first in every:
@@ -231,7 +231,7 @@ def test_inverted_lists_have_every_choice_once_in_the_order_of_queries(
     seed, size, blocks, threads, build
 ):
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(-2, blocks + 1, size, generator=generator)
+    ids = torch.randint(-2, blocks + 1, size, generator=generator).int()
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -256,7 +256,7 @@ def test_inverted_lists_have_every_choice_once_in_the_order_of_queries(
 
 def test_tables_and_choices_are_the_same_without_compiled_code():
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(-1, 7, (3, 50, 4), generator=generator)
+    ids = torch.randint(-1, 7, (3, 50, 4), generator=generator).int()
     shape = SHAPES[0]
     q, entries, *every = drawn(6, 4, 2, 8, [(90, 90), (5, 40)], shape)
     ours = tables.block_major(ids, 7), select_blocks(q, entries, *every, shape)
@@ -274,7 +274,7 @@ def test_what_compiled_code_does_not_know_is_left_to_torch():
     shape = SHAPES[0]
     q, entries, *every = drawn(5, 1, 1, 8, [(20, 20)], shape)
     assert block_lists.select(q.double(), entries.double(), *every, shape, 1.0) is None
-    assert block_lists.invert(torch.zeros(1, 1, 1, dtype=torch.int32), 1) is None
+    assert block_lists.invert(torch.zeros(1, 1, 1, dtype=torch.int64), 1) is None
 
 
 def test_code_that_does_not_load_or_is_of_another_source_is_told(tmp_path, caplog):

@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trimtab.kernels.sparse import chosen, launch_tables, tables, triton_tables
+from trimtab.kernels.sparse import chosen, launch_tables, static_report, tables, triton_tables
+from trimtab.kernels.sparse.configurations import TABLES, shipped, table_configuration
 
 pytestmark = pytest.mark.integration
-
-KERNELS = ("number", "count", "begin", "scatter", "items")
 
 
 def test_tables_are_those_of_torch_interpreted_where_there_is_no_gpu():
@@ -59,13 +58,13 @@ def launches(monkeypatch):
     """The kernels that are launched, none of which does anything."""
     found = []
     monkeypatch.setattr(launch_tables, "_on_triton", lambda x: True)
-    for name in KERNELS:
+    for name in TABLES:
         monkeypatch.setattr(triton_tables, name, Started(name, found))
     return found
 
 
-def test_a_table_is_made_in_four_launches_and_a_sum(launches):
-    ids = torch.zeros(4, 100, 16, dtype=torch.int64)
+def test_a_table_is_made_in_three_launches_and_a_sum_and_its_items_in_one(launches):
+    ids = torch.zeros(4, 100, 16, dtype=torch.int32)
     with Calls() as calls:
         table = tables.block_major(ids, 9, 30)
     assert (launches, calls.started) == (["count", "begin", "scatter"], ["cumsum"])
@@ -90,7 +89,7 @@ def test_ids_are_numbered_in_one_launch(launches):
 def test_what_no_program_holds_and_what_is_empty_is_left_to_torch(launches):
     cu = torch.tensor([0, 5])
     queries, blocks = tables.place_queries(cu, cu, 5, 16), tables.cut(cu, 5, 16)
-    ids = torch.zeros(1, 5, 1025, dtype=torch.int64)
+    ids = torch.zeros(1, 5, 1025, dtype=torch.int32)
     assert tables.number_through(ids, queries, blocks)[0, 4].tolist() == [0] + [-1] * 1024
     assert tables.block_major(ids[..., :1], 1).rows.shape == (2,)
     assert launches == ["count", "begin", "scatter"]
@@ -118,12 +117,12 @@ def test_a_choice_takes_no_more_memory_than_lots_allow_for(
 ):
     blocks = tokens // block + 1
     with torch.device("meta"):
-        ids = torch.empty(kv_heads, tokens, top, dtype=torch.int64)
+        ids = torch.empty(kv_heads, tokens, top, dtype=torch.int32)
         with Calls() as calls:
             table = tables.block_major(ids, blocks, step)
     rows = table.rows.numel()
     assert calls.bytes <= 10 * table.query.numel() + 24 * rows
-    copied = 8 * table.query.numel()  # where ids do not lie as they are wanted
+    copied = 4 * table.query.numel()  # where ids do not lie as they are wanted
     assert calls.bytes + copied <= chosen._COUNTED_BYTES * table.query.numel()
     assert launches == ["count", "begin", "scatter"]
 
@@ -133,6 +132,47 @@ def test_a_choice_takes_no_more_memory_than_lots_allow_for(
 )
 def test_more_than_2_to_the_31_choices_are_counted_in_64_bits(launches, queries, counted):
     with torch.device("meta"):
-        table = tables.block_major(torch.empty(64, queries, 16, dtype=torch.int64), 1000)
+        table = tables.block_major(torch.empty(64, queries, 16, dtype=torch.int32), 1000)
     assert table.place.dtype == counted
     assert table.rows.dtype == torch.int64
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+@pytest.mark.parametrize("kernel", TABLES)
+def test_no_kernel_of_tables_spills(kernel, target, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    to = static_report.TARGETS[target]
+    of = table_configuration(kernel, to.backend)
+    assert of in list(shipped(to.backend))
+    used = static_report.measure(of, target)
+    assert used.spilled_bytes == 0
+    assert used.registers <= to.registers_at(of.tile.warps)
+    assert used.shared_bytes <= to.shared_bytes
+
+
+@pytest.mark.parametrize("kernel", TABLES)
+def test_kernels_of_tables_are_compiled_as_they_are_launched(kernel, monkeypatch):
+    given = {}
+
+    class Noted:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: given.update(a=arguments, c=constants)
+
+    monkeypatch.setattr(launch_tables, "_on_triton", lambda x: True)
+    of = table_configuration(kernel, "cuda")
+    names, constants, types = of.function.arg_names, of.constants, of.types
+    for name in TABLES:
+        monkeypatch.setattr(triton_tables, name, Noted() if name == kernel else Started(name, []))
+    with torch.device("meta"):
+        cu = torch.zeros(2, dtype=torch.int32)
+        placed, blocks = tables.place_queries(cu, cu, 65536, 64), tables.cut(cu, 65535, 64)
+        ids = tables.number_through(torch.empty(1, 65536, 16, dtype=torch.int32), placed, blocks)
+        table = tables.block_major(ids, blocks.first.numel())
+        tables.work(table.rows.diff().view(1, -1), table.query.numel(), 512)
+    assert given["c"] == {**constants, "num_warps": of.tile.warps}
+    assert len(given["a"]) + len(constants) == len(names)
+    kinds = {torch.int32: "*i32", torch.int64: "*i64"}
+    for name, argument in zip(names, given["a"], strict=False):
+        kind = kinds[argument.dtype] if isinstance(argument, torch.Tensor) else "i32"
+        assert types[name] == kind, name

@@ -19,7 +19,12 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
 from trimtab.kernels.sparse import tables
-from trimtab.kernels.sparse.configurations import KERNELS, configuration
+from trimtab.kernels.sparse.configurations import (
+    KERNELS,
+    TABLES,
+    configuration,
+    table_configuration,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -117,6 +122,18 @@ def test_addresses_are_computed_in_64_bits(kernel):
     assert products_in_32_bits(text, allowed) == []
 
 
+@pytest.mark.parametrize("kernel", TABLES)
+def test_addresses_in_tables_are_computed_in_64_bits(kernel):
+    of = table_configuration(kernel, "cuda")
+    constants = of.constants
+    if "TOP" in constants:
+        constants["TOP"] = 7
+    allowed = {x for name, x in constants.items() if name != "TOP"}
+    assert 7 not in allowed
+    text = intermediate(of.function, of.types, constants)
+    assert products_in_32_bits(text, allowed) == []
+
+
 @triton.jit
 def _narrow(x, out, stride, ROWS: tl.constexpr, D: tl.constexpr):  # noqa: N803
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -147,8 +164,9 @@ def test_tables_of_more_than_2_to_the_31_choices_count_in_64_bits(queries, count
         items = tables.schedule(table, 16, 64)
     choices = 64 * queries * 16
     assert (choices > 2**31) == (counted == torch.int64)
-    wide = (placed.last, placed.own, blocks.first, blocks.length, ids, table.rows)
+    wide = (placed.last, placed.own, blocks.first, blocks.length, table.rows)
     assert {x.dtype for x in wide} == {torch.int64}
+    assert ids.dtype == torch.int32  # of blocks, which are fewer
     assert table.place.dtype == counted
     assert table.query.numel() == choices
     assert items.row.numel() == choices * 16 // 64 + 64 * blocks.first.numel()

@@ -47,7 +47,7 @@ struct Selection {
 
 struct Numbering {
   const void* ids;                                    // [kv_heads, queries, top], any order
-  int64_t* out;                                       // [kv_heads, queries, top], -1 is none
+  int32_t* out;                                       // [kv_heads, queries, top], -1 is none
   const int64_t *own, *before;                        // [queries]: last id, what is added to ids
   int64_t ids_head, ids_query;
   int64_t kv_heads, queries, top;
@@ -56,7 +56,7 @@ struct Numbering {
 };
 
 struct Inversion {
-  const int64_t* ids;                                 // [kv_heads, queries, top]; none outside blocks
+  const int32_t* ids;                                 // [kv_heads, queries, top]; none outside blocks
   int64_t* rows;                                      // [kv_heads * blocks + 1]
   int32_t* query;                                     // [kv_heads * queries * top]
   void* place;                                        // [kv_heads, queries, top]
@@ -230,7 +230,8 @@ void number_through(const Numbering& p) {
     const int64_t query = item % p.queries, last = p.own[query], before = p.before[query];
     const Id* ids =
         static_cast<const Id*>(p.ids) + item / p.queries * p.ids_head + query * p.ids_query;
-    int64_t *out = p.out + item * p.top, count = 0;
+    int32_t* out = p.out + item * p.top;
+    int64_t count = 0;
     for (int64_t slot = 0; slot < p.top; ++slot) {
       const int64_t id = ids[slot] + before;
       if (ids[slot] < 0 || ids[slot] > last) continue;
@@ -238,7 +239,7 @@ void number_through(const Numbering& p) {
       while (at > 0 && out[at - 1] > id) --at;
       if (at > 0 && out[at - 1] == id) continue;
       for (int64_t moved = count++; moved > at; --moved) out[moved] = out[moved - 1];
-      out[at] = id;
+      out[at] = int32_t(id);
     }
     while (count < p.top) out[count++] = -1;
   }
@@ -259,7 +260,7 @@ void invert(const Inversion& p) {
       const int64_t head = item / p.chunks, begin = item % p.chunks * size;
       int64_t* counts = p.counts + item * p.blocks;
       for (int64_t query = begin; query < begin + size && query < p.queries; ++query) {
-        const int64_t* ids = p.ids + head * p.ids_head + query * p.ids_query;
+        const int32_t* ids = p.ids + head * p.ids_head + query * p.ids_query;
         for (int64_t slot = 0; slot < p.top; ++slot)
           if (is_block(ids[slot], p.blocks)) ++counts[ids[slot]];
       }
@@ -284,7 +285,7 @@ void invert(const Inversion& p) {
       const int64_t head = item / p.chunks, begin = item % p.chunks * size;
       int64_t* next = p.counts + item * p.blocks;
       for (int64_t query = begin; query < begin + size && query < p.queries; ++query) {
-        const int64_t* ids = p.ids + head * p.ids_head + query * p.ids_query;
+        const int32_t* ids = p.ids + head * p.ids_head + query * p.ids_query;
         Place* to = place + (head * p.queries + query) * p.top;
         for (int64_t slot = 0; slot < p.top; ++slot) {
           const int64_t at = is_block(ids[slot], p.blocks) ? next[ids[slot]]++ : -1;

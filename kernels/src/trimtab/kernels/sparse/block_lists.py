@@ -177,7 +177,7 @@ def number_through(ids: Tensor, own: Tensor, before: Tensor) -> Tensor | None:
     if built is None or not known or ids.shape[2] > _LONGEST_LIST:
         return None
     kept = {"ids": _dense(ids), "own": own.contiguous(), "before": before.contiguous()}
-    kept["out"] = torch.empty(ids.shape, dtype=torch.int64)
+    kept["out"] = torch.empty(ids.shape, dtype=torch.int32)
     problem = _Numbering(
         ids_head=kept["ids"].stride(0),
         ids_query=kept["ids"].stride(1),
@@ -196,11 +196,11 @@ def invert(ids: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """The rows, queries and places of `tables.BlockMajor`; a counting sort.
 
     Args:
-        ids: ``[kv_heads, queries, top]`` int64; what is below 0 is none.
+        ids: ``[kv_heads, queries, top]`` int32; what is below 0 is none.
         blocks: how many there are.
     """
     built = code()
-    if built is None or ids.dtype != torch.int64 or ids.device.type != "cpu":
+    if built is None or ids.dtype != torch.int32 or ids.device.type != "cpu":
         return None
     ids = _dense(ids)
     kv_heads, queries, top = ids.shape

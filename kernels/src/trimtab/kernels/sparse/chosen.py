@@ -104,7 +104,7 @@ class Chosen:
     def halved(self) -> Chosen:
         """The same in blocks of half as many tokens, two for each that was chosen."""
         half = self.block // 2
-        sides = torch.arange(2, device=self.ids.device)
+        sides = torch.arange(2, dtype=self.ids.dtype, device=self.ids.device)
         ids = (self.ids[..., None] * 2 + sides).masked_fill((self.ids < 0)[..., None], -1)
         blocks = Blocks(
             (self.blocks.first[:, None] + sides * half).flatten(),

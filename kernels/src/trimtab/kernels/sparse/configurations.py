@@ -9,6 +9,7 @@ from importlib import import_module
 from itertools import product
 from typing import Any
 
+from trimtab.kernels.sparse import launch_tables
 from trimtab.kernels.sparse.gpu_tiles import (
     IN_TORCH_TOO,
     Need,
@@ -47,7 +48,7 @@ class Kernel:
 KERNELS: Mapping[str, Kernel] = {
     "forward": Kernel("triton_selected", "forward", "forward", {}, blocks="forward"),
     "near_and_join": Kernel("triton_near", "near_and_join", "near", {}, blocks="forward"),
-    "far": Kernel("triton_near", "far", "far", {"out": "*i64"}),
+    "far": Kernel("triton_near", "far", "far", {"out": "*i32"}),
     "by_query": Kernel("triton_selected", "by_query", "by_query", {}, blocks="by_query"),
     "backward": Kernel(
         "triton_selected", "backward", "backward", {"dk": "wide", "dv": "wide"}, blocks="backward"
@@ -84,9 +85,9 @@ _PASSES: Mapping[str, int] = {"forward": 0, "published_maxima": 1, "published_fo
 _NARROW = ("q", "k", "v", "entries", "gradient", "out", "part", "dq", "dk", "dv")
 _WIDE = ("part_max", "part_sum", "lse", "delta", "dq_part", "further_k", "further_v")
 _LONG = ("rows", "block_first", "block_length", "last", "low", "high", "first_query", "end_query")
-_LONG_TOO = ("ids", "further", "tile_first", "tile_length", "tile_before", "before")
+_LONG_TOO = ("further", "tile_first", "tile_length", "tile_before", "before")
 _SEEN = ("entry_first", "visible", "own")
-_INT = ("query", "item_row", "item_chunk", "place", "pages", "lists", "counts")
+_INT = ("ids", "query", "item_row", "item_chunk", "place", "pages", "lists", "counts")
 _NUMBERS = ("blocks", "queries", "tokens", "tiles", "samples", "position", "lines")
 _NUMBERS_TOO = ("begin", "count", "tiles_before", "until")
 _STRIDES = ("page_stride", "head_stride", "slot_stride")
@@ -194,6 +195,53 @@ def configuration(
     return Configuration(kernel, backend, head_size, dtype, fitting, group, how)
 
 
+TABLES = ("number", "count", "begin", "scatter", "items")
+"""The kernels of `triton_tables`; they know nothing of heads."""
+
+_OF_TABLES = ("sequence", "totals", "lengths")
+_SIZES_OF_TABLES = ("known", "pieces", "lines", "row_count", "most")
+
+
+@dataclass(frozen=True)
+class TableConfiguration(Configuration):
+    """A kernel that makes index tables, for 64K tokens of one sequence in blocks."""
+
+    @cached_property
+    def function(self) -> Any:
+        """The kernel itself."""
+        return getattr(import_module("trimtab.kernels.sparse.triton_tables"), self.kernel)
+
+    @property
+    def name(self) -> str:
+        """What tells it from all others."""
+        return f"{self.kernel}/block-{self.block}"
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """By the names of the kernel's arguments."""
+        top = 1024 // self.block
+        tile = launch_tables.tile_of(top, 65536 // self.block)
+        how = launch_tables.constants(self.kernel, top, tile, chunk=512)
+        return {name: value for name, value in how.items() if name != "num_warps"}
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Of all other arguments."""
+        own = {
+            **dict.fromkeys(_OF_TABLES, "*i64"),
+            **dict.fromkeys(_SIZES_OF_TABLES, "i32"),
+            **dict.fromkeys(("indices", "out"), "*i32"),
+        }
+        types = {**_TYPES, **own}
+        return {n: types[n] for n in self.function.arg_names if n not in self.constants}
+
+
+def table_configuration(kernel: str, backend: str, block: int = 64) -> TableConfiguration:
+    """One of `TABLES` as it is launched, for lists of 1024 tokens."""
+    how = Tile(rows=1, warps=launch_tables.constants(kernel)["num_warps"], stages=3)
+    return TableConfiguration(kernel, backend, (0, 0), "bf16", block, 1, how)
+
+
 def _need(kernel: str, backend: str, head_size: tuple[int, int], dtype: str) -> Need:
     d, d_v = head_size
     width = padded(d) + padded(d if kernel == "select" else d_v)
@@ -220,3 +268,6 @@ def shipped(backend: str) -> Iterator[Configuration]:
             one = configuration(kernel, backend, HEAD_SIZES[-1], group=group)
             found[one.name] = one
     yield from found.values()
+    for kernel in TABLES:
+        for block in BLOCKS if kernel in ("number", "count", "scatter") else (64,):
+            yield table_configuration(kernel, backend, block)

@@ -13,7 +13,7 @@ _LONGEST_NUMBERED, LONGEST_INVERTED = 64, 1024
 """Slots of a query at most. To number them, all are compared with all."""
 _MOST_ROWS = 1 << 15
 """Of a segment; each is compared with all."""
-_ROWS, _WIDE, _TILES, _COLUMNS = 32, 32, 32, 64
+_ROWS, _COLUMNS = 32, 64
 
 
 def _on_triton(x: Tensor) -> bool:
@@ -24,6 +24,27 @@ def _on_triton(x: Tensor) -> bool:
 
 def _padded(size: int) -> int:
     return 1 << (size - 1).bit_length()
+
+
+def constants(kernel: str, top: int = 1, tile: int = 1, chunk: int = 1) -> dict[str, int]:
+    """The constants of a kernel, and its warps as ``num_warps``.
+
+    Args:
+        kernel: its name in `triton_tables`.
+        top: slots of a query.
+        tile: queries of a tile, of which choices are counted.
+        chunk: rows of a work item.
+    """
+    slots = _padded(top)
+    of_lists = {"TOP": top, "SLOTS": slots}
+    own = {
+        "number": {**of_lists, "QUERIES": max(1, 4096 // slots**2)},
+        "count": {**of_lists, "TILE": tile, "STEP": max(1, 256 // slots), "COLUMNS": 128},
+        "begin": {"TILES": 32, "COLUMNS": _COLUMNS},
+        "scatter": {**of_lists, "TILE": tile, "QUERIES": max(1, 1024 // slots)},
+        "items": {"CHUNK": chunk, "ROWS": _ROWS, "WIDE": 32},
+    }
+    return {**own[kernel], "num_warps": 1 if kernel == "count" else 4}
 
 
 def tile_of(top: int, blocks: int) -> int:
@@ -45,15 +66,10 @@ def number_through(ids: Tensor, own: Tensor, sequence: Tensor, before: Tensor) -
         return None
     from trimtab.kernels.sparse import triton_tables as kernels
 
-    out = torch.empty(ids.shape, dtype=torch.int64, device=ids.device)
-    slots = _padded(top)
-    together = max(1, 4096 // slots**2)
-    kernels.number[(-(-queries // together), kv_heads)](
-        *(ids.contiguous(), own, sequence, before, out, queries),
-        TOP=top,
-        SLOTS=slots,
-        QUERIES=together,
-        num_warps=4,
+    out = torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
+    how = constants("number", top)
+    kernels.number[(-(-queries // how["QUERIES"]), kv_heads)](
+        *(ids.contiguous(), own, sequence, before, out, queries), **how
     )
     return out
 
@@ -62,7 +78,7 @@ def invert(ids: Tensor, blocks: int, step: int) -> tuple[Tensor, Tensor, Tensor]
     """The rows, queries and places of `tables.BlockMajor`.
 
     Args:
-        ids: ``[kv_heads, queries, top]`` int64; what is below 0 is none, and no query names a block
+        ids: ``[kv_heads, queries, top]`` int32; what is below 0 is none, and no query names a block
             twice.
         blocks: how many there are.
         step: queries of a line.
@@ -75,7 +91,7 @@ def invert(ids: Tensor, blocks: int, step: int) -> tuple[Tensor, Tensor, Tensor]
     if ids.stride()[1:] != (top, 1):
         ids = ids.contiguous()
     pieces = -(-known // step)
-    lines, tile, slots = kv_heads * pieces, tile_of(top, blocks), _padded(top)
+    lines, tile = kv_heads * pieces, tile_of(top, blocks)
     tiles = -(-step // tile)
     entries = lines * step * top
     counted = torch.int32 if entries < 2**31 else torch.int64
@@ -84,25 +100,19 @@ def invert(ids: Tensor, blocks: int, step: int) -> tuple[Tensor, Tensor, Tensor]
     counts = torch.empty(lines, tiles, blocks + 1, dtype=counted, device=ids.device)
     totals = torch.empty(lines * blocks, dtype=torch.int64, device=ids.device)
     rows = torch.empty(lines * blocks + 1, dtype=torch.int64, device=ids.device)
-    sizes = {"TOP": top, "SLOTS": slots, "TILE": tile}
     kernels.count[(lines * tiles,)](
         *(ids, place, counts, ids.stride(0), known, step, pieces, tiles, blocks),
-        **sizes,
-        STEP=max(1, 256 // slots),
-        COLUMNS=128,
-        num_warps=1,
+        **constants("count", top, tile),
     )
     kernels.begin[(lines * -(-(blocks + 1) // _COLUMNS),)](
-        *(counts, totals, rows, tiles, blocks), TILES=_TILES, COLUMNS=_COLUMNS, num_warps=4
+        *(counts, totals, rows, tiles, blocks), **constants("begin")
     )
     torch.cumsum(totals, 0, out=rows[1:])
-    together = max(1, 1024 // slots)
-    kernels.scatter[(lines * -(-step // together),)](
+    how = constants("scatter", top, tile)
+    kernels.scatter[(lines * -(-step // how["QUERIES"]),)](
         *(ids, place, counts, rows, query, ids.stride(0), known, step, pieces),
         *(lines, tiles, blocks),
-        **sizes,
-        QUERIES=together,
-        num_warps=4,
+        **how,
     )
     return rows, query, place
 
@@ -125,9 +135,6 @@ def work(lengths: Tensor, most: int, size: int) -> tuple[Tensor, Tensor, Tensor]
     further = torch.empty(segments, rows + 1, dtype=torch.int64, device=lengths.device)
     kernels.items[(segments * -(-rows // _ROWS),)](
         *(lengths.contiguous(), items[0], items[1], further, rows, count),
-        CHUNK=size,
-        ROWS=_ROWS,
-        WIDE=_WIDE,
-        num_warps=4,
+        **constants("items", chunk=size),
     )
     return items[0], items[1], further

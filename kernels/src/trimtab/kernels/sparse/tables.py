@@ -74,7 +74,7 @@ def number_through(indices: Tensor, queries: Queries, blocks: Blocks) -> Tensor:
         blocks: where the blocks lie.
 
     Returns:
-        ``[kv_heads, queries, top]`` int64, the absent ones last.
+        ``[kv_heads, queries, top]`` int32, the absent ones last.
     """
     own, sequence = queries.own, queries.sequence
     numbered = launch_tables.number_through(indices, own, sequence, blocks.before)
@@ -91,7 +91,7 @@ def number_through(indices: Tensor, queries: Queries, blocks: Blocks) -> Tensor:
     repeated = torch.zeros_like(known, dtype=torch.bool)
     repeated[..., 1:] = known[..., 1:] == known[..., :-1]
     known = known.masked_fill(repeated, none).sort(-1).values
-    return known.masked_fill(known == none, -1)
+    return known.masked_fill(known == none, -1).int()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def block_major(ids: Tensor, blocks: int, step: int | None = None) -> BlockMajor
     On a GPU Triton kernels, on a CPU compiled code counts instead.
 
     Args:
-        ids: ``[kv_heads, queries, top]`` int64, -1 is none; no query names a block twice.
+        ids: ``[kv_heads, queries, top]`` int32, -1 is none; no query names a block twice.
         blocks: how many there are.
         step: queries of a line. A KV head's are then cut into lines, whose last one is filled up
             with queries that have no blocks, and each line is taken for a KV head. By default a

@@ -18,6 +18,9 @@ NONE = tl.constexpr(0x7FFFFFFF)
 SIZES = ("head_stride", "known", "queries", "pieces", "lines", "tiles", "blocks")
 """Numbers for which no kernels of their own are compiled."""
 
+ANYWHERE = ("ids", "item_row", "item_chunk")
+"""Parts of tensors, which are aligned or not; nothing is gained by a kernel for each case."""
+
 
 @triton.jit(do_not_specialize=SIZES)
 def number(
@@ -51,10 +54,11 @@ def number(
     known = ids != NONE
     rank = tl.sum((ids[:, None, :] < ids[:, :, None]).to(tl.int32), 2)
     count = tl.sum(known.to(tl.int32), 1)
-    tl.store(out + line + rank, ids.to(tl.int64) + first[:, None], mask=both & known)
+    numbered = (ids + first[:, None]).to(tl.int32)
+    tl.store(out + line + rank, numbered, mask=both & known)
     absent = slot[None, :] >= count[:, None]
     tl.store(
-        out + line + slot[None, :], tl.full((QUERIES, SLOTS), -1, tl.int64), mask=both & absent
+        out + line + slot[None, :], tl.full((QUERIES, SLOTS), -1, tl.int32), mask=both & absent
     )
 
 
@@ -66,7 +70,7 @@ def _line(ids, line, head_stride, known, queries, pieces, TOP: tl.constexpr):
     return ids + (line // pieces) * head_stride + before * TOP, there_are
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
 def count(
     ids,
     place,
@@ -155,7 +159,7 @@ def begin(
     tl.store(totals + line * blocks + column, total.to(tl.int64), mask=column < blocks)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
 def scatter(
     ids,
     place,
@@ -200,7 +204,7 @@ def scatter(
     tl.store(place + at, goal, mask=both)
 
 
-@triton.jit(do_not_specialize=("row_count", "most"))
+@triton.jit(do_not_specialize=("row_count", "most"), do_not_specialize_on_alignment=ANYWHERE)
 def items(
     lengths,
     item_row,

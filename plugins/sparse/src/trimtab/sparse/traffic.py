@@ -88,12 +88,12 @@ def near_index_bytes(of: Sizes, programs: float) -> float:
     early = min(of.tokens, of.near_until or 0)
     heads = of.kv_heads * of.group
     late = (of.tokens - early) * heads * 4 * of.top
-    return of.tokens * heads * 8 * (1 + of.top) + late + 40 * programs
+    return of.tokens * heads * (8 + 4 * of.top) + late + 40 * programs
 
 
 def far_bytes(of: Sizes) -> float:
     """Of the copy of what is chosen without what is near, and of what it reads beside."""
-    return of.tokens * of.kv_heads * (16 * of.top + 24)
+    return of.tokens * of.kv_heads * (8 * of.top + 24)
 
 
 def table_bytes(of: Sizes, lists: Lists) -> float:
@@ -101,8 +101,8 @@ def table_bytes(of: Sizes, lists: Lists) -> float:
     queries = of.tokens * of.kv_heads
     blocks = -(-of.tokens // of.block)
     counts = queries / count_tile(of.top, blocks) * (blocks + 1)
-    numbered = queries * (12 * of.top + 24)
-    listed = queries * of.top * 44 + lists.choices * 16 + counts * 12 + lists.rows * 8
+    numbered = queries * (8 * of.top + 24)
+    listed = queries * of.top * 32 + lists.choices * 16 + counts * 12 + lists.rows * 8
     return numbered + listed + lists.rows * 24 + lists.launched * 8
 
 
@@ -129,7 +129,7 @@ def by_query_bytes(of: Sizes) -> float:
     """All else that the forward by queries moves."""
     programs = of.tokens * of.kv_heads
     heads = programs * of.group * ((of.d + of.d_v) * of.item_bytes + 4)
-    return heads + programs * (8 + of.top * (8 + 16))
+    return heads + programs * (8 + of.top * (4 + 16))
 
 
 def backward_bytes(of: Sizes, lists: Lists) -> float:

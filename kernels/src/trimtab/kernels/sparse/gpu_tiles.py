@@ -97,7 +97,7 @@ _MAIN: Mapping[tuple[str, int], tuple[Rule, ...]] = {
 _ANY = 1 << 30
 _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
     **{(kernel, *of): rules for kernel in ("forward", "published") for of, rules in _MAIN.items()},
-    ("by_query", "cuda", 2): (Rule(512, Tile(16, 4, 2), 64),),
+    ("by_query", "cuda", 2): (Rule(384, Tile(16, 4, 2), 64), Rule(512, Tile(16, 8, 2), 64)),
     ("by_query", "cuda", 4): (Rule(256, Tile(16, 8, 1), 32), Rule(512, Tile(16, 8, 1), 16)),
     ("by_query", "hip", 2): (Rule(512, Tile(16, 4, 1), 64),),
     ("by_query", "hip", 4): (Rule(512, Tile(16, 4, 1), 32),),

@@ -226,7 +226,7 @@ class Model:
         return _backward_known(self.dense, run) + selected + beside + tables
 
     def _tables_s(self, gpu: str, of: traffic.Sizes, lists: traffic.Lists, launches: int) -> float:
-        """Of all tables of a call: their bytes, their launches, and the queries that are counted."""
+        """Of all tables of a call: their bytes, their launches, and the counting of queries."""
         of_gpu, queries = GPUS[gpu], of.tokens * of.kv_heads
         at_once = _COUNTING * of_gpu.l2_bytes_per_s / _H100_L2
         started = lists.lots * TABLE_LAUNCHES + 1 + lists.segments * launches

@@ -150,7 +150,8 @@ def near_and_join(
         # A word holds what the tile calls near: bit 0 the first block, all others from here on.
         skipped = tl.where(earliest < until, 0, tl.maximum(earliest // BLOCK - 2, 0))
         bit = tl.where(block > 0, block - skipped, block)
-        words = tl.where(bit >= 0, tl.full((ROWS, KEPT), 1, tl.int64) << bit.to(tl.int64), 0)
+        one = tl.full((ROWS, KEPT), 1, tl.int64)
+        words = tl.where(bit >= 0, one << tl.maximum(bit, 0).to(tl.int64), 0)
         mine = tl.reduce(words, 1, _or)
         word = tl.reduce(mine, 0, _or)
 

@@ -3,12 +3,14 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trimtab.core.errors import BadInput
 from trimtab.sparse import traffic
 from trimtab.sparse.performance_model import (
     GPUS,
@@ -112,6 +114,25 @@ def test_ours_is_predicted_to_take_as_long_as_its_page_says() -> None:
     of = model("h200")
     assert 0.16 < of.forward_s("ours", run) < 0.18
     assert of.forward_s("fsa", run) > 0.6
+
+
+@pytest.mark.parametrize(
+    ("gpu", "system", "change", "what"),
+    [
+        ("h100", "ours", {}, "gpu 'h100' is not known"),
+        ("h200", "flash", {}, "system 'flash' is not known"),
+        ("h200", "fsa", {"gpu": "h20"}, "run.gpu 'h20' is not known"),
+        ("h200", "ours", {"block": 32}, "run.block 32 is not known"),
+        ("h200", "dense", {"tokens": 0}, "tokens is 0"),
+    ],
+)
+def test_what_the_model_does_not_know_is_named(
+    gpu: str, system: str, change: dict[str, Any], what: str
+) -> None:
+    run = Run("h200", 8 * K, 4, 64, 16)._replace(**change)
+    for name in ("forward_s", "both_s"):
+        with pytest.raises(BadInput, match=what):
+            getattr(model(gpu), name)(system, run)
 
 
 def test_from_8k_tokens_on_ours_is_never_predicted_slower_than_dense_attention() -> None:

@@ -21,6 +21,7 @@ from statistics import fmean
 import numpy as np
 from scipy.optimize import nnls
 
+from trimtab.core.errors import BadInput
 from trimtab.sparse import traffic
 from trimtab.sparse.published_figures import HEAD_SIZE, HEADS, RATIOS, TIMES, Run, Times
 
@@ -155,7 +156,11 @@ class Model:
         Args:
             system: one of `SYSTEMS`.
             run: what is run.
+
+        Raises:
+            BadInput: there is no such system, or no published time of the run's GPU or block.
         """
+        self._check(system, run)
         if system == "dense":
             return self.dense.forward * (run.tokens / _UNIT) ** 2
         if system == "ours":
@@ -164,7 +169,8 @@ class Model:
         return _forward_known(self.dense.forward, system, run) + fitted
 
     def both_s(self, system: str, run: Run) -> float:
-        """Of forward and backward together."""
+        """Of forward and backward together; see `forward_s`."""
+        self._check(system, run)
         if system == "dense":
             return self.dense.both * (run.tokens / _UNIT) ** 2
         if system == "ours":
@@ -173,6 +179,20 @@ class Model:
             self.seconds, _backward_terms(system, run)
         )
         return self.forward_s(system, run) + backward
+
+    def _check(self, system: str, run: Run) -> None:
+        for name, given, known in (
+            ("system", system, SYSTEMS),
+            ("run.gpu", run.gpu, (self.gpu,)),
+            ("run.block", run.block, tuple(NEAR_UNTIL)),
+        ):
+            if given not in known:
+                raise _unknown(name, given, known)
+        for name, number in (("tokens", run.tokens), ("group", run.group), ("top", run.top)):
+            if number < 1:
+                raise BadInput(
+                    f"{name} is {number}", where="run", fix="give a whole number from 1 on"
+                )
 
     def _our_forward_s(self, run: Run) -> float:
         """Compressed attention, the choice, and the selected branch.
@@ -305,9 +325,20 @@ def is_calibration(run: Run) -> bool:
     return round(log2(run.group) + log2(run.tokens) + log2(run.block)) % 2 == 1
 
 
+def _unknown(name: str, given: object, known: Iterable[object]) -> BadInput:
+    choices = ", ".join(map(repr, known))
+    return BadInput(f"{name} {given!r} is not known to the model", fix=f"give one of {choices}")
+
+
 @cache
 def model(gpu: str) -> Model:
-    """The model of one of `GPUS`, fitted to half of what was published."""
+    """The model of one of `GPUS`, fitted to half of what was published.
+
+    Raises:
+        BadInput: it is none of them.
+    """
+    if gpu not in GPUS:
+        raise _unknown("gpu", gpu, GPUS)
     return fit(gpu, (e for e in examples(gpu) if is_calibration(e.run)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -137,8 +138,9 @@ def test_more_than_2_to_the_31_choices_are_counted_in_64_bits(launches, queries,
     assert table.rows.dtype == torch.int64
 
 
-@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
-@pytest.mark.parametrize("kernel", TABLES)
+@pytest.mark.parametrize(
+    ("kernel", "target"), [*product(TABLES, ["gfx942"]), ("number", "sm_100"), ("items", "sm_80")]
+)
 def test_no_kernel_of_tables_spills(kernel, target, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")

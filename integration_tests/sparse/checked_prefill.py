@@ -96,6 +96,35 @@ def nothing_leaks_from_blocks_that_are_not_chosen():
     torch.testing.assert_close(out[:, 0].cpu(), expected @ v[:, 0], atol=1e-5, rtol=1e-5)
 
 
+def what_is_odd_reaches_those_that_see_it_and_no_others(by):
+    """Infinities, and no numbers; who sees a token another value of it changes."""
+    q, _, _, cache = request(torch.float32, 1, 1, 16, 100, 100, 16)
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(1, 100, 2, generator=generator) < 0.6
+    mask = mask.to(DEVICE) if by == "query" else torch.ones(1, 2, 2, dtype=torch.bool).tril()
+    place = int(cache.pages[40 // 16]), 0, 40 % 16, 3
+
+    def attended(x, value):
+        before, x[place] = x[place].clone(), value
+        out = torch.full_like(q, float("nan"), device=DEVICE)
+        attend(q.to(DEVICE), cache, 0, mask.to(DEVICE), out, 0.25, by)
+        x[place] = before
+        return out
+
+    clean = attended(cache.v, cache.v[place].clone())
+    sees = (attended(cache.v, 5.0) != clean).any(-1)
+    assert sees.any()
+    assert not sees[40:].all() or by == "tile"
+    for odd in (float("nan"), float("inf"), float("-inf")):
+        expected = clean.clone()
+        expected[..., 3] = expected[..., 3].masked_fill(sees, odd)
+        out = attended(cache.v, odd)
+        torch.testing.assert_close(out, expected, atol=0, rtol=0, equal_nan=True)
+    faulty = attended(cache.k, float("nan"))
+    assert torch.equal(faulty[~sees], clean[~sees])
+    assert faulty[sees].isnan().all()
+
+
 for page, tokens_first in product((16, 48), (False, True)):
     covers_everything(torch.float32, 1e-5, 4, 2, 24, 100, 170, page, tokens_first=tokens_first)
 covers_everything(torch.float16, 2e-3, 3, 1, 16, 130, 130, 64)
@@ -112,3 +141,5 @@ is_what_a_cpu_does(Selection("mass", mass=0.4, first=0, recent=1), 2, 1, 16, 150
 shares_are_the_sampled_ones(8, 4, 2, 16, 135, 200, 16)
 shares_are_the_sampled_ones(1, 2, 2, 16, 70, 100, 32)
 nothing_leaks_from_blocks_that_are_not_chosen()
+for who in ("tile", "query"):
+    what_is_odd_reaches_those_that_see_it_and_no_others(who)

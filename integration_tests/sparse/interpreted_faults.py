@@ -20,6 +20,7 @@ from trimtab.kernels.sparse import (
 )
 from trimtab.kernels.sparse.configurations import KERNELS, configuration
 from trimtab.kernels.sparse.launch import interpreted
+from trimtab.kernels.sparse.selected_plan import SelectedPlan
 
 selected_plan.SelectedPlan.dense_until = lambda *_: 0  # so that what is short has far blocks
 DEVICE = "cpu" if interpreted() else "cuda"
@@ -150,6 +151,58 @@ def nothing_leaks_from_what_others_chose():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def put(x, token, value):
+    x = x.clone()
+    x[token, 0, 3] = value
+    return x
+
+
+def what_is_odd_reaches_those_that_see_it_and_no_others():
+    """Infinities, and no numbers; who sees a token another value of it changes."""
+    tensors = drawn(torch.float32, 40, 40, 2, 1, 16, 16)
+    q, k, v, above = tensors
+    cu = torch.tensor([0, 29, 40], dtype=torch.int32)
+    cu_entries = torch.tensor([0, 6, 7], dtype=torch.int32)
+    generator = torch.Generator(DEVICE).manual_seed(5)
+    ids = torch.rand(1, 40, 2, generator=generator).argsort(-1).int()
+    few = slice(7)
+    ways = {
+        "near": (lambda *x: selected_attention(*x, ids, cu, cu, block=16), k, v, 20),
+        "far": (lambda *x: selected_attention(*x, ids, cu, cu, block=16), k, v, 20),
+        "sliding": (lambda *x: sliding_attention(*x, cu, cu, window=9), k, v, 31),
+        "compressed": (
+            lambda *x: compressed_attention(*x, cu, cu, cu_entries, SHAPE),
+            *(k[few], v[few], 3),
+        ),
+    }
+
+    def found(attend, *leaves):
+        leaves = [x.clone().requires_grad_() for x in leaves]
+        out, lse = attend(*leaves)
+        out.backward(above)
+        return out.detach(), lse.detach(), leaves[0].grad
+
+    whole = SelectedPlan.dense_until
+    for name, (attend, keys, values, token) in ways.items():
+        SelectedPlan.dense_until = whole if name == "near" else lambda *_: 0
+        clean = found(attend, q, keys, values)
+        sees = (attend(q, keys, put(values, token, 5.0))[0] != clean[0]).any(-1)
+        assert sees.any(), name
+        assert not sees.all(), name
+        for odd in (float("nan"), float("inf"), float("-inf")):
+            out, lse, dq = found(attend, q, keys, put(values, token, odd))
+            expected = clean[0].clone()
+            expected[..., 3] = expected[..., 3].masked_fill(sees, odd)
+            torch.testing.assert_close(out, expected, atol=0, rtol=0, equal_nan=True)
+            assert torch.equal(lse, clean[1]), name
+            assert torch.equal(dq[~sees], clean[2][~sees]), name
+        faulty = found(attend, q, put(keys, token, float("nan")), values)
+        for x, wanted in zip(faulty, clean, strict=True):
+            assert torch.equal(x[~sees], wanted[~sees]), name
+            assert x[sees].isnan().all(), name
+    SelectedPlan.dense_until = whole
+
+
 def logits_of_ten_thousand():
     q, k, v, above = drawn(torch.float16, 10, 64, 2, 1, 16, 16)
     q, k = q * 50, k * 50
@@ -217,6 +270,7 @@ odd_ids_and_sizes()
 rows_of_nothing()
 one_block_for_all_in_a_small_workspace()
 nothing_leaks_from_what_others_chose()
+what_is_odd_reaches_those_that_see_it_and_no_others()
 logits_of_ten_thousand()
 choices_of_groups_and_of_entries_in_another_type()
 tensors_that_lie_apart()

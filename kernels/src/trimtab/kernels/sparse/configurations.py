@@ -87,7 +87,7 @@ _WIDE = ("part_max", "part_sum", "lse", "delta", "dq_part", "further_k", "furthe
 _LONG = ("rows", "block_first", "block_length", "last", "low", "high", "first_query", "end_query")
 _LONG_TOO = ("further", "tile_first", "tile_length", "tile_before", "before")
 _SEEN = ("entry_first", "visible", "own")
-_INT = ("ids", "query", "item_row", "item_chunk", "place", "pages", "lists", "counts")
+_INT = ("ids", "query", "item_row", "item_chunk", "place", "pages", "lists", "counts", "odd")
 _NUMBERS = ("blocks", "queries", "tokens", "tiles", "samples", "position", "lines")
 _NUMBERS_TOO = ("begin", "count", "tiles_before", "until")
 _STRIDES = ("page_stride", "head_stride", "slot_stride")
@@ -112,6 +112,8 @@ class Configuration:
     block: int
     group: int
     tile: Tile
+    attempt: int = 0
+    """One of `launch.ATTEMPTS`, for kernels that are launched again where values were odd."""
 
     @cached_property
     def function(self) -> Any:
@@ -155,6 +157,7 @@ class Configuration:
             "FIRST": 1,
             "RECENT": 2,
             "PASS": _PASSES.get(self.kernel),
+            "ATTEMPT": self.attempt,
             "CHUNK": self.tile.chunk,
             "STEP": 8,
             "PAGE": 16,

@@ -7,7 +7,7 @@ GPU: nobody has timed them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,6 +29,10 @@ class Tile:
     def chunk(self) -> int:
         """Rows of a program of the selected branch at most."""
         return self.rows * self.tiles
+
+    def again(self) -> Tile:
+        """The same without a pipeline, for what happens rarely and does more in between."""
+        return replace(self, stages=1)
 
 
 def padded(size: int) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from math import log
+from math import log, prod
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ from trimtab.kernels.sparse.shape import SparseShape
 from trimtab.kernels.sparse.tables import BlockMajor, Blocks, Queries
 
 logger = logging.getLogger(__name__)
+
+ATTEMPTS = (0, 1, 2)
+"""``AS_THEY_ARE``, ``FINITE`` and ``ODD`` of `triton_selected`."""
 
 
 def interpreted() -> bool:
@@ -76,6 +79,33 @@ def of_group(chosen: Chosen) -> dict[str, int]:
     heads = {"HEADS": chosen.q.shape[1], "GROUP": group, "GROUP_PAD": 1 << (group - 1).bit_length()}
     how = merge_tile(group, max(chosen.q.shape[-1], chosen.v.shape[-1]))
     return {"TOP": chosen.top, **heads, **launched(how)}
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """A launch, and those after it for programs in which odd values came out: infinite or none."""
+
+    attempt: int
+    """One of `ATTEMPTS`."""
+    odd: Tensor
+    """Whether there were any, by program; int32."""
+    how: Tile
+
+    @classmethod
+    def of(
+        cls, grid: tuple[int, ...], how: Tile, like: Tensor, attempts: Sequence[int] = ATTEMPTS
+    ) -> Iterator[Again]:
+        """In their order. Nothing waits for the GPU to say that a further one has nothing to do.
+
+        Args:
+            grid: programs.
+            how: the first attempt's tile.
+            like: a tensor on their GPU.
+            attempts: of the launches.
+        """
+        odd = like.new_empty(prod(grid), dtype=torch.int32)
+        for attempt in attempts:
+            yield cls(attempt, odd, how.again() if attempt else how)
 
 
 def fitted(kernel: str, chosen: Chosen) -> tuple[Chosen, Tile]:
@@ -279,22 +309,25 @@ class Near:
         reached = (of.part.stop - 1) // tile_rows + chosen.queries.ends.numel() - 1
         count = min(reached, self.tiles.first.numel()) - passed
         ids = chosen.ids.contiguous()
-        kernels.near_and_join[(count, kv_heads * chosen.group)](
-            *(chosen.q[mine], chosen.k[:, of.kv], chosen.v[:, of.kv], ids[of.kv, of.part]),
-            *(*parts, rows, place, out[mine], lse[mine]),
-            *(self.tiles.first, self.tiles.length, chosen.blocks.before[self.tiles.sequence]),
-            *(chosen.blocks.first, chosen.queries.last[of.part]),
-            *(chosen.scale, of.part.start, of.part.stop - of.part.start, passed, self.until),
-            *(chosen.q.shape[0], place.shape[1]),
-            **of_keys(chosen.q, chosen.k),
-            **of_values(chosen.v),
-            **launched(self.how),
-            TOP=chosen.top,
-            KEPT=padded(chosen.top),
-            BLOCK=chosen.block,
-            ROWS=tile_rows,
-            KEYS=min(self.how.columns, chosen.block),
-        )
+        grid = (count, kv_heads * chosen.group)
+        for again in Again.of((count, chosen.q.shape[1]), self.how, chosen.q):
+            kernels.near_and_join[grid](
+                *(chosen.q[mine], chosen.k[:, of.kv], chosen.v[:, of.kv], ids[of.kv, of.part]),
+                *(*parts, rows, place, out[mine], lse[mine]),
+                *(self.tiles.first, self.tiles.length, chosen.blocks.before[self.tiles.sequence]),
+                *(chosen.blocks.first, chosen.queries.last[of.part], again.odd),
+                *(chosen.scale, of.part.start, of.part.stop - of.part.start, passed, self.until),
+                *(chosen.q.shape[0], place.shape[1]),
+                **of_keys(chosen.q, chosen.k),
+                **of_values(chosen.v),
+                **launched(again.how),
+                TOP=chosen.top,
+                KEPT=padded(chosen.top),
+                BLOCK=chosen.block,
+                ROWS=tile_rows,
+                KEYS=min(self.how.columns, chosen.block),
+                ATTEMPT=again.attempt,
+            )
 
 
 def selected_backward(
@@ -320,17 +353,19 @@ def selected_backward(
         partial = dk.new_empty(rows, d)
         further = rows // chunk * chosen.block
         further_k, further_v = dk.new_empty(further, d), dk.new_empty(further, d_v)
-        kernels.backward[(of.item_row.numel(),)](
-            *(q[mine], k[:, of.kv], v[:, of.kv], gradient[mine], lse[mine], delta[mine]),
-            *(partial, its_dk, its_dv, further_k, further_v),
-            *(of.table.rows, of.table.query, of.item_row, of.item_chunk, of.further),
-            *(blocks.first, blocks.length, chosen.queries.last[of.part]),
-            *(chosen.scale, blocks.first.numel()),
-            **sizes,
-            **widen,
-            ROWS=how.rows,
-            CHUNK=chunk,
-        )
+        grid = (of.item_row.numel(),)
+        for again in Again.of(grid, how, q, ATTEMPTS[:2]):
+            kernels.backward[grid](
+                *(q[mine], k[:, of.kv], v[:, of.kv], gradient[mine], lse[mine], delta[mine]),
+                *(partial, its_dk, its_dv, further_k, further_v),
+                *(of.table.rows, of.table.query, of.item_row, of.item_chunk, of.further),
+                *(blocks.first, blocks.length, chosen.queries.last[of.part], again.odd),
+                *(chosen.scale, blocks.first.numel()),
+                **{**sizes, **widen, **launched(again.how)},
+                ROWS=how.rows,
+                CHUNK=chunk,
+                ATTEMPT=again.attempt,
+            )
         if further:
             kernels.add_chunks[(of.table.rows.numel() - 1,)](
                 *(its_dk, its_dv, further_k, further_v, of.further),

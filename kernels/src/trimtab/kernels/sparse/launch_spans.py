@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trimtab.kernels.sparse import spans
 from trimtab.kernels.sparse.gpu_tiles import Need, Tile, tile
-from trimtab.kernels.sparse.launch import in_torch, launched, of_keys, of_values
+from trimtab.kernels.sparse.launch import ATTEMPTS, Again, in_torch, launched, of_keys, of_values
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, how: Tile) -> dict[str, Any]:
@@ -27,9 +27,13 @@ def forward(
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     count = q.shape[0]
     how = tile("span", Need.of(q, v))
-    kernels.forward[(-(-count // how.rows), q.shape[1])](
-        *(q, k, v, out, lse, low, high, count, scale), **_sizes(q, k, v, how)
-    )
+    grid = (-(-count // how.rows), q.shape[1])
+    for again in Again.of(grid, how, q):
+        kernels.forward[grid](
+            *(q, k, v, out, lse, low, high, again.odd, count, scale),
+            **_sizes(q, k, v, again.how),
+            ATTEMPT=again.attempt,
+        )
     return out, lse
 
 
@@ -54,9 +58,13 @@ def backward(
     how = tile("span_backward", Need.of(q, v))
     sizes = _sizes(q, k, v, how)
     count, tokens = q.shape[0], k.shape[0]
-    kernels.backward_queries[(-(-count // how.rows), q.shape[1])](
-        *(q, k, v, gradient, lse, delta, dq, low, high, count, scale), **sizes
-    )
+    grid = (-(-count // how.rows), q.shape[1])
+    for again in Again.of(grid, how, q, ATTEMPTS[:2]):
+        kernels.backward_queries[grid](
+            *(q, k, v, gradient, lse, delta, dq, low, high, again.odd, count, scale),
+            **_sizes(q, k, v, again.how),
+            ATTEMPT=again.attempt,
+        )
     begins = torch.arange(0, tokens, how.columns, device=q.device)
     first = torch.searchsorted(high, begins, right=True)
     end = torch.searchsorted(low, (begins + how.columns).clamp(max=tokens))

@@ -12,10 +12,18 @@ import triton
 import triton.language as tl
 
 from trimtab.kernels.sparse.triton_selected import (
+    AS_THEY_ARE,
+    FINITE,
     LEAST,
     LOG2_E,
+    ODD,
+    _add_marked,
+    _any_odd,
     _attend,
     _dot,
+    _finite,
+    _has_to,
+    _mark,
     _put,
     _tile,
     _to_natural,
@@ -100,6 +108,7 @@ def near_and_join(
     tile_before,
     block_first,
     last,
+    odd,
     scale,
     begin,
     count,
@@ -119,6 +128,7 @@ def near_and_join(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     WIDEN: tl.constexpr,
+    ATTEMPT: tl.constexpr,
 ):
     """Output and logarithm of a tile of queries and head, in a segment of ``count`` from ``begin``.
 
@@ -126,6 +136,9 @@ def near_and_join(
     the parts of what is far lie. No block but the first 63 may be chosen by queries that come
     before ``until`` or share a tile with one.
     """
+    program = tl.program_id(0) * HEADS + tl.program_id(1)
+    if not _has_to(odd, program, ATTEMPT):
+        return
     tile = tiles_before + tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     kv_head = head // GROUP
@@ -160,7 +173,7 @@ def near_and_join(
         acc = tl.zeros((ROWS, PAD_V), tl.float32)
         base = tl.load(rows)
         column = tl.arange(0, PAD_V)
-        for of_slot in range(tl.where(latest >= until, TOP, 0)):
+        for of_slot in range(tl.where((latest >= until) & (ATTEMPT != ODD), TOP, 0)):
             entry = tl.load(
                 place + (kv_head * lines + token) * TOP + of_slot, mask=there, other=-1
             ).to(tl.int64)
@@ -192,9 +205,21 @@ def near_and_join(
             values = _tile(v, first_key + key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
             reached = tl.where((mine & lowest) != 0, position, -1)
             visible = key[None, :] <= reached[:, None]
-            logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
-            acc, total, top = _attend(acc, total, top, logits, visible, values, WIDEN)
+            if ATTEMPT == ODD:
+                acc = _mark(acc, visible, values)
+            else:
+                if ATTEMPT == FINITE:
+                    values = _finite(values)
+                logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
+                acc, total, top = _attend(acc, total, top, logits, visible, values, WIDEN)
             word = tl.where(at % pieces == pieces - 1, word ^ lowest, word)
-        result = acc / tl.where(total > 0, total, 1.0)[:, None]
-        _put(out, token, head, there, result, HEADS, D_V, PAD_V)
-        tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
+        if ATTEMPT == ODD:
+            _add_marked(out, token, head, there, acc, HEADS, D_V, PAD_V)
+        else:
+            result = acc / tl.where(total > 0, total, 1.0)[:, None]
+            _put(out, token, head, there, result, HEADS, D_V, PAD_V)
+            tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
+        if ATTEMPT == AS_THEY_ARE:
+            tl.store(odd + program, _any_odd(acc))
+    elif ATTEMPT == AS_THEY_ARE:
+        tl.store(odd + program, 0)

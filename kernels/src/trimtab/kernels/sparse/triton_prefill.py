@@ -10,7 +10,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimtab.kernels.sparse.triton_selected import LEAST, LOG2_E, _attend, _dot, _put, _tile
+from trimtab.kernels.sparse.triton_selected import (
+    AS_THEY_ARE,
+    FINITE,
+    LEAST,
+    LOG2_E,
+    ODD,
+    _add_marked,
+    _any_odd,
+    _attend,
+    _dot,
+    _finite,
+    _has_to,
+    _mark,
+    _put,
+    _tile,
+)
 
 ANYWHERE = ("pages",)
 """A request's row of a server's table is aligned or not: one kernel serves both."""
@@ -94,6 +109,7 @@ def attend(
     lists,
     counts,
     bits,
+    odd,
     position,
     queries,
     tiles,
@@ -112,6 +128,7 @@ def attend(
     KEYS: tl.constexpr,
     WIDEN: tl.constexpr,
     BY_QUERY: tl.constexpr,
+    ATTEMPT: tl.constexpr,
 ):
     """Attention of ``ROWS`` queries and a head to the blocks of their tile, ``lists``.
 
@@ -119,6 +136,9 @@ def attend(
     tiles are as long as blocks, and the first query is the first of its own. Where queries choose,
     ``bits [heads, tiles, blocks]`` says which of a tile chose a block.
     """
+    program = tl.program_id(0) * HEADS + tl.program_id(1)
+    if not _has_to(odd, program, ATTEMPT):
+        return
     # The last tiles have most to do, and begin first.
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
     token = begin + tl.arange(0, ROWS)
@@ -143,7 +163,17 @@ def attend(
         if BY_QUERY:
             chose = tl.load(bits + row * blocks + block) >> (own % BLOCK) & 1
             visible = visible & (chose[:, None] != 0)
-        logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
-        acc, total, top = _attend(acc, total, top, logits, visible, values, WIDEN)
-    result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    _put(out, token.to(tl.int64), head, there, result, HEADS, D, PAD)
+        if ATTEMPT == ODD:
+            acc = _mark(acc, visible, values)
+        else:
+            if ATTEMPT == FINITE:
+                values = _finite(values)
+            logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
+            acc, total, top = _attend(acc, total, top, logits, visible, values, WIDEN)
+    if ATTEMPT == ODD:
+        _add_marked(out, token.to(tl.int64), head, there, acc, HEADS, D, PAD)
+    else:
+        result = acc / tl.where(total > 0, total, 1.0)[:, None]
+        _put(out, token.to(tl.int64), head, there, result, HEADS, D, PAD)
+    if ATTEMPT == AS_THEY_ARE:
+        tl.store(odd + program, _any_odd(acc))

@@ -22,6 +22,25 @@ WHOLE = tl.constexpr(0)
 MAXIMA = tl.constexpr(1)
 SHIFTED = tl.constexpr(2)
 
+AS_THEY_ARE = tl.constexpr(0)
+FINITE = tl.constexpr(1)
+ODD = tl.constexpr(2)
+"""A weight of 0 times infinity, or what is no number, is not 0. So a kernel says of each program
+whether anything odd came out. Launched again, for those alone, it takes what is odd for 0, and
+launched once more it adds what of that its queries see; all others end where they begin."""
+
+_MINUS = tl.constexpr(2.0**-10)
+"""What minus infinity counts as where plus infinity is 1: a tile has at most 128 keys."""
+
+
+@triton.jit
+def _has_to(odd, program, ATTEMPT: tl.constexpr):
+    """Whether a program has anything to do in an attempt."""
+    if ATTEMPT == AS_THEY_ARE:
+        return True
+    else:
+        return tl.load(odd + program) != 0
+
 
 @triton.jit
 def _item(item_row, item_chunk, rows, GROUP: tl.constexpr, CHUNK: tl.constexpr):
@@ -78,8 +97,8 @@ def _put(
 @triton.jit
 def _to_natural(top, total):
     """The natural logarithm of a sum of powers of two, ``total`` times ``2 ** top``."""
-    safe = tl.where(total > 0, total, 1.0)
-    return tl.where(total > 0, (top + tl.log2(safe)) / LOG2_E, float("-inf"))
+    safe = tl.where(total == 0, 1.0, total)
+    return tl.where(total == 0, float("-inf"), (top + tl.log2(safe)) / LOG2_E)
 
 
 @triton.jit
@@ -91,6 +110,43 @@ def _attend(acc, total, top, logits, visible, values, WIDEN: tl.constexpr):
     kept = tl.exp2(top - new)
     acc = acc * kept[:, None] + _dot(p.to(values.dtype), values, WIDEN)
     return acc, total * kept + tl.sum(p, 1), new
+
+
+@triton.jit
+def _any_odd(x):
+    """Whether anything is infinite or no number, as int32."""
+    return tl.max(tl.where(tl.abs(x.to(tl.float32)) < float("inf"), 0, 1))
+
+
+@triton.jit
+def _finite(x):
+    """With 0 for what is infinite or no number."""
+    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def _mark(marks, visible, values):
+    """Adds what rows see of infinities: 1 and `_MINUS`, and of no number both, as their sum is."""
+    values = values.to(tl.float32)
+    codes = tl.where(values < float("inf"), 0.0, 1.0)
+    codes += tl.where(values > float("-inf"), 0.0, _MINUS)
+    marks += _dot(visible.to(tl.float16), codes.to(tl.float16), False)
+    whole = tl.floor(marks)
+    return tl.minimum(whole, 1.0) + tl.minimum(marks - whole, _MINUS)
+
+
+@triton.jit
+def _add_marked(
+    pointer, token, head, there, marks, HEADS: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr
+):
+    """Adds the infinities that `_mark` found to what `_put` wrote."""
+    column = tl.arange(0, PAD)
+    address = (token * HEADS + head)[:, None] * D + column[None, :]
+    mask = there[:, None] & (column < D)[None, :] & (marks > 0)
+    value = tl.load(pointer + address, mask=mask, other=0.0).to(tl.float32)
+    value += tl.where(marks >= 1, float("inf"), 0.0)
+    value += tl.where(marks > tl.floor(marks), float("-inf"), 0.0)
+    tl.store(pointer + address, value.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -299,6 +355,7 @@ def backward(
     block_first,
     block_length,
     last,
+    odd,
     scale,
     blocks,
     HEADS: tl.constexpr,
@@ -311,21 +368,25 @@ def backward(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     WIDEN: tl.constexpr,
+    ATTEMPT: tl.constexpr,
 ):
     """One chunk of one block's queries: dK and dV, in float32 over the group, and parts of dQ.
 
     A block's first chunk is added to what earlier segments found. Its further ones are written to
-    places of their own, and `add_chunks` adds them in their order.
+    places of their own, and `add_chunks` adds them in their order. Keys that are no numbers reach
+    parts of dQ alone, and a second attempt writes these anew.
     """
     row, chunk, base, begin, stop = _item(item_row, item_chunk, rows, GROUP, CHUNK)
+    row = tl.where(_has_to(odd, tl.program_id(0), ATTEMPT), row, -1)
     if row >= 0:
         kv_head = row // blocks
         key, inside = _block(block_first, block_length, row % blocks, BLOCK)
         keys = _tile(k, key, kv_head, inside, HEADS // GROUP, D, PAD)
         values = _tile(v, key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
-        former = inside & (chunk + tl.zeros((BLOCK,), tl.int64) == 0)
-        sum_k = _tile(dk, key, kv_head, former, HEADS // GROUP, D, PAD)
-        sum_v = _tile(dv, key, kv_head, former, HEADS // GROUP, D_V, PAD_V)
+        if ATTEMPT == AS_THEY_ARE:
+            former = inside & (chunk + tl.zeros((BLOCK,), tl.int64) == 0)
+            sum_k = _tile(dk, key, kv_head, former, HEADS // GROUP, D, PAD)
+            sum_v = _tile(dv, key, kv_head, former, HEADS // GROUP, D_V, PAD_V)
         for offset in range(begin, stop, ROWS):
             at, there, token, head = _rows(offset, stop, base, query, kv_head, GROUP, ROWS)
             queries = _tile(q, token, head, there, HEADS, D, PAD)
@@ -336,11 +397,19 @@ def backward(
             p, ds = _slopes(
                 queries, keys, values, above, stat, lse, delta, there, visible, scale, WIDEN
             )
-            sum_v += _dot(tl.trans(p).to(above.dtype), above, WIDEN)
             ds = ds.to(queries.dtype)
-            sum_k += _dot(tl.trans(ds), queries, WIDEN)
-            _put(dq_part, at, 0, there, _dot(ds, keys, WIDEN), 1, D, PAD)
-        if chunk == 0:
+            if ATTEMPT == FINITE:
+                slope = _dot(ds, _finite(keys), WIDEN)
+            else:
+                sum_v += _dot(tl.trans(p).to(above.dtype), above, WIDEN)
+                sum_k += _dot(tl.trans(ds), queries, WIDEN)
+                slope = _dot(ds, keys, WIDEN)
+            _put(dq_part, at, 0, there, slope, 1, D, PAD)
+        if ATTEMPT == AS_THEY_ARE:
+            tl.store(odd + tl.program_id(0), _any_odd(keys))
+        if ATTEMPT == FINITE:
+            pass
+        elif chunk == 0:
             _put(dk, key, kv_head, inside, sum_k, HEADS // GROUP, D, PAD)
             _put(dv, key, kv_head, inside, sum_v, HEADS // GROUP, D_V, PAD_V)
         else:

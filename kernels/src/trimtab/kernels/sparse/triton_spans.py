@@ -12,10 +12,18 @@ import triton
 import triton.language as tl
 
 from trimtab.kernels.sparse.triton_selected import (
+    AS_THEY_ARE,
+    FINITE,
     LEAST,
     LOG2_E,
+    ODD,
+    _add_marked,
+    _any_odd,
     _attend,
     _dot,
+    _finite,
+    _has_to,
+    _mark,
     _put,
     _slopes,
     _tile,
@@ -45,6 +53,7 @@ def forward(
     lse,
     low,
     high,
+    odd,
     queries,
     scale,
     HEADS: tl.constexpr,
@@ -56,8 +65,12 @@ def forward(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     WIDEN: tl.constexpr,
+    ATTEMPT: tl.constexpr,
 ):
     """Output and logarithm of one tile of queries and head."""
+    program = tl.program_id(0) * HEADS + tl.program_id(1)
+    if not _has_to(odd, program, ATTEMPT):
+        return
     head = tl.program_id(1).to(tl.int64)
     begin = tl.program_id(0).to(tl.int64) * ROWS
     token, there, first, end = _queries(low, high, begin, queries, ROWS)
@@ -72,11 +85,21 @@ def forward(
         keys = _tile(k, key, head // GROUP, known, HEADS // GROUP, D, PAD)
         values = _tile(v, key, head // GROUP, known, HEADS // GROUP, D_V, PAD_V)
         visible = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
-        logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
-        acc, total, top = _attend(acc, total, top, logits, visible, values, WIDEN)
-    result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    _put(out, token, head, there, result, HEADS, D_V, PAD_V)
-    tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
+        if ATTEMPT == ODD:
+            acc = _mark(acc, visible, values)
+        else:
+            if ATTEMPT == FINITE:
+                values = _finite(values)
+            logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
+            acc, total, top = _attend(acc, total, top, logits, visible, values, WIDEN)
+    if ATTEMPT == ODD:
+        _add_marked(out, token, head, there, acc, HEADS, D_V, PAD_V)
+    else:
+        result = acc / tl.where(total > 0, total, 1.0)[:, None]
+        _put(out, token, head, there, result, HEADS, D_V, PAD_V)
+    if ATTEMPT == AS_THEY_ARE:
+        tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
+        tl.store(odd + program, _any_odd(acc))
 
 
 @triton.jit
@@ -90,6 +113,7 @@ def backward_queries(
     dq,
     low,
     high,
+    odd,
     queries,
     scale,
     HEADS: tl.constexpr,
@@ -101,8 +125,12 @@ def backward_queries(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     WIDEN: tl.constexpr,
+    ATTEMPT: tl.constexpr,
 ):
     """dQ of one tile of queries and head."""
+    program = tl.program_id(0) * HEADS + tl.program_id(1)
+    if not _has_to(odd, program, ATTEMPT):
+        return
     head = tl.program_id(1).to(tl.int64)
     begin = tl.program_id(0).to(tl.int64) * ROWS
     token, there, first, end = _queries(low, high, begin, queries, ROWS)
@@ -118,8 +146,12 @@ def backward_queries(
         values = _tile(v, key, head // GROUP, known, HEADS // GROUP, D_V, PAD_V)
         visible = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
         _, ds = _slopes(query, keys, values, above, stat, lse, delta, there, visible, scale, WIDEN)
+        if ATTEMPT == FINITE:
+            keys = _finite(keys)
         acc += _dot(ds.to(keys.dtype), keys, WIDEN)
     _put(dq, token, head, there, acc, HEADS, D, PAD)
+    if ATTEMPT == AS_THEY_ARE:
+        tl.store(odd + program, _any_odd(acc))
 
 
 @triton.jit

@@ -10,12 +10,13 @@ from itertools import count
 import torch
 
 from trimtab.core.benchmark import Options
-from trimtab.kernels.sparse import SparseShape
+from trimtab.kernels.sparse import SparseShape, selected_plan
 from trimtab.kernels.sparse.configurations import KERNELS
 from trimtab.sparse import gpu_bench
 from trimtab.sparse.gpu_clock import HostDevice
 from trimtab.sparse.roofline import Sizes
 
+selected_plan.SelectedPlan.dense_until = lambda *_: 0  # so that what is short has far blocks
 SHAPE = SparseShape(window=8, stride=4, block=16, top=3, first=1, recent=1, sliding=24)
 LARGE = {"add_chunks", "by_query"}
 """Run only where more queries chose a block than one program takes, and in large groups."""

@@ -107,14 +107,15 @@ def tables_are_those_of_torch(seed, spans, kv_heads, top, kind, step, tile):
     st.integers(1, 9),
     st.integers(0, 30),
     st.integers(0, 70),
+    st.sampled_from([1, 3]),
 )
-def items_are_those_of_torch(lengths, size, spare, empty_rows):
+def items_are_those_of_torch(lengths, size, spare, empty_rows, group):
     most = max(sum(row) for row in lengths) + spare
     lengths = torch.tensor([[*row, *[0] * empty_rows, row[0]] for row in lengths])
     most += int(lengths[:, -1].max())
-    ours = tables.work(lengths, most, size)
+    ours = tables.work(lengths, group, group * most, size)
     with in_torch():
-        same(ours, tables.work(lengths, most, size))
+        same(ours, tables.work(lengths, group, group * most, size))
 
 
 def one_large():
@@ -127,12 +128,12 @@ def one_large():
         count = blocks.first.numel()
         assert launch_tables.tile_of(top, count) < 40
         table = tables.block_major(numbered, count)
-        lengths = table.rows.diff().view(1, -1) * 3
-        work = tables.work(lengths, 3 * table.query.numel(), 16)
+        lengths = table.lengths.view(1, -1)
+        work = tables.work(lengths, 3, 3 * table.query.numel(), 16)
         with in_torch():
             assert torch.equal(numbered, tables.number_through(ids, placed, blocks))
             same(table, tables.block_major(numbered, count))
-            same(work, tables.work(lengths, 3 * table.query.numel(), 16))
+            same(work, tables.work(lengths, 3, 3 * table.query.numel(), 16))
     ids, placed, blocks = drawn(8, [(40, 90)], 1, 3, 16, "any")
     numbered = tables.number_through(ids, placed, blocks)
     with patch.object(launch_tables, "tile_of", lambda *_: 1):  # more than are added up at once
@@ -141,9 +142,9 @@ def one_large():
         same(table, tables.block_major(numbered, blocks.first.numel()))
     lengths = torch.randint(0, 50, (2, 150), generator=generator)
     lengths[0, 70] = 2000
-    work = tables.work(lengths, 10_000, 8)
+    work = tables.work(lengths, 1, 10_000, 8)
     with in_torch():
-        same(work, tables.work(lengths, 10_000, 8))
+        same(work, tables.work(lengths, 1, 10_000, 8))
 
 
 def bytes_are_few():
@@ -177,14 +178,39 @@ def bytes_are_few():
             (4 + 4 + 4) * slots + 4 * choices + (4 + 4) * columns + 4 * lines * tiles + 8 * rows + 8
         )
         moved.update(load=0, store=0)
-        work = tables.work(table.rows.diff().view(1, -1), slots, size)
+        work = tables.work(table.lengths.view(1, -1), 1, slots, size)
         assert moved["load"] == (8 + 8) * rows + 8
         assert moved["store"] == 8 * work.row.numel() + 8 * (rows + 1)
         placed = tables.place_queries(ends([queries]), ends([queries]), queries, 4)
+        cut = tables.cut(ends([queries]), queries, 4)
         moved.update(load=0, store=0)
-        tables.number_through(ids.int(), placed, tables.cut(ends([queries]), queries, 4))
+        tables.number_through(ids, placed, cut)
         assert moved["load"] == 4 * slots + 24 * lines * queries
         assert moved["store"] == 4 * slots
+
+
+@settings(max_examples=40, deadline=None, database=None)
+@given(
+    st.lists(
+        st.integers(0, 20).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))),
+        min_size=1,
+        max_size=5,
+    ),
+    st.sampled_from([1, 4, 16]),
+    st.integers(1, 3),
+    st.sampled_from([torch.int32, torch.int64]),
+)
+def places_are_those_of_torch(spans, block, at_once, dtype):
+    """Of queries and blocks, where some sequences have none; ends are looked at in parts."""
+    cu_q, cu_k = (ends(counts).to(dtype) for counts in zip(*spans, strict=True))
+    queries, keys = int(cu_q[-1]), int(cu_k[-1])
+    how = {"ROWS": 8, "ENDS": 1 << at_once, "num_warps": 4}
+    with patch.object(launch_tables, "constants", lambda kernel: how):
+        placed = tables.place_queries(cu_q, cu_k, queries, block)
+        blocks = tables.cut(cu_k, keys, block)
+    with in_torch():
+        same(placed, tables.place_queries(cu_q, cu_k, queries, block))
+        same(blocks, tables.cut(cu_k, keys, block))
 
 
 def parts_of_a_call_are_taken_where_they_lie():
@@ -199,6 +225,7 @@ def parts_of_a_call_are_taken_where_they_lie():
     assert expected.place.shape == (6, 5, 3)
 
 
+places_are_those_of_torch()
 tables_are_those_of_torch()
 items_are_those_of_torch()
 one_large()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -73,14 +74,17 @@ def test_a_table_is_made_in_three_launches_and_a_sum_and_its_items_in_one(launch
     launches.clear()
     lengths = torch.zeros(8, 18, dtype=torch.int64)
     with Calls() as calls:
-        work = tables.work(lengths, 1000, 64)
+        work = tables.work(lengths, 3, 1000, 64)
     assert (launches, calls.started) == (["items"], [])
     assert work.row.shape == (8, 1000 // 64 + 18)
 
 
 def test_ids_are_numbered_in_one_launch(launches):
     cu = torch.tensor([0, 100])
-    queries, blocks = tables.place_queries(cu, cu, 100, 64), tables.cut(cu, 100, 64)
+    with Calls() as calls:
+        queries, blocks = tables.place_queries(cu, cu, 100, 64), tables.cut(cu, 100, 64)
+    assert (launches, calls.started) == (["place", "cut"], ["unbind", "unbind"])
+    launches.clear()
     ids = torch.zeros(2, 100, 16, dtype=torch.int32)
     with Calls() as calls:
         tables.number_through(ids, queries, blocks)
@@ -89,7 +93,8 @@ def test_ids_are_numbered_in_one_launch(launches):
 
 def test_what_no_program_holds_and_what_is_empty_is_left_to_torch(launches):
     cu = torch.tensor([0, 5])
-    queries, blocks = tables.place_queries(cu, cu, 5, 16), tables.cut(cu, 5, 16)
+    with patch.object(launch_tables, "_on_triton", lambda x: False):
+        queries, blocks = tables.place_queries(cu, cu, 5, 16), tables.cut(cu, 5, 16)
     ids = torch.zeros(1, 5, 1025, dtype=torch.int32)
     assert tables.number_through(ids, queries, blocks)[0, 4].tolist() == [0] + [-1] * 1024
     assert tables.block_major(ids[..., :1], 1).rows.shape == (2,)
@@ -98,7 +103,7 @@ def test_what_no_program_holds_and_what_is_empty_is_left_to_torch(launches):
     alone = ids.masked_fill(torch.arange(1025) > 0, -1)
     assert tables.block_major(alone, 1).query[:5].tolist() == list(range(5))
     assert tables.block_major(ids[:, :0], 1).rows.tolist() == [0, 0]
-    assert tables.work(torch.zeros(1, 40_000, dtype=torch.int64), 0, 64).row.shape == (1, 40_000)
+    assert tables.work(torch.zeros(1, 40_000, dtype=torch.int64), 1, 0, 64).row.shape == (1, 40_000)
     assert launches == []
 
 
@@ -171,7 +176,7 @@ def test_kernels_of_tables_are_compiled_as_they_are_launched(kernel, monkeypatch
         placed, blocks = tables.place_queries(cu, cu, 65536, 64), tables.cut(cu, 65535, 64)
         ids = tables.number_through(torch.empty(1, 65536, 16, dtype=torch.int32), placed, blocks)
         table = tables.block_major(ids, blocks.first.numel())
-        tables.work(table.rows.diff().view(1, -1), table.query.numel(), 512)
+        tables.work(table.lengths.view(1, -1), 1, table.query.numel(), 512)
     assert given["c"] == {**constants, "num_warps": of.tile.warps}
     assert len(given["a"]) + len(constants) == len(names)
     kinds = {torch.int32: "*i32", torch.int64: "*i64"}

@@ -23,6 +23,7 @@ from trimtab.kernels.sparse import (
     launch,
     launch_tables,
     naive,
+    operators,
     published,
     select_blocks,
     selected_attention,
@@ -268,7 +269,7 @@ def test_items_cover_a_row_that_everybody_chose():
 )
 def test_work_items_cover_every_row_once_and_the_longest_come_first(lengths, size):
     most = max(sum(row) for row in lengths)
-    work = tables.work(torch.tensor(lengths), most, size)
+    work = tables.work(torch.tensor(lengths), 1, most, size)
     for number, segment in enumerate(lengths):
         items = zip(work.row[number].tolist(), work.chunk[number].tolist(), strict=True)
         known = [(row, chunk) for row, chunk in items if row >= 0]
@@ -570,14 +571,20 @@ def test_the_model_of_times_knows_how_our_kernels_are_launched(monkeypatch):
     for top, blocks in ((16, 128), (16, 2048), (8, 64), (3, 1)):
         assert traffic.count_tile(top, blocks) == launch_tables.tile_of(top, blocks)
     *qkv, cu, _ = drawn(18, 4, 2, 8, 8, [(60, 60)])
-    chosen = chosen_of(qkv, cu, cu, some_blocks(18, 2, 60, 4))
-    started = []
-    for name in ("count", "begin", "scatter", "items"):
+    indices, started = some_blocks(18, 2, 60, 4), []
+    for name in ("place", "cut", "number", "count", "begin", "scatter", "items"):
         monkeypatch.setattr(triton_tables, name, Started(started))
+    monkeypatch.setattr(triton_near, "far", Started(started))
     monkeypatch.setattr(launch_tables, "_on_triton", lambda x: True)  # as on a GPU
     with Calls() as calls:
+        chosen = operators._chosen(*qkv, indices, cu, cu, 16, 0.3, 1 << 24)
+        launch.Near.of(chosen).far_ids()
+    assert len(started) + calls.count == performance_model.CALL_LAUNCHES
+    started.clear()
+    with Calls() as calls:
         assert len(list(launch.segments(chosen, Tile(16, 4, 1), 24, shared=True))) == 1
-    assert len(started) + calls.count == performance_model.TABLE_LAUNCHES
+    sums = 2  # kernels of torch's
+    assert (len(started), calls.count) == (performance_model.TABLE_LAUNCHES - sums, 1)
 
 
 class Started:
@@ -587,7 +594,13 @@ class Started:
         self.launches = launches
 
     def __getitem__(self, grid):
-        return lambda *given, **constants: self.launches.append(grid)
+        def start(*given, **constants):
+            self.launches.append(grid)
+            for tensor in given:
+                if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
+                    tensor.numpy().fill(0)  # places in others
+
+        return start
 
 
 class Calls(TorchDispatchMode):
@@ -596,7 +609,7 @@ class Calls(TorchDispatchMode):
     count = 0
     starts_none = frozenset(
         ("view", "slice", "select", "unsqueeze", "expand", "alias", "as_strided", "permute")
-        + ("transpose", "detach", "_unsafe_view", "empty", "new_empty", "empty_like")
+        + ("transpose", "detach", "_unsafe_view", "empty", "new_empty", "empty_like", "unbind")
     )
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

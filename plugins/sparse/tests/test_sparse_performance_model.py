@@ -149,7 +149,7 @@ def test_what_calls_all_blocks_near_is_dense_attention_and_little_more() -> None
     for gpu, block in product(GPUS, NEAR_UNTIL):
         short = Run(gpu, NEAR_UNTIL[block], 4, block, K // block)
         selected = model(gpu).our_selected_s(short)["blocks"]
-        assert 1 < selected / model(gpu).forward_s("dense", short) < 1.2
+        assert 1 < selected / model(gpu).forward_s("dense", short) < 1.3
         longer = short._replace(tokens=short.tokens + 64)
         assert model(gpu).our_selected_s(longer)["blocks"] > selected
 

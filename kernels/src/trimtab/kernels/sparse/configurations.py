@@ -112,8 +112,8 @@ class Configuration:
     block: int
     group: int
     tile: Tile
-    attempt: int = 0
-    """One of `launch.ATTEMPTS`, for kernels that are launched again where values were odd."""
+    again: bool = False
+    """Whether it is the launch for programs in which odd values came out."""
 
     @cached_property
     def function(self) -> Any:
@@ -157,7 +157,7 @@ class Configuration:
             "FIRST": 1,
             "RECENT": 2,
             "PASS": _PASSES.get(self.kernel),
-            "ATTEMPT": self.attempt,
+            "AGAIN": self.again,
             "CHUNK": self.tile.chunk,
             "STEP": 8,
             "PAGE": 16,
@@ -198,11 +198,12 @@ def configuration(
     return Configuration(kernel, backend, head_size, dtype, fitting, group, how)
 
 
-TABLES = ("number", "count", "begin", "scatter", "items")
+TABLES = ("place", "cut", "number", "count", "begin", "scatter", "items")
 """The kernels of `triton_tables`; they know nothing of heads."""
 
-_OF_TABLES = ("sequence", "totals", "lengths")
-_SIZES_OF_TABLES = ("known", "pieces", "lines", "row_count", "most")
+_OF_TABLES = ("sequence", "totals", "lengths", "first", "length", "own")
+_SIZES_OF_TABLES = ("known", "pieces", "lines", "row_count", "most", "group", "sequences", "block")
+_ENDS = ("cu_queries", "cu_keys", "cumulative")
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ class TableConfiguration(Configuration):
         own = {
             **dict.fromkeys(_OF_TABLES, "*i64"),
             **dict.fromkeys(_SIZES_OF_TABLES, "i32"),
-            **dict.fromkeys(("indices", "out"), "*i32"),
+            **dict.fromkeys(("indices", "out", *_ENDS), "*i32"),
         }
         types = {**_TYPES, **own}
         return {n: types[n] for n in self.function.arg_names if n not in self.constants}

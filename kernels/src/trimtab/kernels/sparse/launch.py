@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from math import log, prod
@@ -29,9 +29,6 @@ from trimtab.kernels.sparse.shape import SparseShape
 from trimtab.kernels.sparse.tables import BlockMajor, Blocks, Queries
 
 logger = logging.getLogger(__name__)
-
-ATTEMPTS = (0, 1, 2)
-"""``AS_THEY_ARE``, ``FINITE`` and ``ODD`` of `triton_selected`."""
 
 
 def interpreted() -> bool:
@@ -82,30 +79,26 @@ def of_group(chosen: Chosen) -> dict[str, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
-    """A launch, and those after it for programs in which odd values came out: infinite or none."""
+class Attempt:
+    """A launch, or the one after it for programs in which odd values came out: infinite or none."""
 
-    attempt: int
-    """One of `ATTEMPTS`."""
+    again: bool
     odd: Tensor
     """Whether there were any, by program; int32."""
     how: Tile
 
     @classmethod
-    def of(
-        cls, grid: tuple[int, ...], how: Tile, like: Tensor, attempts: Sequence[int] = ATTEMPTS
-    ) -> Iterator[Again]:
-        """In their order. Nothing waits for the GPU to say that a further one has nothing to do.
+    def both(cls, grid: tuple[int, ...], how: Tile, like: Tensor) -> Iterator[Attempt]:
+        """In their order. Nothing waits for the GPU to say that the second has nothing to do.
 
         Args:
             grid: programs.
-            how: the first attempt's tile.
+            how: the first one's tile.
             like: a tensor on their GPU.
-            attempts: of the launches.
         """
         odd = like.new_empty(prod(grid), dtype=torch.int32)
-        for attempt in attempts:
-            yield cls(attempt, odd, how.again() if attempt else how)
+        yield cls(False, odd, how)
+        yield cls(True, odd, how.again())
 
 
 def fitted(kernel: str, chosen: Chosen) -> tuple[Chosen, Tile]:
@@ -147,8 +140,8 @@ def segments(
         pieces = -(-(lot.part.stop - lot.part.start) // lot.step)
         table = tables.block_major(chosen.ids[lot.kv, lot.part], blocks, lot.step)
         row_count, entries = lot.heads * blocks, lot.heads * lot.step * chosen.top
-        lengths = table.rows.diff().view(-1, row_count) * group
-        work = tables.work(lengths, entries * group, how.chunk)
+        lengths = table.lengths.view(-1, row_count)
+        work = tables.work(lengths, group, entries * group, how.chunk)
         for number in range(lengths.shape[0]):
             kv_head, piece = divmod(number * lot.heads, pieces)
             begin = lot.part.start + piece * lot.step
@@ -159,7 +152,7 @@ def segments(
                 slice(begin, min(lot.part.stop, begin + lot.step)),
                 kv,
                 slice(kv.start * group, kv.stop * group),
-                BlockMajor(rows, table.query, place),
+                BlockMajor(rows, lengths[number], table.query, place),
                 entries,
                 *(work.row[number], work.chunk[number], work.further[number]),
             )
@@ -253,6 +246,8 @@ class Near:
     """Queries before it call all blocks near, in tokens from the beginning of their sequence."""
     how: Tile
     tiles: Blocks
+    before: Tensor
+    """Blocks of sequences before each tile's."""
 
     @classmethod
     def of(cls, chosen: Chosen) -> Near:
@@ -261,7 +256,8 @@ class Near:
         plan = plan_selected(chosen.group, *sizes)
         how = tile("near", Need.of(chosen.q, chosen.v))
         tiles = tables.cut(chosen.queries.ends, chosen.q.shape[0], how.rows)
-        return cls(chosen, plan.dense_until(chosen.top, chosen.block), how, tiles)
+        before = chosen.blocks.before[tiles.sequence]
+        return cls(chosen, plan.dense_until(chosen.top, chosen.block), how, tiles, before)
 
     def far_ids(self) -> Tensor:
         """The ids of blocks that are not near, -1 in place of others."""
@@ -310,23 +306,23 @@ class Near:
         count = min(reached, self.tiles.first.numel()) - passed
         ids = chosen.ids.contiguous()
         grid = (count, kv_heads * chosen.group)
-        for again in Again.of((count, chosen.q.shape[1]), self.how, chosen.q):
+        for attempt in Attempt.both((count, chosen.q.shape[1]), self.how, chosen.q):
             kernels.near_and_join[grid](
                 *(chosen.q[mine], chosen.k[:, of.kv], chosen.v[:, of.kv], ids[of.kv, of.part]),
                 *(*parts, rows, place, out[mine], lse[mine]),
-                *(self.tiles.first, self.tiles.length, chosen.blocks.before[self.tiles.sequence]),
-                *(chosen.blocks.first, chosen.queries.last[of.part], again.odd),
+                *(self.tiles.first, self.tiles.length, self.before),
+                *(chosen.blocks.first, chosen.queries.last[of.part], attempt.odd),
                 *(chosen.scale, of.part.start, of.part.stop - of.part.start, passed, self.until),
                 *(chosen.q.shape[0], place.shape[1]),
                 **of_keys(chosen.q, chosen.k),
                 **of_values(chosen.v),
-                **launched(again.how),
+                **launched(attempt.how),
                 TOP=chosen.top,
                 KEPT=padded(chosen.top),
                 BLOCK=chosen.block,
                 ROWS=tile_rows,
                 KEYS=min(self.how.columns, chosen.block),
-                ATTEMPT=again.attempt,
+                AGAIN=attempt.again,
             )
 
 
@@ -354,17 +350,17 @@ def selected_backward(
         further = rows // chunk * chosen.block
         further_k, further_v = dk.new_empty(further, d), dk.new_empty(further, d_v)
         grid = (of.item_row.numel(),)
-        for again in Again.of(grid, how, q, ATTEMPTS[:2]):
+        for attempt in Attempt.both(grid, how, q):
             kernels.backward[grid](
                 *(q[mine], k[:, of.kv], v[:, of.kv], gradient[mine], lse[mine], delta[mine]),
                 *(partial, its_dk, its_dv, further_k, further_v),
                 *(of.table.rows, of.table.query, of.item_row, of.item_chunk, of.further),
-                *(blocks.first, blocks.length, chosen.queries.last[of.part], again.odd),
+                *(blocks.first, blocks.length, chosen.queries.last[of.part], attempt.odd),
                 *(chosen.scale, blocks.first.numel()),
-                **{**sizes, **widen, **launched(again.how)},
+                **{**sizes, **widen, **launched(attempt.how)},
                 ROWS=how.rows,
                 CHUNK=chunk,
-                ATTEMPT=again.attempt,
+                AGAIN=attempt.again,
             )
         if further:
             kernels.add_chunks[(of.table.rows.numel() - 1,)](

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trimtab.kernels.sparse import spans
 from trimtab.kernels.sparse.gpu_tiles import Need, Tile, tile
-from trimtab.kernels.sparse.launch import ATTEMPTS, Again, in_torch, launched, of_keys, of_values
+from trimtab.kernels.sparse.launch import Attempt, in_torch, launched, of_keys, of_values
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, how: Tile) -> dict[str, Any]:
@@ -28,11 +28,11 @@ def forward(
     count = q.shape[0]
     how = tile("span", Need.of(q, v))
     grid = (-(-count // how.rows), q.shape[1])
-    for again in Again.of(grid, how, q):
+    for attempt in Attempt.both(grid, how, q):
         kernels.forward[grid](
-            *(q, k, v, out, lse, low, high, again.odd, count, scale),
-            **_sizes(q, k, v, again.how),
-            ATTEMPT=again.attempt,
+            *(q, k, v, out, lse, low, high, attempt.odd, count, scale),
+            **_sizes(q, k, v, attempt.how),
+            AGAIN=attempt.again,
         )
     return out, lse
 
@@ -59,11 +59,11 @@ def backward(
     sizes = _sizes(q, k, v, how)
     count, tokens = q.shape[0], k.shape[0]
     grid = (-(-count // how.rows), q.shape[1])
-    for again in Again.of(grid, how, q, ATTEMPTS[:2]):
+    for attempt in Attempt.both(grid, how, q):
         kernels.backward_queries[grid](
-            *(q, k, v, gradient, lse, delta, dq, low, high, again.odd, count, scale),
-            **_sizes(q, k, v, again.how),
-            ATTEMPT=again.attempt,
+            *(q, k, v, gradient, lse, delta, dq, low, high, attempt.odd, count, scale),
+            **_sizes(q, k, v, attempt.how),
+            AGAIN=attempt.again,
         )
     begins = torch.arange(0, tokens, how.columns, device=q.device)
     first = torch.searchsorted(high, begins, right=True)

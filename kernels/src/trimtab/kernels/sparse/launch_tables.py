@@ -38,6 +38,8 @@ def constants(kernel: str, top: int = 1, tile: int = 1, chunk: int = 1) -> dict[
     slots = _padded(top)
     of_lists = {"TOP": top, "SLOTS": slots}
     own = {
+        "place": {"ROWS": 256, "ENDS": 32},
+        "cut": {"ROWS": 128, "ENDS": 64},
         "number": {**of_lists, "QUERIES": max(1, 4096 // slots**2)},
         "count": {**of_lists, "TILE": tile, "STEP": max(1, 256 // slots), "COLUMNS": 128},
         "begin": {"TILES": 32, "COLUMNS": _COLUMNS},
@@ -74,8 +76,58 @@ def number_through(ids: Tensor, own: Tensor, sequence: Tensor, before: Tensor) -
     return out
 
 
-def invert(ids: Tensor, blocks: int, step: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The rows, queries and places of `tables.BlockMajor`.
+def place_queries(
+    cu_queries: Tensor, cu_keys: Tensor, queries: int, block: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The last key, own block and sequence of `tables.Queries`.
+
+    Args:
+        cu_queries: ends of the packed sequences, ``[sequences + 1]``.
+        cu_keys: the same of the keys.
+        queries: how many there are.
+        block: tokens of a block.
+    """
+    if not (_on_triton(cu_queries) and queries and cu_queries.numel() > 1):
+        return None
+    from trimtab.kernels.sparse import triton_tables as kernels
+
+    last, own, sequence = torch.empty(3, queries, dtype=torch.int64, device=cu_queries.device)
+    how = constants("place")
+    kernels.place[(-(-queries // how["ROWS"]),)](
+        *(cu_queries.contiguous(), cu_keys.contiguous(), last, own, sequence),
+        *(queries, cu_queries.numel() - 1, block),
+        **how,
+    )
+    return last, own, sequence
+
+
+def cut(
+    cumulative: Tensor, tokens: int, block: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """The beginnings, lengths and sequences of `tables.Blocks`, and those before each sequence.
+
+    Args:
+        cumulative: ends of the packed sequences, ``[sequences + 1]``.
+        tokens: the last of them.
+        block: tokens of a block.
+    """
+    sequences = cumulative.numel() - 1
+    most = tokens // block + sequences
+    if not (_on_triton(cumulative) and sequences > 0):
+        return None
+    from trimtab.kernels.sparse import triton_tables as kernels
+
+    first, length, sequence = torch.empty(3, most, dtype=torch.int64, device=cumulative.device)
+    before = torch.empty(sequences + 1, dtype=torch.int64, device=cumulative.device)
+    how = constants("cut")
+    kernels.cut[(-(-most // how["ROWS"]),)](
+        *(cumulative.contiguous(), first, length, sequence, before, most, sequences, block), **how
+    )
+    return first, length, sequence, before
+
+
+def invert(ids: Tensor, blocks: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """The rows, their lengths, queries and places of `tables.BlockMajor`.
 
     Args:
         ids: ``[kv_heads, queries, top]`` int32; what is below 0 is none, and no query names a block
@@ -114,15 +166,16 @@ def invert(ids: Tensor, blocks: int, step: int) -> tuple[Tensor, Tensor, Tensor]
         *(lines, tiles, blocks),
         **how,
     )
-    return rows, query, place
+    return rows, totals, query, place
 
 
-def work(lengths: Tensor, most: int, size: int) -> tuple[Tensor, Tensor, Tensor] | None:
+def work(lengths: Tensor, group: int, most: int, size: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """The rows, chunks and further chunks of `tables.Work`.
 
     Args:
-        lengths: of each row, ``[segments, rows]`` int64.
-        most: what those of a segment can add up to at most.
+        lengths: queries of each row, ``[segments, rows]`` int64.
+        group: heads of a query.
+        most: what the queries of a segment and their heads can add up to at most.
         size: of an item.
     """
     segments, rows = lengths.shape
@@ -134,7 +187,7 @@ def work(lengths: Tensor, most: int, size: int) -> tuple[Tensor, Tensor, Tensor]
     items = torch.empty(2, segments, count, dtype=torch.int32, device=lengths.device)
     further = torch.empty(segments, rows + 1, dtype=torch.int64, device=lengths.device)
     kernels.items[(segments * -(-rows // _ROWS),)](
-        *(lengths.contiguous(), items[0], items[1], further, rows, count),
+        *(lengths.contiguous(), items[0], items[1], further, rows, count, group),
         **constants("items", chunk=size),
     )
     return items[0], items[1], further

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from trimtab.kernels.sparse.block_sparse import TILE, query_bits
 from trimtab.kernels.sparse.gpu_tiles import Need, tile
-from trimtab.kernels.sparse.launch import Again, launched, of_keys
+from trimtab.kernels.sparse.launch import Attempt, launched, of_keys
 from trimtab.kernels.sparse.prefill import visible_blocks
 from trimtab.kernels.sparse.selectors import By, Selection, tile_means
 
@@ -193,17 +193,17 @@ def attend(
     lists = of_tiles.byte().sort(dim=-1, descending=True, stable=True).indices.int()
     counts = of_tiles.sum(-1, dtype=torch.int32)
     grid = (-(-given.shape[0] // how.rows), q.shape[1])
-    for again in Again.of(grid, how, q):
+    for attempt in Attempt.both(grid, how, q):
         kernels.attend[grid](
             *(given, cache.k, cache.v, written, cache.pages, lists, counts),
-            *(lists if bits is None else bits, again.odd, position - before, *given.shape[:1]),
+            *(lists if bits is None else bits, attempt.odd, position - before, *given.shape[:1]),
             *(of_tiles.shape[1], of_tiles.shape[2], scale, *cache.strides),
             **cache.constants(q),
-            **launched(again.how),
+            **launched(attempt.how),
             ROWS=how.rows,
             KEYS=how.columns,
             BY_QUERY=bits is not None,
-            ATTEMPT=again.attempt,
+            AGAIN=attempt.again,
         )
     if before:
         out.copy_(written[before:])

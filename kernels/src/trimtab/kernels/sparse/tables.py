@@ -29,6 +29,9 @@ class Blocks:
 
 def cut(cumulative: Tensor, tokens: int, block: int) -> Blocks:
     """Cuts packed sequences, whose ends are ``cumulative [sequences + 1]``, into blocks."""
+    on_gpu = launch_tables.cut(cumulative, tokens, block)
+    if on_gpu is not None:
+        return Blocks(*on_gpu)
     ends = cumulative.long()
     counts = (ends.diff() + block - 1) // block
     before = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
@@ -50,17 +53,20 @@ class Queries:
     """Its own block within its sequence, ``[queries]`` int64."""
     sequence: Tensor
     ends: Tensor
-    """Of the packed sequences, ``[sequences + 1]`` int64."""
+    """Of the packed sequences, ``[sequences + 1]``."""
 
 
 def place_queries(cu_queries: Tensor, cu_keys: Tensor, queries: int, block: int) -> Queries:
     """Lays queries beside keys: the last query of a sequence belongs to its last key."""
+    on_gpu = launch_tables.place_queries(cu_queries, cu_keys, queries, block)
+    if on_gpu is not None:
+        return Queries(*on_gpu, cu_queries)
     ends, key_ends = cu_queries.long(), cu_keys.long()
     at = torch.arange(queries, device=ends.device)
     sequence = torch.searchsorted(ends[1:], at, right=True).clamp(max=ends.numel() - 2)
     last = key_ends[sequence + 1] - (ends[sequence + 1] - at)
     own = (last - key_ends[sequence]).clamp(min=0) // block
-    return Queries(last, own, sequence, ends)
+    return Queries(last, own, sequence, cu_queries)
 
 
 def number_through(indices: Tensor, queries: Queries, blocks: Blocks) -> Tensor:
@@ -103,6 +109,8 @@ class BlockMajor:
 
     rows: Tensor
     """Where each row begins, ``[kv_heads * blocks + 1]`` int64."""
+    lengths: Tensor
+    """Its queries, ``[kv_heads * blocks]`` int64."""
     query: Tensor
     """The queries, ascending in each row, ``[kv_heads * queries * top]`` int32."""
     place: Tensor
@@ -129,7 +137,8 @@ def block_major(ids: Tensor, blocks: int, step: int | None = None) -> BlockMajor
     ids = _lines(ids, step)
     counted_out = block_lists.invert(ids, blocks)
     if counted_out is not None:
-        return BlockMajor(*counted_out)
+        rows, query, place = counted_out
+        return BlockMajor(rows, rows.diff(), query, place)
     kv_heads, queries, top = ids.shape
     keys = torch.int32 if kv_heads * blocks < 2**31 - 1 else torch.int64
     counted = torch.int32 if ids.numel() < 2**31 else torch.int64
@@ -142,7 +151,7 @@ def block_major(ids: Tensor, blocks: int, step: int | None = None) -> BlockMajor
     place[ordered.indices] = torch.arange(row.numel(), dtype=counted, device=ids.device)
     place = place.masked_fill(row == kv_heads * blocks, -1).view(ids.shape)
     query = ((ordered.indices // top) % max(queries, 1)).int()
-    return BlockMajor(rows, query, place)
+    return BlockMajor(rows, rows.diff(), query, place)
 
 
 def _lines(ids: Tensor, step: int) -> Tensor:
@@ -190,17 +199,19 @@ class Work:
     """Where the further chunks of each row begin, ``[segments, rows + 1]`` int64."""
 
 
-def work(lengths: Tensor, most: int, rows_per_item: int) -> Work:
+def work(lengths: Tensor, group: int, most: int, rows_per_item: int) -> Work:
     """Cuts rows into items, as `schedule` does, for several segments at once.
 
     Args:
-        lengths: queries times heads of each row, ``[segments, rows]``.
-        most: what the lengths of a segment can add up to at most.
+        lengths: queries of each row, ``[segments, rows]``.
+        group: heads of a query.
+        most: what the queries of a segment and their heads can add up to at most.
         rows_per_item: of a chunk.
     """
-    on_gpu = launch_tables.work(lengths, most, rows_per_item)
+    on_gpu = launch_tables.work(lengths, group, most, rows_per_item)
     if on_gpu is not None:
         return Work(*on_gpu)
+    lengths = lengths * group
     counts = (lengths + rows_per_item - 1) // rows_per_item
     ends = counts.cumsum(1)
     segments, rows = lengths.shape

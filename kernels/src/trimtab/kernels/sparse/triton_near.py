@@ -15,18 +15,13 @@ from trimtab.kernels.sparse.triton_selected import (
     AS_THEY_ARE,
     FINITE,
     LEAST,
-    LOG2_E,
     ODD,
-    _add_marked,
     _any_odd,
-    _attend,
-    _dot,
-    _finite,
     _has_to,
-    _mark,
-    _put,
+    _meet,
     _tile,
     _to_natural,
+    _write,
 )
 
 ANYWHERE = ("ids", "last", "rows", "place", "lse")
@@ -90,6 +85,41 @@ def _log2(power):
     return (power.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
 
 
+@triton.jit
+def _near_blocks(ids, address, known, first_block, position, earliest, until, BLOCK: tl.constexpr):
+    """What a tile's queries call near, as bits of a word each: bit 0 is the first block.
+
+    The others stand for blocks from ``skipped`` on, which is returned too.
+    """
+    number = tl.load(ids + address, mask=known, other=-1)
+    block = tl.where(number >= 0, number - first_block, -1)
+    is_near = _is_near(block, position[:, None], until, BLOCK)
+    block = tl.where(is_near, block, -1).to(tl.int32)
+    skipped = tl.where(earliest < until, 0, tl.maximum(earliest // BLOCK - 2, 0))
+    bit = tl.where(block > 0, block - skipped, block)
+    one = tl.full(block.shape, 1, tl.int64)
+    words = tl.where(bit >= 0, one << tl.maximum(bit, 0).to(tl.int64), 0)
+    return tl.reduce(words, 1, _or), skipped
+
+
+@triton.jit
+def _join(acc, total, top, part, part_max, part_sum, where, D_V: tl.constexpr, PAD_V: tl.constexpr):
+    """Adds one part of each row's softmax, those ``where`` there is any."""
+    known = where >= 0
+    column = tl.arange(0, PAD_V)
+    its_top = tl.load(part_max + where, mask=known, other=LEAST)
+    its_sum = tl.load(part_sum + where, mask=known, other=0.0)
+    its_out = tl.load(
+        part + where[:, None] * D_V + column[None, :],
+        mask=known[:, None] & (column < D_V)[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    new = tl.maximum(top, its_top)
+    kept = tl.exp2(top - new)
+    weight = its_sum * tl.exp2(its_top - new)
+    return acc * kept[:, None] + its_out * weight[:, None], total * kept + weight, new
+
+
 @triton.jit(do_not_specialize_on_alignment=ANYWHERE)
 def near_and_join(
     q,
@@ -128,7 +158,7 @@ def near_and_join(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     WIDEN: tl.constexpr,
-    ATTEMPT: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     """Output and logarithm of a tile of queries and head, in a segment of ``count`` from ``begin``.
 
@@ -136,8 +166,8 @@ def near_and_join(
     the parts of what is far lie. No block but the first 63 may be chosen by queries that come
     before ``until`` or share a tile with one.
     """
-    program = tl.program_id(0) * HEADS + tl.program_id(1)
-    if not _has_to(odd, program, ATTEMPT):
+    program = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
+    if not _has_to(odd, program, AGAIN):
         return
     tile = tiles_before + tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -156,70 +186,47 @@ def near_and_join(
         slot = tl.arange(0, KEPT)
         address = (kv_head * queries + token)[:, None] * TOP + slot[None, :]
         known = there[:, None] & (slot < TOP)[None, :]
-        number = tl.load(ids + address, mask=known, other=-1)
-        block = tl.where(number >= 0, number - first_block, -1)
-        is_near = _is_near(block, position[:, None], until, BLOCK)
-        block = tl.where(is_near, block, -1).to(tl.int32)
-        # A word holds what the tile calls near: bit 0 the first block, all others from here on.
-        skipped = tl.where(earliest < until, 0, tl.maximum(earliest // BLOCK - 2, 0))
-        bit = tl.where(block > 0, block - skipped, block)
-        one = tl.full((ROWS, KEPT), 1, tl.int64)
-        words = tl.where(bit >= 0, one << tl.maximum(bit, 0).to(tl.int64), 0)
-        mine = tl.reduce(words, 1, _or)
+        mine, skipped = _near_blocks(
+            ids, address, known, first_block, position, earliest, until, BLOCK
+        )
         word = tl.reduce(mine, 0, _or)
 
-        top = tl.full((ROWS,), LEAST, tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        acc = tl.zeros((ROWS, PAD_V), tl.float32)
         base = tl.load(rows)
-        column = tl.arange(0, PAD_V)
-        for of_slot in range(tl.where((latest >= until) & (ATTEMPT != ODD), TOP, 0)):
-            entry = tl.load(
-                place + (kv_head * lines + token) * TOP + of_slot, mask=there, other=-1
-            ).to(tl.int64)
-            known_part = entry >= 0
-            where = (entry - base) * GROUP + head % GROUP
-            its_top = tl.load(part_max + where, mask=known_part, other=LEAST)
-            its_sum = tl.load(part_sum + where, mask=known_part, other=0.0)
-            its_out = tl.load(
-                part + where[:, None] * D_V + column[None, :],
-                mask=known_part[:, None] & (column < D_V)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            new = tl.maximum(top, its_top)
-            kept = tl.exp2(top - new)
-            weight = its_sum * tl.exp2(its_top - new)
-            acc = acc * kept[:, None] + its_out * weight[:, None]
-            total = total * kept + weight
-            top = new
-
-        query = _tile(q, token, head, there, HEADS, D, PAD)
         pieces: tl.constexpr = BLOCK // KEYS
-        for at in range(_count(word) * pieces):
-            lowest = word & -word
-            its_bit = _log2(lowest)
-            its_block = tl.where(its_bit > 0, its_bit + skipped, 0)
-            key = its_block * BLOCK + at % pieces * KEYS + tl.arange(0, KEYS)
-            inside = key <= latest
-            keys = _tile(k, first_key + key, kv_head, inside, HEADS // GROUP, D, PAD)
-            values = _tile(v, first_key + key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
-            reached = tl.where((mine & lowest) != 0, position, -1)
-            visible = key[None, :] <= reached[:, None]
-            if ATTEMPT == ODD:
-                acc = _mark(acc, visible, values)
-            else:
-                if ATTEMPT == FINITE:
-                    values = _finite(values)
-                logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
-                acc, total, top = _attend(acc, total, top, logits, visible, values, WIDEN)
-            word = tl.where(at % pieces == pieces - 1, word ^ lowest, word)
-        if ATTEMPT == ODD:
-            _add_marked(out, token, head, there, acc, HEADS, D_V, PAD_V)
-        else:
-            result = acc / tl.where(total > 0, total, 1.0)[:, None]
-            _put(out, token, head, there, result, HEADS, D_V, PAD_V)
-            tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
-        if ATTEMPT == AS_THEY_ARE:
-            tl.store(odd + program, _any_odd(acc))
-    elif ATTEMPT == AS_THEY_ARE:
+        for attempt in tl.static_range(
+            FINITE if AGAIN else AS_THEY_ARE, ODD + 1 if AGAIN else FINITE
+        ):
+            top = tl.full((ROWS,), LEAST, tl.float32)
+            total = tl.zeros((ROWS,), tl.float32)
+            acc = tl.zeros((ROWS, PAD_V), tl.float32)
+            for of_slot in range(tl.where((latest >= until) & (attempt != ODD), TOP, 0)):
+                entry = tl.load(
+                    place + (kv_head * lines + token) * TOP + of_slot, mask=there, other=-1
+                ).to(tl.int64)
+                where = tl.where(entry >= 0, (entry - base) * GROUP + head % GROUP, -1)
+                acc, total, top = _join(
+                    acc, total, top, part, part_max, part_sum, where, D_V, PAD_V
+                )
+
+            query = _tile(q, token, head, there, HEADS, D, PAD)
+            left = word
+            for at in range(_count(word) * pieces):
+                lowest = left & -left
+                its_bit = _log2(lowest)
+                its_block = tl.where(its_bit > 0, its_bit + skipped, 0)
+                key = its_block * BLOCK + at % pieces * KEYS + tl.arange(0, KEYS)
+                inside = key <= latest
+                keys = _tile(k, first_key + key, kv_head, inside, HEADS // GROUP, D, PAD)
+                values = _tile(v, first_key + key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
+                reached = tl.where((mine & lowest) != 0, position, -1)
+                visible = key[None, :] <= reached[:, None]
+                acc, total, top = _meet(
+                    acc, total, top, query, keys, values, visible, scale, attempt, WIDEN
+                )
+                left = tl.where(at % pieces == pieces - 1, left ^ lowest, left)
+            _write(out, token, head, there, acc, total, HEADS, D_V, PAD_V, attempt)
+            if attempt == AS_THEY_ARE:
+                tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
+                tl.store(odd + program, _any_odd(acc))
+    elif not AGAIN:
         tl.store(odd + program, 0)

@@ -16,15 +16,12 @@ from trimtab.kernels.sparse.triton_selected import (
     LEAST,
     LOG2_E,
     ODD,
-    _add_marked,
     _any_odd,
-    _attend,
     _dot,
-    _finite,
     _has_to,
-    _mark,
-    _put,
+    _meet,
     _tile,
+    _write,
 )
 
 ANYWHERE = ("pages",)
@@ -128,7 +125,7 @@ def attend(
     KEYS: tl.constexpr,
     WIDEN: tl.constexpr,
     BY_QUERY: tl.constexpr,
-    ATTEMPT: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     """Attention of ``ROWS`` queries and a head to the blocks of their tile, ``lists``.
 
@@ -136,8 +133,8 @@ def attend(
     tiles are as long as blocks, and the first query is the first of its own. Where queries choose,
     ``bits [heads, tiles, blocks]`` says which of a tile chose a block.
     """
-    program = tl.program_id(0) * HEADS + tl.program_id(1)
-    if not _has_to(odd, program, ATTEMPT):
+    program = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
+    if not _has_to(odd, program, AGAIN):
         return
     # The last tiles have most to do, and begin first.
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
@@ -146,34 +143,27 @@ def attend(
     own = position + token
     head = tl.program_id(1).to(tl.int64)
     query = _tile(q, token.to(tl.int64), head, there, HEADS, D, PAD)
-    top = tl.full((ROWS,), LEAST, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, PAD), tl.float32)
     row = head * tiles + begin // BLOCK
-    for part in range(tl.load(counts + row) * (BLOCK // KEYS)):
-        block = tl.load(lists + row * blocks + part // (BLOCK // KEYS))
-        key = block * BLOCK + part % (BLOCK // KEYS) * KEYS + tl.arange(0, KEYS)
-        inside = key < position + queries
-        place = _places(
-            pages, key, inside, head // GROUP, page_stride, head_stride, slot_stride, PAGE
-        )
-        keys = _read(k, place, inside, D, PAD)
-        values = _read(v, place, inside, D, PAD)
-        visible = inside[None, :] & (key[None, :] <= own[:, None])
-        if BY_QUERY:
-            chose = tl.load(bits + row * blocks + block) >> (own % BLOCK) & 1
-            visible = visible & (chose[:, None] != 0)
-        if ATTEMPT == ODD:
-            acc = _mark(acc, visible, values)
-        else:
-            if ATTEMPT == FINITE:
-                values = _finite(values)
-            logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
-            acc, total, top = _attend(acc, total, top, logits, visible, values, WIDEN)
-    if ATTEMPT == ODD:
-        _add_marked(out, token.to(tl.int64), head, there, acc, HEADS, D, PAD)
-    else:
-        result = acc / tl.where(total > 0, total, 1.0)[:, None]
-        _put(out, token.to(tl.int64), head, there, result, HEADS, D, PAD)
-    if ATTEMPT == AS_THEY_ARE:
-        tl.store(odd + program, _any_odd(acc))
+    for attempt in tl.static_range(FINITE if AGAIN else AS_THEY_ARE, ODD + 1 if AGAIN else FINITE):
+        top = tl.full((ROWS,), LEAST, tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, PAD), tl.float32)
+        for part in range(tl.load(counts + row) * (BLOCK // KEYS)):
+            block = tl.load(lists + row * blocks + part // (BLOCK // KEYS))
+            key = block * BLOCK + part % (BLOCK // KEYS) * KEYS + tl.arange(0, KEYS)
+            inside = key < position + queries
+            place = _places(
+                pages, key, inside, head // GROUP, page_stride, head_stride, slot_stride, PAGE
+            )
+            keys = _read(k, place, inside, D, PAD)
+            values = _read(v, place, inside, D, PAD)
+            visible = inside[None, :] & (key[None, :] <= own[:, None])
+            if BY_QUERY:
+                chose = tl.load(bits + row * blocks + block) >> (own % BLOCK) & 1
+                visible = visible & (chose[:, None] != 0)
+            acc, total, top = _meet(
+                acc, total, top, query, keys, values, visible, scale, attempt, WIDEN
+            )
+        _write(out, token.to(tl.int64), head, there, acc, total, HEADS, D, PAD, attempt)
+        if attempt == AS_THEY_ARE:
+            tl.store(odd + program, _any_odd(acc))

@@ -26,20 +26,20 @@ AS_THEY_ARE = tl.constexpr(0)
 FINITE = tl.constexpr(1)
 ODD = tl.constexpr(2)
 """A weight of 0 times infinity, or what is no number, is not 0. So a kernel says of each program
-whether anything odd came out. Launched again, for those alone, it takes what is odd for 0, and
-launched once more it adds what of that its queries see; all others end where they begin."""
+whether anything odd came out. Launched again, it ends where it begins but for those; these take
+what is odd for 0, and then add what of that their queries see."""
 
 _MINUS = tl.constexpr(2.0**-10)
 """What minus infinity counts as where plus infinity is 1: a tile has at most 128 keys."""
 
 
 @triton.jit
-def _has_to(odd, program, ATTEMPT: tl.constexpr):
-    """Whether a program has anything to do in an attempt."""
-    if ATTEMPT == AS_THEY_ARE:
-        return True
-    else:
+def _has_to(odd, program, AGAIN: tl.constexpr):
+    """Whether a program has anything to do."""
+    if AGAIN:
         return tl.load(odd + program) != 0
+    else:
+        return True
 
 
 @triton.jit
@@ -147,6 +147,52 @@ def _add_marked(
     value += tl.where(marks >= 1, float("inf"), 0.0)
     value += tl.where(marks > tl.floor(marks), float("-inf"), 0.0)
     tl.store(pointer + address, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _meet(
+    acc,
+    total,
+    top,
+    query,
+    keys,
+    values,
+    visible,
+    scale,
+    ATTEMPT: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Adds keys to what an attempt sums up: an online softmax, or the marks of odd values."""
+    if ATTEMPT == ODD:
+        acc = _mark(acc, visible, values)
+    else:
+        if ATTEMPT == FINITE:
+            values = _finite(values)
+        logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
+        acc, total, top = _attend(acc, total, top, logits, visible, values, WIDEN)
+    return acc, total, top
+
+
+@triton.jit
+def _write(
+    out,
+    token,
+    head,
+    there,
+    acc,
+    total,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    PAD: tl.constexpr,
+    ATTEMPT: tl.constexpr,
+):
+    """Writes what an attempt has summed up; marks are added to what the one before wrote."""
+    if ATTEMPT == ODD:
+        tl.debug_barrier()
+        _add_marked(out, token, head, there, acc, HEADS, D, PAD)
+    else:
+        result = acc / tl.where(total > 0, total, 1.0)[:, None]
+        _put(out, token, head, there, result, HEADS, D, PAD)
 
 
 @triton.jit
@@ -368,7 +414,7 @@ def backward(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     WIDEN: tl.constexpr,
-    ATTEMPT: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     """One chunk of one block's queries: dK and dV, in float32 over the group, and parts of dQ.
 
@@ -377,13 +423,13 @@ def backward(
     parts of dQ alone, and a second attempt writes these anew.
     """
     row, chunk, base, begin, stop = _item(item_row, item_chunk, rows, GROUP, CHUNK)
-    row = tl.where(_has_to(odd, tl.program_id(0), ATTEMPT), row, -1)
+    row = tl.where(_has_to(odd, tl.program_id(0), AGAIN), row, -1)
     if row >= 0:
         kv_head = row // blocks
         key, inside = _block(block_first, block_length, row % blocks, BLOCK)
         keys = _tile(k, key, kv_head, inside, HEADS // GROUP, D, PAD)
         values = _tile(v, key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
-        if ATTEMPT == AS_THEY_ARE:
+        if not AGAIN:
             former = inside & (chunk + tl.zeros((BLOCK,), tl.int64) == 0)
             sum_k = _tile(dk, key, kv_head, former, HEADS // GROUP, D, PAD)
             sum_v = _tile(dv, key, kv_head, former, HEADS // GROUP, D_V, PAD_V)
@@ -398,16 +444,16 @@ def backward(
                 queries, keys, values, above, stat, lse, delta, there, visible, scale, WIDEN
             )
             ds = ds.to(queries.dtype)
-            if ATTEMPT == FINITE:
+            if AGAIN:
                 slope = _dot(ds, _finite(keys), WIDEN)
             else:
                 sum_v += _dot(tl.trans(p).to(above.dtype), above, WIDEN)
                 sum_k += _dot(tl.trans(ds), queries, WIDEN)
                 slope = _dot(ds, keys, WIDEN)
             _put(dq_part, at, 0, there, slope, 1, D, PAD)
-        if ATTEMPT == AS_THEY_ARE:
+        if not AGAIN:
             tl.store(odd + tl.program_id(0), _any_odd(keys))
-        if ATTEMPT == FINITE:
+        if AGAIN:
             pass
         elif chunk == 0:
             _put(dk, key, kv_head, inside, sum_k, HEADS // GROUP, D, PAD)

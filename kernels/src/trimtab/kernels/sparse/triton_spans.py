@@ -15,19 +15,17 @@ from trimtab.kernels.sparse.triton_selected import (
     AS_THEY_ARE,
     FINITE,
     LEAST,
-    LOG2_E,
     ODD,
-    _add_marked,
     _any_odd,
-    _attend,
     _dot,
     _finite,
     _has_to,
-    _mark,
+    _meet,
     _put,
     _slopes,
     _tile,
     _to_natural,
+    _write,
 )
 
 
@@ -65,41 +63,36 @@ def forward(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     WIDEN: tl.constexpr,
-    ATTEMPT: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     """Output and logarithm of one tile of queries and head."""
-    program = tl.program_id(0) * HEADS + tl.program_id(1)
-    if not _has_to(odd, program, ATTEMPT):
+    program = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
+    if not _has_to(odd, program, AGAIN):
         return
     head = tl.program_id(1).to(tl.int64)
     begin = tl.program_id(0).to(tl.int64) * ROWS
     token, there, first, end = _queries(low, high, begin, queries, ROWS)
     query = _tile(q, token, head, there, HEADS, D, PAD)
-    top = tl.full((ROWS,), LEAST, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, PAD_V), tl.float32)
+    base = tl.load(low + begin)
+    first, end = (first - base).to(tl.int32), (end - base).to(tl.int32)
     stop = tl.max(end, 0)
-    for at in range(tl.load(low + begin), stop, KEYS):
-        key = at + tl.arange(0, KEYS)
-        known = key < stop
-        keys = _tile(k, key, head // GROUP, known, HEADS // GROUP, D, PAD)
-        values = _tile(v, key, head // GROUP, known, HEADS // GROUP, D_V, PAD_V)
-        visible = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
-        if ATTEMPT == ODD:
-            acc = _mark(acc, visible, values)
-        else:
-            if ATTEMPT == FINITE:
-                values = _finite(values)
-            logits = _dot(query, tl.trans(keys), WIDEN) * (scale * LOG2_E)
-            acc, total, top = _attend(acc, total, top, logits, visible, values, WIDEN)
-    if ATTEMPT == ODD:
-        _add_marked(out, token, head, there, acc, HEADS, D_V, PAD_V)
-    else:
-        result = acc / tl.where(total > 0, total, 1.0)[:, None]
-        _put(out, token, head, there, result, HEADS, D_V, PAD_V)
-    if ATTEMPT == AS_THEY_ARE:
-        tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
-        tl.store(odd + program, _any_odd(acc))
+    for attempt in tl.static_range(FINITE if AGAIN else AS_THEY_ARE, ODD + 1 if AGAIN else FINITE):
+        top = tl.full((ROWS,), LEAST, tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, PAD_V), tl.float32)
+        for at in range(0, stop, KEYS):
+            key = at + tl.arange(0, KEYS)
+            known = key < stop
+            keys = _tile(k, base + key, head // GROUP, known, HEADS // GROUP, D, PAD)
+            values = _tile(v, base + key, head // GROUP, known, HEADS // GROUP, D_V, PAD_V)
+            visible = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
+            acc, total, top = _meet(
+                acc, total, top, query, keys, values, visible, scale, attempt, WIDEN
+            )
+        _write(out, token, head, there, acc, total, HEADS, D_V, PAD_V, attempt)
+        if attempt == AS_THEY_ARE:
+            tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
+            tl.store(odd + program, _any_odd(acc))
 
 
 @triton.jit
@@ -125,11 +118,11 @@ def backward_queries(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     WIDEN: tl.constexpr,
-    ATTEMPT: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     """dQ of one tile of queries and head."""
-    program = tl.program_id(0) * HEADS + tl.program_id(1)
-    if not _has_to(odd, program, ATTEMPT):
+    program = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
+    if not _has_to(odd, program, AGAIN):
         return
     head = tl.program_id(1).to(tl.int64)
     begin = tl.program_id(0).to(tl.int64) * ROWS
@@ -146,11 +139,11 @@ def backward_queries(
         values = _tile(v, key, head // GROUP, known, HEADS // GROUP, D_V, PAD_V)
         visible = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
         _, ds = _slopes(query, keys, values, above, stat, lse, delta, there, visible, scale, WIDEN)
-        if ATTEMPT == FINITE:
+        if AGAIN:
             keys = _finite(keys)
         acc += _dot(ds.to(keys.dtype), keys, WIDEN)
     _put(dq, token, head, there, acc, HEADS, D, PAD)
-    if ATTEMPT == AS_THEY_ARE:
+    if not AGAIN:
         tl.store(odd + program, _any_odd(acc))
 
 

@@ -1,4 +1,4 @@
-"""Index tables on a GPU: ids checked and numbered, lists of blocks inverted, rows cut into items.
+"""Index tables on a GPU: what lies where, ids numbered, lists of blocks inverted, items of work.
 
 The inversion is a counting sort with the order of a stable one, and without atomics: a program goes
 through the queries of its tile one after the other, and none of them names a block twice, so that
@@ -15,11 +15,88 @@ import triton.language as tl
 
 NONE = tl.constexpr(0x7FFFFFFF)
 
-SIZES = ("head_stride", "known", "queries", "pieces", "lines", "tiles", "blocks")
+SIZES = (
+    *("head_stride", "known", "queries", "pieces", "lines", "tiles", "blocks"),
+    *("most", "sequences", "block"),
+)
 """Numbers for which no kernels of their own are compiled."""
 
 ANYWHERE = ("ids", "item_row", "item_chunk")
 """Parts of tensors, which are aligned or not; nothing is gained by a kernel for each case."""
+
+
+@triton.jit(do_not_specialize=SIZES)
+def place(
+    cu_queries,
+    cu_keys,
+    last,
+    own,
+    sequence,
+    queries,
+    sequences,
+    block,
+    ROWS: tl.constexpr,
+    ENDS: tl.constexpr,
+):
+    """The last key, own block and sequence of some queries: as many sequences end before each."""
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = token < queries
+    number = tl.zeros((ROWS,), tl.int64)
+    for first in range(0, sequences - 1, ENDS):
+        at = first + tl.arange(0, ENDS)
+        ends = tl.load(cu_queries + 1 + at, mask=at < sequences - 1, other=NONE)
+        behind = (ends[None, :] <= token[:, None]) & (at < sequences - 1)[None, :]
+        number += tl.sum(behind.to(tl.int32), 1)
+    end = tl.load(cu_queries + number + 1).to(tl.int64)
+    key = tl.load(cu_keys + number + 1).to(tl.int64) - (end - token)
+    position = tl.maximum(key - tl.load(cu_keys + number).to(tl.int64), 0)
+    tl.store(last + token, key, mask=there)
+    tl.store(own + token, position // block, mask=there)
+    tl.store(sequence + token, number, mask=there)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def cut(
+    cumulative,
+    first,
+    length,
+    sequence,
+    before,
+    most,
+    sequences,
+    block,
+    ROWS: tl.constexpr,
+    ENDS: tl.constexpr,
+):
+    """Some blocks of packed sequences, and by the first program the blocks before each sequence.
+
+    Those behind the last block are counted to the last sequence, with no tokens.
+    """
+    numbered = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = numbered < most
+    number = tl.zeros((ROWS,), tl.int64)
+    passed = tl.zeros((ROWS,), tl.int64)
+    total = tl.zeros((), tl.int64)
+    for begin in range(0, sequences, ENDS):
+        at = begin + tl.arange(0, ENDS)
+        known = at < sequences
+        tokens = tl.load(cumulative + at + 1, mask=known, other=0).to(tl.int64)
+        tokens -= tl.load(cumulative + at, mask=known, other=0).to(tl.int64)
+        counts = (tokens + block - 1) // block
+        ends = total + tl.cumsum(counts, 0)
+        if tl.program_id(0) == 0:
+            tl.store(before + 1 + at, ends, mask=known)
+        behind = (ends[None, :] <= numbered[:, None]) & (at < sequences - 1)[None, :]
+        number += tl.sum(behind.to(tl.int32), 1)
+        passed = tl.maximum(passed, tl.max(tl.where(behind, ends[None, :], 0), 1))
+        total += tl.sum(counts, 0)
+    if tl.program_id(0) == 0:
+        tl.store(before, tl.zeros((), tl.int64))
+    begins = tl.load(cumulative + number).to(tl.int64) + (numbered - passed) * block
+    left = tl.load(cumulative + number + 1).to(tl.int64) - begins
+    tl.store(first + numbered, begins, mask=there)
+    tl.store(length + numbered, tl.minimum(tl.maximum(left, 0), block.to(tl.int64)), mask=there)
+    tl.store(sequence + numbered, number, mask=there)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -204,7 +281,9 @@ def scatter(
     tl.store(place + at, goal, mask=both)
 
 
-@triton.jit(do_not_specialize=("row_count", "most"), do_not_specialize_on_alignment=ANYWHERE)
+@triton.jit(
+    do_not_specialize=("row_count", "most", "group"), do_not_specialize_on_alignment=ANYWHERE
+)
 def items(
     lengths,
     item_row,
@@ -212,6 +291,7 @@ def items(
     further,
     row_count,
     most,
+    group,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -229,7 +309,7 @@ def items(
     item_chunk += segment * most
     further += segment * (row_count + 1)
     row = part * ROWS + tl.arange(0, ROWS)
-    length = tl.load(lengths + row, mask=row < row_count, other=0)
+    length = tl.load(lengths + row, mask=row < row_count, other=0) * group
     left = (length % CHUNK).to(tl.int32)
     rank = tl.zeros((ROWS,), tl.int64)
     wholes = tl.zeros((ROWS,), tl.int64)
@@ -238,7 +318,7 @@ def items(
     lefts = tl.zeros((ROWS,), tl.int64)
     for first in range(0, row_count, ROWS):
         other = first + tl.arange(0, ROWS)
-        theirs = tl.load(lengths + other, mask=other < row_count, other=0)
+        theirs = tl.load(lengths + other, mask=other < row_count, other=0) * group
         their_left = (theirs % CHUNK).to(tl.int32)
         whole = theirs // CHUNK
         passed = other < part * ROWS
@@ -268,7 +348,7 @@ def items(
         its_chunk = tl.broadcast_to(chunk[None, :], (ROWS, WIDE)).to(tl.int32)
         tl.store(item_chunk + at, its_chunk, mask=there)
     known = (all_wholes + tl.sum(lefts, 0)).to(tl.int32)
-    behind = (tl.load(lengths + row_count - 1) + CHUNK - 1) // CHUNK - known
+    behind = (tl.load(lengths + row_count - 1) * group + CHUNK - 1) // CHUNK - known
     for first in range(known + part * WIDE, most, parts * WIDE):
         at = first + tl.arange(0, WIDE)
         tl.store(item_row + at, tl.full((WIDE,), -1, tl.int32), mask=at < most)

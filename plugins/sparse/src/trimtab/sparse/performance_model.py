@@ -55,13 +55,14 @@ GPUS: Mapping[str, Gpu] = {
 
 LAUNCH_S = 5e-6
 """Of a small kernel."""
-TABLE_LAUNCHES = 7
-"""Kernels that make a table and its work items: Triton's four, and torch's sums and differences."""
-_COUNT_QUERY_S = 0.6e-6
+CALL_LAUNCHES, TABLE_LAUNCHES = 7, 6
+"""Kernels that lay out a call's queries, blocks and tiles; and those that make a table and its work
+items, of which torch's sum takes two."""
+_COUNT_QUERY_S = 0.3e-6
 """A program that counts goes through its queries one by one, and waits for the L2 cache twice."""
 _COUNTING = 32 * 132
 """Such programs at once, of a warp each, where the L2 cache is an H100's."""
-_FORWARD_LAUNCHES, _BACKWARD_LAUNCHES = 2, 3
+_FORWARD_LAUNCHES, _BACKWARD_LAUNCHES = 3, 4
 """Of a segment."""
 
 NEAR_UNTIL: Mapping[int, int] = {64: 3584, 128: 1664}
@@ -224,10 +225,10 @@ class Model:
         near = self.dense.forward * traffic.near_keys(of) / (_UNIT**2 / 2)
         joined = near + indices / bytes_per_s
         if run.tokens <= NEAR_UNTIL[run.block]:
-            return joined + LAUNCH_S
+            return joined + (CALL_LAUNCHES - 1 + _FORWARD_LAUNCHES - 1) * LAUNCH_S
         lists = traffic.lists(of, of.forward_part_bytes, FORWARD_CHUNK)
         parts = traffic.forward_bytes(of, lists) / bytes_per_s
-        copied = traffic.far_bytes(of) / GPUS[run.gpu].memory_bytes_per_s + LAUNCH_S
+        copied = traffic.far_bytes(of) / GPUS[run.gpu].memory_bytes_per_s
         return joined + parts + copied + self._tables_s(run.gpu, of, lists, _FORWARD_LAUNCHES)
 
     def _our_backward_s(self, run: Run) -> float:
@@ -249,7 +250,7 @@ class Model:
         """Of all tables of a call: their bytes, their launches, and the counting of queries."""
         of_gpu, queries = GPUS[gpu], of.tokens * of.kv_heads
         at_once = _COUNTING * of_gpu.l2_bytes_per_s / _H100_L2
-        started = lists.lots * TABLE_LAUNCHES + 1 + lists.segments * launches
+        started = CALL_LAUNCHES + lists.lots * TABLE_LAUNCHES + lists.segments * launches
         moved = traffic.table_bytes(of, lists) / of_gpu.memory_bytes_per_s
         return moved + started * LAUNCH_S + queries / at_once * _COUNT_QUERY_S
 

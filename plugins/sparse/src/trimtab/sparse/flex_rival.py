@@ -23,6 +23,7 @@ def flex_prefill(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Callable[[], 
         mask: the blocks of each head's tiles ``[heads, tiles, blocks]``, all causal.
     """
     lists = flex_lists(mask)
+    torch.compiler.reset()  # after a few other sizes it would no longer compile, and run unfused
     compiled = torch.compile(flex_attention, dynamic=False)
 
     @torch.no_grad()

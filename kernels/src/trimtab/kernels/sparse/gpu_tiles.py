@@ -98,6 +98,23 @@ _MAIN: Mapping[tuple[str, int], tuple[Rule, ...]] = {
 }
 """Of the selected branch forward, ours and as published, by backend and bytes of an item."""
 
+_SPAN: Mapping[tuple[str, int], tuple[Rule, ...]] = {
+    ("cuda", 2): (
+        Rule(256, Tile(64, 4, 2, 64)),
+        Rule(384, Tile(32, 4, 2, 64)),
+        Rule(512, Tile(64, 8, 2, 32)),
+    ),
+    ("cuda", 4): (
+        Rule(128, Tile(32, 4, 2, 32)),
+        Rule(256, Tile(16, 8, 1, 32)),
+        Rule(384, Tile(32, 8, 1, 32)),
+        Rule(512, Tile(16, 8, 1, 32)),
+    ),
+    ("hip", 2): (Rule(256, Tile(64, 4, 2, 64)), Rule(512, Tile(64, 4, 2, 32))),
+    ("hip", 4): (Rule(256, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 4, 1, 32))),
+}
+"""Of neighbouring keys, and of near blocks but in float32 on NVIDIA's GPUs."""
+
 _ANY = 1 << 30
 _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
     **{(kernel, *of): rules for kernel in ("forward", "published") for of, rules in _MAIN.items()},
@@ -142,32 +159,13 @@ _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
     **{
         ("far", backend, item_bytes): (Rule(_ANY, Tile(64, 4, 1)),) for backend, item_bytes in _MAIN
     },
-    ("near", "cuda", 2): (
-        Rule(256, Tile(64, 4, 2, 64)),
-        Rule(384, Tile(32, 4, 2, 64)),
-        Rule(512, Tile(64, 8, 2, 32)),
-    ),
+    **{(kernel, *of): rules for kernel in ("span", "near") for of, rules in _SPAN.items()},
     ("near", "cuda", 4): (
         Rule(128, Tile(16, 8, 1, 32)),
         Rule(256, Tile(32, 8, 1, 16)),
         Rule(384, Tile(16, 4, 1, 16)),
         Rule(512, Tile(16, 8, 1, 16)),
     ),
-    ("near", "hip", 2): (Rule(256, Tile(64, 4, 2, 64)), Rule(512, Tile(64, 4, 2, 32))),
-    ("near", "hip", 4): (Rule(256, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 4, 1, 32))),
-    ("span", "cuda", 2): (
-        Rule(256, Tile(64, 4, 2, 64)),
-        Rule(384, Tile(32, 4, 2, 64)),
-        Rule(512, Tile(64, 8, 2, 32)),
-    ),
-    ("span", "cuda", 4): (
-        Rule(128, Tile(32, 4, 2, 32)),
-        Rule(256, Tile(16, 8, 1, 32)),
-        Rule(384, Tile(32, 8, 1, 32)),
-        Rule(512, Tile(16, 8, 1, 32)),
-    ),
-    ("span", "hip", 2): (Rule(256, Tile(64, 4, 2, 64)), Rule(512, Tile(64, 4, 2, 32))),
-    ("span", "hip", 4): (Rule(256, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 4, 1, 32))),
     ("prefill", "cuda", 2): (
         Rule(128, Tile(64, 4, 2, 64)),
         Rule(256, Tile(64, 8, 2, 64)),

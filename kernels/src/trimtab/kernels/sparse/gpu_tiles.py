@@ -80,7 +80,7 @@ _MAIN: Mapping[tuple[str, int], tuple[Rule, ...]] = {
         Rule(384, Tile(64, 4, 2), 64),
         Rule(256, Tile(64, 8, 1), 128),
         Rule(512, Tile(32, 8, 2), 64),
-        Rule(384, Tile(32, 8, 2), 128),
+        Rule(384, Tile(32, 4, 1), 128),
         Rule(512, Tile(32, 8, 1), 128),
     ),
     ("cuda", 4): (
@@ -113,7 +113,7 @@ _SPAN: Mapping[tuple[str, int], tuple[Rule, ...]] = {
     ("hip", 2): (Rule(256, Tile(64, 4, 2, 64)), Rule(512, Tile(64, 4, 2, 32))),
     ("hip", 4): (Rule(256, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 4, 1, 32))),
 }
-"""Of neighbouring keys, and of near blocks but in float32 on NVIDIA's GPUs."""
+"""Of neighbouring keys, and most of those of near blocks."""
 
 _ANY = 1 << 30
 _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
@@ -160,8 +160,9 @@ _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
         ("far", backend, item_bytes): (Rule(_ANY, Tile(64, 4, 1)),) for backend, item_bytes in _MAIN
     },
     **{(kernel, *of): rules for kernel in ("span", "near") for of, rules in _SPAN.items()},
+    ("near", "cuda", 2): (Rule(128, Tile(64, 4, 1, 64)), *_SPAN["cuda", 2]),
     ("near", "cuda", 4): (
-        Rule(128, Tile(16, 8, 1, 32)),
+        Rule(128, Tile(16, 8, 1, 16)),
         Rule(256, Tile(32, 8, 1, 16)),
         Rule(384, Tile(16, 4, 1, 16)),
         Rule(512, Tile(16, 8, 1, 16)),

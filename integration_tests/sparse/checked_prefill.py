@@ -111,6 +111,8 @@ def what_is_odd_reaches_those_that_see_it_and_no_others(by):
         x[place] = before
         return out
 
+    # A GPU's second launch is another program, whose last bits may differ.
+    bits = {"atol": 0, "rtol": 0} if interpreted() else {}
     clean = attended(cache.v, cache.v[place].clone())
     sees = (attended(cache.v, 5.0) != clean).any(-1)
     assert sees.any()
@@ -119,9 +121,9 @@ def what_is_odd_reaches_those_that_see_it_and_no_others(by):
         expected = clean.clone()
         expected[..., 3] = expected[..., 3].masked_fill(sees, odd)
         out = attended(cache.v, odd)
-        torch.testing.assert_close(out, expected, atol=0, rtol=0, equal_nan=True)
+        torch.testing.assert_close(out, expected, equal_nan=True, **bits)
     faulty = attended(cache.k, float("nan"))
-    assert torch.equal(faulty[~sees], clean[~sees])
+    torch.testing.assert_close(faulty[~sees], clean[~sees], **bits)
     assert faulty[sees].isnan().all()
 
 

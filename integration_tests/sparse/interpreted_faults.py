@@ -157,6 +157,12 @@ def put(x, token, value):
     return x
 
 
+def alike(x, expected):
+    """To the last bit where Triton interprets; a GPU's second launch is another program."""
+    bits = {"atol": 0, "rtol": 0} if interpreted() else {}
+    torch.testing.assert_close(x, expected, equal_nan=True, **bits)
+
+
 def what_is_odd_reaches_those_that_see_it_and_no_others():
     """Infinities, and no numbers; who sees a token another value of it changes."""
     tensors = drawn(torch.float32, 40, 40, 2, 1, 16, 16)
@@ -193,12 +199,12 @@ def what_is_odd_reaches_those_that_see_it_and_no_others():
             out, lse, dq = found(attend, q, keys, put(values, token, odd))
             expected = clean[0].clone()
             expected[..., 3] = expected[..., 3].masked_fill(sees, odd)
-            torch.testing.assert_close(out, expected, atol=0, rtol=0, equal_nan=True)
-            assert torch.equal(lse, clean[1]), name
-            assert torch.equal(dq[~sees], clean[2][~sees]), name
+            alike(out, expected)
+            alike(lse, clean[1])
+            alike(dq[~sees], clean[2][~sees])
         faulty = found(attend, q, put(keys, token, float("nan")), values)
         for x, wanted in zip(faulty, clean, strict=True):
-            assert torch.equal(x[~sees], wanted[~sees]), name
+            alike(x[~sees], wanted[~sees])
             assert x[sees].isnan().all(), name
     SelectedPlan.dense_until = whole
 

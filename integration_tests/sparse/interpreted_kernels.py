@@ -154,6 +154,25 @@ def branch_agrees(dtype, heads, kv_heads, d, d_v, queries, tolerance, branch):
         torch.testing.assert_close(a.grad.float(), b.grad, **near)
 
 
+def branches_compile_into_one_graph():
+    """Where queries lie is told by kernels in eager calls, and by torch where it traces."""
+    generator = torch.Generator(DEVICE).manual_seed(4)
+    q, k, v = (torch.randn(40, n, 16, generator=generator) for n in (2, 1, 1))
+    cu = torch.tensor([0, 40], dtype=torch.int32)
+    entries = naive.mean_compress(k, SHAPE)
+    cu_entries = torch.tensor([0, len(entries)], dtype=torch.int32)
+
+    def both(q, k, v, entries):
+        near, _ = sliding_attention(q, k, v, cu, cu, window=9)
+        coarse, lse = compressed_attention(q, entries, entries, cu, cu, cu_entries, SHAPE)
+        return near, coarse, select_blocks(q, entries, cu, cu, cu_entries, SHAPE, lse=lse)
+
+    expected = both(q, k, v, entries)
+    found = torch.compile(both, fullgraph=True, backend="aot_eager")(q, k, v, entries)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 agree(torch.float32, 6, 2, 16, 24, 20, 50, 1e-4, workspace_bytes=20_000)
 agree(torch.float32, 3, 3, 16, 16, 20, 40, 1e-4, workspace_bytes=9_000)  # two KV heads, then one
 agree(torch.float32, 2, 1, 16, 16, 9, 200, 1e-4, block=128)  # its backward takes blocks in halves
@@ -167,6 +186,7 @@ agree(torch.float32, 6, 2, 16, 24, 20, 50, 1e-4, workspace_bytes=20_000, as_publ
 agree(torch.float16, 3, 3, 12, 16, 33, 33, 2e-2, as_published=True)
 a_popular_block_is_cut_the_same_way_twice()
 select_agrees()
+branches_compile_into_one_graph()
 branch_agrees(torch.float32, 6, 2, 16, 24, 70, 1e-4, "sliding")
 branch_agrees(torch.float32, 6, 2, 16, 24, 70, 1e-4, "compressed")
 branch_agrees(torch.float32, 1, 1, 136, 136, 9, 1e-4, "sliding")

@@ -7,6 +7,8 @@ both kinds; sequences are packed, and some queries are not the first of theirs.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 
 from trimtab.kernels.sparse import naive, selected_attention, selected_plan
@@ -68,3 +70,34 @@ for split in SPLITS:
     )
     assert torch.equal(part[0], whole[0][tail])
     assert torch.equal(part[1], whole[1][tail])
+
+
+def most_alive(work):
+    """The most bytes that tensors made by ``new_empty`` had at once while ``work`` ran."""
+    alive, most, make = {}, 0, torch.Tensor.new_empty
+
+    def noted(self, *sizes, **how):
+        nonlocal most
+        made = make(self, *sizes, **how)
+        alive[id(made)] = made.nbytes
+        weakref.finalize(made, alive.pop, id(made))
+        most = max(most, sum(alive.values()))
+        return made
+
+    torch.Tensor.new_empty = noted
+    try:
+        kept = work()
+    finally:
+        torch.Tensor.new_empty = make
+    return most, kept
+
+
+# The parts of one segment make place for the next one's.
+selected_plan.SelectedPlan.dense_until = lambda *_: 0
+ROOM = 20_000
+results = expected.nbytes + expected_lse.nbytes
+flags = 4 * HEADS * (q.shape[0] // 32 + len(LENGTHS))
+made, _ = most_alive(
+    lambda: selected_attention(q, k, v, indices, cu_q, cu_k, block=BLOCK, workspace_bytes=ROOM)
+)
+assert ROOM / 2 < made - results <= ROOM + flags, made - results

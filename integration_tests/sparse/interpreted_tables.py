@@ -204,11 +204,18 @@ def places_are_those_of_torch(spans, block, at_once, dtype):
     """Of queries and blocks, where some sequences have none; ends are looked at in parts."""
     cu_q, cu_k = (ends(counts).to(dtype) for counts in zip(*spans, strict=True))
     queries, keys = int(cu_q[-1]), int(cu_k[-1])
+    cu_e = ends([max(0, b // 3 - at_once) for _, b in spans]).to(dtype)
     how = {"ROWS": 8, "ENDS": 1 << at_once, "num_warps": 4}
     with patch.object(launch_tables, "constants", lambda kernel: how):
         placed = tables.place_queries(cu_q, cu_k, queries, block)
         blocks = tables.cut(cu_k, keys, block)
+        seen = tables.sees_window(cu_q, cu_k, queries, 3 * block)
+        entries = tables.sees_entries(cu_q, cu_k, cu_e, queries, 2 * block + 1, at_once)
     with in_torch():
+        expected = tables.sees_window(cu_q, cu_k, queries, 3 * block)
+        assert all(map(torch.equal, seen, expected))
+        expected = tables.sees_entries(cu_q, cu_k, cu_e, queries, 2 * block + 1, at_once)
+        assert all(map(torch.equal, entries, expected))
         same(placed, tables.place_queries(cu_q, cu_k, queries, block))
         same(blocks, tables.cut(cu_k, keys, block))
 

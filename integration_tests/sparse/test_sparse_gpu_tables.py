@@ -174,6 +174,7 @@ def test_kernels_of_tables_are_compiled_as_they_are_launched(kernel, monkeypatch
     with torch.device("meta"):
         cu = torch.zeros(2, dtype=torch.int32)
         placed, blocks = tables.place_queries(cu, cu, 65536, 64), tables.cut(cu, 65535, 64)
+        tables.sees_entries(cu, cu, cu, 65536, 32, 16)
         ids = tables.number_through(torch.empty(1, 65536, 16, dtype=torch.int32), placed, blocks)
         table = tables.block_major(ids, blocks.first.numel())
         tables.work(table.lengths.view(1, -1), 1, table.query.numel(), 512)

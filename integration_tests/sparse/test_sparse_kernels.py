@@ -19,6 +19,8 @@ from trimtab.kernels.sparse import (
     WORKSPACE_BYTES,
     SparseShape,
     blockwise,
+    branches,
+    compressed_attention,
     gpu_tiles,
     launch,
     launch_tables,
@@ -29,7 +31,9 @@ from trimtab.kernels.sparse import (
     selected_attention,
     tables,
     triton_near,
+    triton_select,
     triton_selected,
+    triton_spans,
     triton_tables,
 )
 from trimtab.kernels.sparse.chosen import Chosen
@@ -551,10 +555,15 @@ def test_the_plan_chooses_as_the_model_of_times_predicts():
     assert pytest.approx(dense_flop / known.dense.forward, rel=0.02) == DENSE_FLOP_PER_S[2]
     assert performance_model.GPUS["h200"].l2_bytes_per_s == L2_BYTES_PER_S
     assert traffic.Sizes(1, 1, 1, 1, 1, 1, 1).workspace_bytes == WORKSPACE_BYTES
-    for group in (1, 2, 4, 8, 16, 32):
+    for group in (1, 2, 4, 8, 16, 32, 64):
+        for block in (64, 128):
+            run = Run("h20", 8 * 1024, group, block, 1024 // block)
+            path = plan_selected(group, 128, 128, block, 2).path
+            assert (path == "queries") == performance_model.goes_by_queries(run)
         for tokens in (8 * 1024, 128 * 1024):
             predicted = known.our_selected_s(Run("h200", tokens, group, 64, 16))
-            assert plan_selected(group, 128, 128, 64, 2).path == min(predicted, key=predicted.get)
+            path = plan_selected(group, 128, 128, 64, 2).path
+            assert group > 32 or path == min(predicted, key=predicted.get)
 
 
 def test_the_model_of_times_knows_how_our_kernels_are_launched(monkeypatch):
@@ -580,6 +589,25 @@ def test_the_model_of_times_knows_how_our_kernels_are_launched(monkeypatch):
         chosen = operators._chosen(*qkv, indices, cu, cu, 16, 0.3, 1 << 24)
         launch.Near.of(chosen).far_ids()
     assert len(started) + calls.count == performance_model.CALL_LAUNCHES
+    for where, name in ((triton_tables, "spans"), (triton_spans, "forward")):
+        monkeypatch.setattr(where, name, Started(started))
+    monkeypatch.setattr(triton_select, "best_blocks", Started(started))
+    for module in (branches, operators):
+        monkeypatch.setattr(module, "on_triton", lambda x: True)
+    entries, launches = torch.randn(15, 2, 8), []
+    for work in (
+        lambda *every: compressed_attention(qkv[0], entries, entries, *every),
+        lambda *every: operators._select._init_fn(
+            *(qkv[0], entries, *every[:3], [8, 4, 16, 3, 1, 1], 0.3, torch.zeros(60, 4))
+        ),
+    ):
+        started.clear()
+        every = ends([60]), ends([60]), ends([60 // 4]), SMALL
+        with Calls() as calls:
+            work(*every)
+        launches.append(len(started) + calls.count)
+    known = performance_model.COMPRESSED_LAUNCHES, performance_model.CHOICE_LAUNCHES
+    assert tuple(launches) == known
     started.clear()
     with Calls() as calls:
         assert len(list(launch.segments(chosen, Tile(16, 4, 1), 24, shared=True))) == 1
@@ -610,6 +638,7 @@ class Calls(TorchDispatchMode):
     starts_none = frozenset(
         ("view", "slice", "select", "unsqueeze", "expand", "alias", "as_strided", "permute")
         + ("transpose", "detach", "_unsafe_view", "empty", "new_empty", "empty_like", "unbind")
+        + ("span",)  # what it starts is noted
     )
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -131,11 +131,10 @@ def compressed_attention(
     check_sizes(q, entries_k, entries_v, "entries_k", "entries_v")
     check_ends(cu_queries, cu_keys, q.shape[0])
     check_entries(cu_entries, cu_keys, entries_k.shape[0], shape.window, shape.stride)
-    queries = tables.place_queries(cu_queries, cu_keys, q.shape[0], shape.block)
-    position = queries.last - cu_keys.long()[queries.sequence]
-    seen = ((position + 1 - shape.window) // shape.stride + 1).clamp(min=0)
-    low = cu_entries.long()[queries.sequence]
-    return _attend(q, entries_k, entries_v, low, low + seen, scale)
+    sees = tables.sees_entries(
+        cu_queries, cu_keys, cu_entries, q.shape[0], shape.window, shape.stride
+    )
+    return _attend(q, entries_k, entries_v, *sees, scale)
 
 
 def sliding_attention(
@@ -168,10 +167,7 @@ def sliding_attention(
     check_sizes(q, k, v)
     check_ends(cu_queries, cu_keys, q.shape[0], k.shape[0])
     check_numbers(1, window=window)
-    queries = tables.place_queries(cu_queries, cu_keys, q.shape[0], 1)
-    begins = cu_keys.long()[queries.sequence]
-    high = queries.last + 1
-    return _attend(q, k, v, torch.maximum(begins, high - window), high, scale)
+    return _attend(q, k, v, *tables.sees_window(cu_queries, cu_keys, q.shape[0], window), scale)
 
 
 def native_sparse_attention(

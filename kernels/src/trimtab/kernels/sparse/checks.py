@@ -21,6 +21,8 @@ def check_numbers(least: int, **numbers: int) -> None:
         ValueError: with the name and the number.
     """
     for name, number in numbers.items():
+        if isinstance(number, torch.SymInt):
+            continue
         if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
             raise ValueError(f"{name} is {number!r}; give a whole number from {least} on")
 

@@ -198,12 +198,13 @@ def configuration(
     return Configuration(kernel, backend, head_size, dtype, fitting, group, how)
 
 
-TABLES = ("place", "cut", "number", "count", "begin", "scatter", "items")
+TABLES = ("place", "spans", "cut", "number", "count", "begin", "scatter", "items")
 """The kernels of `triton_tables`; they know nothing of heads."""
 
 _OF_TABLES = ("sequence", "totals", "lengths", "first", "length", "own")
-_SIZES_OF_TABLES = ("known", "pieces", "lines", "row_count", "most", "group", "sequences", "block")
-_ENDS = ("cu_queries", "cu_keys", "cumulative")
+_SIZES_OF_TABLES = ("known", "pieces", "lines", "row_count", "most", "group", "sequences")
+_MORE_SIZES = ("block", "window", "stride")
+_ENDS = ("cu_queries", "cu_keys", "cu_entries", "cumulative")
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ class TableConfiguration(Configuration):
         """Of all other arguments."""
         own = {
             **dict.fromkeys(_OF_TABLES, "*i64"),
-            **dict.fromkeys(_SIZES_OF_TABLES, "i32"),
+            **dict.fromkeys((*_SIZES_OF_TABLES, *_MORE_SIZES), "i32"),
             **dict.fromkeys(("indices", "out", *_ENDS), "*i32"),
         }
         types = {**_TYPES, **own}

@@ -156,6 +156,7 @@ def segments(
                 entries,
                 *(work.row[number], work.chunk[number], work.further[number]),
             )
+        del table, work, lengths
 
 
 def pass_over_blocks(
@@ -234,6 +235,7 @@ def forward_by_blocks(chosen: Chosen) -> tuple[Tensor, Tensor]:
         parts = q.new_empty(rows, v.shape[-1]), lse.new_empty(rows), lse.new_empty(rows)
         pass_over_blocks(WHOLE, distant, how, of, parts)
         near.join(of, of.table.rows, of.table.place, parts, out, lse)
+        del of, parts  # or the next ones would be made beside them
     return out, lse
 
 
@@ -375,6 +377,7 @@ def selected_backward(
             D=d,
             PAD=padded(d),
         )
+        del of, partial, further_k, further_v
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 

@@ -17,6 +17,9 @@ _ROWS, _COLUMNS = 32, 64
 
 
 def _on_triton(x: Tensor) -> bool:
+    """Not while torch traces, which sees the torch way through and would stumble over a launch."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return False
     from trimtab.kernels.sparse.launch import interpreted
 
     return x.is_cuda or (x.device.type == "cpu" and interpreted())
@@ -39,7 +42,8 @@ def constants(kernel: str, top: int = 1, tile: int = 1, chunk: int = 1) -> dict[
     of_lists = {"TOP": top, "SLOTS": slots}
     own = {
         "place": {"ROWS": 256, "ENDS": 32},
-        "cut": {"ROWS": 128, "ENDS": 64},
+        "spans": {"ROWS": 256, "ENDS": 32, "COMPRESSED": True},
+        "cut": {"ROWS": 128, "ENDS": 16},
         "number": {**of_lists, "QUERIES": max(1, 4096 // slots**2)},
         "count": {**of_lists, "TILE": tile, "STEP": max(1, 256 // slots), "COLUMNS": 128},
         "begin": {"TILES": 32, "COLUMNS": _COLUMNS},
@@ -99,6 +103,30 @@ def place_queries(
         **how,
     )
     return last, own, sequence
+
+
+def spans(
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    cu_entries: Tensor | None,
+    queries: int,
+    window: int,
+    stride: int = 1,
+) -> tuple[Tensor, Tensor] | None:
+    """What `tables.sees_entries` returns, or without ``cu_entries`` `tables.sees_window`."""
+    if not (_on_triton(cu_queries) and queries and cu_queries.numel() > 1):
+        return None
+    from trimtab.kernels.sparse import triton_tables as kernels
+
+    low, high = torch.empty(2, queries, dtype=torch.int64, device=cu_queries.device)
+    how = {**constants("spans"), "COMPRESSED": cu_entries is not None}
+    entries = cu_keys if cu_entries is None else cu_entries
+    kernels.spans[(-(-queries // how["ROWS"]),)](
+        *(cu_queries.contiguous(), cu_keys.contiguous(), entries.contiguous(), low, high),
+        *(queries, cu_queries.numel() - 1, window, stride),
+        **how,
+    )
+    return low, high
 
 
 def cut(

@@ -238,9 +238,10 @@ def _select(
     q, entries = q.contiguous(), entries.to(q.dtype).contiguous()
     if on_triton(q):
         queries = tables.place_queries(cu_q, cu_k, q.shape[0], shape.block)
-        position = queries.last - cu_k.long()[queries.sequence]
-        seen = ((position + 1 - shape.window) // shape.stride + 1).clamp(min=0)
-        return launch.select(q, entries, cu_q, cu_entries, seen, queries, shape, scale, lse)
+        low, high = tables.sees_entries(
+            cu_q, cu_k, cu_entries, q.shape[0], shape.window, shape.stride
+        )
+        return launch.select(q, entries, cu_q, cu_entries, high - low, queries, shape, scale, lse)
     with exactly(q):
         every = (q, entries, cu_q, cu_k, cu_entries, shape, scale)
         chosen = block_lists.select(*every)

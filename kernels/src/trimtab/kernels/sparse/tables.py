@@ -69,6 +69,31 @@ def place_queries(cu_queries: Tensor, cu_keys: Tensor, queries: int, block: int)
     return Queries(last, own, sequence, cu_queries)
 
 
+def sees_window(
+    cu_queries: Tensor, cu_keys: Tensor, queries: int, window: int
+) -> tuple[Tensor, Tensor]:
+    """The first of the ``window`` latest keys of each packed query, and the end of its last one."""
+    on_gpu = launch_tables.spans(cu_queries, cu_keys, None, queries, window)
+    if on_gpu is not None:
+        return on_gpu
+    placed = place_queries(cu_queries, cu_keys, queries, 1)
+    high = placed.last + 1
+    return torch.maximum(cu_keys.long()[placed.sequence], high - window), high
+
+
+def sees_entries(
+    cu_queries: Tensor, cu_keys: Tensor, cu_entries: Tensor, queries: int, window: int, stride: int
+) -> tuple[Tensor, Tensor]:
+    """The first packed entry of each query's sequence, and the end of those that lie behind it."""
+    on_gpu = launch_tables.spans(cu_queries, cu_keys, cu_entries, queries, window, stride)
+    if on_gpu is not None:
+        return on_gpu
+    placed = place_queries(cu_queries, cu_keys, queries, 1)
+    position = placed.last - cu_keys.long()[placed.sequence]
+    low = cu_entries.long()[placed.sequence]
+    return low, low + ((position + 1 - window) // stride + 1).clamp(min=0)
+
+
 def number_through(indices: Tensor, queries: Queries, blocks: Blocks) -> Tensor:
     """Turns ids within sequences into ids of `Blocks`, ascending; -1 for what is none.
 

@@ -27,6 +27,9 @@ from trimtab.kernels.sparse.triton_selected import (
 ANYWHERE = ("ids", "last", "rows", "place", "lse")
 """Where segments begin in these is aligned or not; nothing is gained by a kernel for each case."""
 
+SIZES = ("begin", "count", "tiles_before", "until", "queries", "lines")
+"""Numbers that differ from call to call and from segment to segment; likewise."""
+
 
 @triton.jit
 def _is_near(block, position, until, BLOCK: tl.constexpr):
@@ -39,7 +42,7 @@ def _is_near(block, position, until, BLOCK: tl.constexpr):
     return (block >= 0) & ((block == 0) | (block >= own - 1) | (position < until))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
 def far(
     ids,
     out,
@@ -120,7 +123,7 @@ def _join(acc, total, top, part, part_max, part_sum, where, D_V: tl.constexpr, P
     return acc * kept[:, None] + its_out * weight[:, None], total * kept + weight, new
 
 
-@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
 def near_and_join(
     q,
     k,

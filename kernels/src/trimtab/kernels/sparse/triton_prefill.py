@@ -26,6 +26,8 @@ from trimtab.kernels.sparse.triton_selected import (
 
 ANYWHERE = ("pages",)
 """A request's row of a server's table is aligned or not: one kernel serves both."""
+SIZES = ("position", "queries", "samples", "tiles", "blocks")
+"""Numbers that differ from prompt to prompt; likewise."""
 
 
 @triton.jit
@@ -43,7 +45,7 @@ def _read(pointer, place, inside, D: tl.constexpr, PAD: tl.constexpr):
     return tl.load(pointer + place[:, None] + column[None, :], mask=both, other=0.0)
 
 
-@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
 def block_logarithms(
     q,
     k,
@@ -96,7 +98,7 @@ def block_logarithms(
         tl.store(out + (head * samples + row) * blocks + number, logarithm, mask=there)
 
 
-@triton.jit(do_not_specialize_on_alignment=ANYWHERE)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
 def attend(
     q,
     k,

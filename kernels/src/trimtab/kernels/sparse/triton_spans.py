@@ -28,6 +28,9 @@ from trimtab.kernels.sparse.triton_selected import (
     _write,
 )
 
+SIZES = ("queries", "tokens")
+"""Numbers that differ from call to call: one kernel serves all."""
+
 
 @triton.jit
 def _queries(low, high, begin, queries, ROWS: tl.constexpr):
@@ -42,7 +45,7 @@ def _queries(low, high, begin, queries, ROWS: tl.constexpr):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward(
     q,
     k,
@@ -95,7 +98,7 @@ def forward(
             tl.store(odd + program, _any_odd(acc))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_queries(
     q,
     k,
@@ -147,7 +150,7 @@ def backward_queries(
         tl.store(odd + program, _any_odd(acc))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_keys(
     q,
     k,

@@ -17,12 +17,57 @@ NONE = tl.constexpr(0x7FFFFFFF)
 
 SIZES = (
     *("head_stride", "known", "queries", "pieces", "lines", "tiles", "blocks"),
-    *("most", "sequences", "block"),
+    *("most", "sequences", "block", "window", "stride"),
 )
 """Numbers for which no kernels of their own are compiled."""
 
 ANYWHERE = ("ids", "item_row", "item_chunk")
 """Parts of tensors, which are aligned or not; nothing is gained by a kernel for each case."""
+
+
+@triton.jit
+def _sequence(cu_queries, token, sequences, ROWS: tl.constexpr, ENDS: tl.constexpr):
+    """Of each query: as many sequences end before it."""
+    number = tl.zeros((ROWS,), tl.int64)
+    for first in range(0, sequences - 1, ENDS):
+        at = first + tl.arange(0, ENDS)
+        ends = tl.load(cu_queries + 1 + at, mask=at < sequences - 1, other=NONE)
+        behind = (ends[None, :] <= token[:, None]) & (at < sequences - 1)[None, :]
+        number += tl.sum(behind.to(tl.int32), 1)
+    return number
+
+
+@triton.jit(do_not_specialize=SIZES)
+def spans(
+    cu_queries,
+    cu_keys,
+    cu_entries,
+    low,
+    high,
+    queries,
+    sequences,
+    window,
+    stride,
+    ROWS: tl.constexpr,
+    ENDS: tl.constexpr,
+    COMPRESSED: tl.constexpr,
+):
+    """What some queries see: keys of a sliding window, or entries whose windows lie behind."""
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = token < queries
+    number = _sequence(cu_queries, token, sequences, ROWS, ENDS)
+    end = tl.load(cu_queries + number + 1).to(tl.int64)
+    key = tl.load(cu_keys + number + 1).to(tl.int64) - (end - token)
+    begin = tl.load(cu_keys + number).to(tl.int64)
+    if COMPRESSED:
+        first = tl.load(cu_entries + number).to(tl.int64)
+        behind = tl.maximum(key - begin + 1 - window + stride, 0)
+        last = first + behind // stride
+    else:
+        last = key + 1
+        first = tl.maximum(begin, last - window)
+    tl.store(low + token, first, mask=there)
+    tl.store(high + token, last, mask=there)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -38,15 +83,10 @@ def place(
     ROWS: tl.constexpr,
     ENDS: tl.constexpr,
 ):
-    """The last key, own block and sequence of some queries: as many sequences end before each."""
+    """The last key, own block and sequence of some queries."""
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = token < queries
-    number = tl.zeros((ROWS,), tl.int64)
-    for first in range(0, sequences - 1, ENDS):
-        at = first + tl.arange(0, ENDS)
-        ends = tl.load(cu_queries + 1 + at, mask=at < sequences - 1, other=NONE)
-        behind = (ends[None, :] <= token[:, None]) & (at < sequences - 1)[None, :]
-        number += tl.sum(behind.to(tl.int32), 1)
+    number = _sequence(cu_queries, token, sequences, ROWS, ENDS)
     end = tl.load(cu_queries + number + 1).to(tl.int64)
     key = tl.load(cu_keys + number + 1).to(tl.int64) - (end - token)
     position = tl.maximum(key - tl.load(cu_keys + number).to(tl.int64), 0)

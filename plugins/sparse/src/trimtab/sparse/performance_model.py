@@ -55,9 +55,13 @@ GPUS: Mapping[str, Gpu] = {
 
 LAUNCH_S = 5e-6
 """Of a small kernel."""
+COMPRESSED_LAUNCHES, CHOICE_LAUNCHES = 3, 9
+"""Kernels of compressed attention, and of the choice by what that has summed up."""
 CALL_LAUNCHES, TABLE_LAUNCHES = 7, 6
 """Kernels that lay out a call's queries, blocks and tiles; and those that make a table and its work
 items, of which torch's sum takes two."""
+_AGAIN_PROGRAM_S, _AGAIN_AT_ONCE = 1e-6, 2 * 132
+"""Of a program that reads that it has nothing to do again, and how many an H100 runs at once."""
 _COUNT_QUERY_S = 0.3e-6
 """A program that counts goes through its queries one by one, and waits for the L2 cache twice."""
 _COUNTING = 32 * 132
@@ -68,6 +72,8 @@ _FORWARD_LAUNCHES, _BACKWARD_LAUNCHES = 3, 4
 NEAR_UNTIL: Mapping[int, int] = {64: 3584, 128: 1664}
 """Token from which on queries have far blocks, by the tokens of a block; a query has 1024 of them,
 and heads are of 128 in bfloat16."""
+_LARGEST_GROUP = 32
+"""Of heads whose queries fit a tile of the way by queries."""
 NEAR_ROWS = 64
 """Of a program that joins parts."""
 
@@ -152,7 +158,10 @@ class Model:
     """Of each fitted pass, once."""
 
     def forward_s(self, system: str, run: Run) -> float:
-        """Of the forward pass, all branches.
+        """Of the forward pass.
+
+        Ours is compressed attention, the choice and the selected branch; a sliding window and the
+        gates come on top.
 
         Args:
             system: one of `SYSTEMS`.
@@ -204,18 +213,22 @@ class Model:
         compressed = self.dense.forward * (run.tokens / _UNIT) ** 2 / _STRIDE
         entries = run.block / _STRIDE
         choice = compressed / 2 * (entries + 1) / entries
-        return compressed + choice + min(self.our_selected_s(run).values())
+        started = (COMPRESSED_LAUNCHES + CHOICE_LAUNCHES) * LAUNCH_S + self._again_s(run)
+        way = "queries" if goes_by_queries(run) else "blocks"
+        return compressed + choice + started + self.our_selected_s(run)[way]
 
     def our_selected_s(self, run: Run) -> Terms:
-        """Of our selected branch's forward, by blocks and by queries; the faster one is taken.
-
-        `trimtab.kernels.sparse.selected_plan` chooses so, without the model.
-        """
+        """Of our selected branch's forward, by blocks and by queries."""
         of, gpu = _sizes(run), GPUS[run.gpu]
         lists = traffic.lists(of, of.forward_part_bytes, FORWARD_CHUNK)
         panels = traffic.by_query_panel_bytes(of, lists) / gpu.l2_bytes_per_s
         beside = traffic.by_query_bytes(of) / gpu.memory_bytes_per_s
         return {"blocks": self._by_blocks_s(run), "queries": panels + beside}
+
+    def _again_s(self, run: Run) -> float:
+        """Of a launch of all tiles of queries and heads whose programs find nothing to do again."""
+        at_once = _AGAIN_AT_ONCE * GPUS[run.gpu].l2_bytes_per_s / _H100_L2
+        return run.tokens / NEAR_ROWS * HEADS / at_once * _AGAIN_PROGRAM_S
 
     def _by_blocks_s(self, run: Run) -> float:
         """What is near at the rate of dense attention, and parts of what is far if anything is."""
@@ -223,7 +236,7 @@ class Model:
         bytes_per_s = _PUBLISHED_PART_BYTES * HEADS * _UNIT * 16 / self.seconds["parts"]
         indices = traffic.near_index_bytes(of, run.tokens / NEAR_ROWS * HEADS)
         near = self.dense.forward * traffic.near_keys(of) / (_UNIT**2 / 2)
-        joined = near + indices / bytes_per_s
+        joined = near + indices / bytes_per_s + self._again_s(run)
         if run.tokens <= NEAR_UNTIL[run.block]:
             return joined + (CALL_LAUNCHES - 1 + _FORWARD_LAUNCHES - 1) * LAUNCH_S
         lists = traffic.lists(of, of.forward_part_bytes, FORWARD_CHUNK)
@@ -253,6 +266,18 @@ class Model:
         started = CALL_LAUNCHES + lists.lots * TABLE_LAUNCHES + lists.segments * launches
         moved = traffic.table_bytes(of, lists) / of_gpu.memory_bytes_per_s
         return moved + started * LAUNCH_S + queries / at_once * _COUNT_QUERY_S
+
+
+def goes_by_queries(run: Run) -> bool:
+    """Whether the code does the selected branch by queries, as `selected_plan` has it.
+
+    For heads of 128 in bfloat16; the rates there are an H200's, whatever the GPU.
+    """
+    of, known = _sizes(run), model("h200")
+    bytes_per_s = _PUBLISHED_PART_BYTES * HEADS * _UNIT * 16 / known.seconds["parts"]
+    row_bytes = of.d * of.item_bytes + 2 * of.forward_part_bytes + 12
+    by_queries_s = of.panel * of.item_bytes / GPUS["h200"].l2_bytes_per_s
+    return run.group <= _LARGEST_GROUP and by_queries_s < run.group * row_bytes / bytes_per_s
 
 
 def _sizes(run: Run) -> traffic.Sizes:

@@ -26,15 +26,21 @@ ANYWHERE = ("ids", "item_row", "item_chunk")
 
 
 @triton.jit
-def _sequence(cu_queries, token, sequences, ROWS: tl.constexpr, ENDS: tl.constexpr):
-    """Of each query: as many sequences end before it."""
+def _laid(cu_queries, cu_keys, queries, sequences, ROWS: tl.constexpr, ENDS: tl.constexpr):
+    """Some queries, whether each is there, its sequence, its own key, and its sequence's first.
+
+    A query's sequence has the number of those that end before the query.
+    """
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     number = tl.zeros((ROWS,), tl.int64)
     for first in range(0, sequences - 1, ENDS):
         at = first + tl.arange(0, ENDS)
         ends = tl.load(cu_queries + 1 + at, mask=at < sequences - 1, other=NONE)
         behind = (ends[None, :] <= token[:, None]) & (at < sequences - 1)[None, :]
         number += tl.sum(behind.to(tl.int32), 1)
-    return number
+    end = tl.load(cu_queries + number + 1).to(tl.int64)
+    key = tl.load(cu_keys + number + 1).to(tl.int64) - (end - token)
+    return token, token < queries, number, key, tl.load(cu_keys + number).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -53,12 +59,7 @@ def spans(
     COMPRESSED: tl.constexpr,
 ):
     """What some queries see: keys of a sliding window, or entries whose windows lie behind."""
-    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there = token < queries
-    number = _sequence(cu_queries, token, sequences, ROWS, ENDS)
-    end = tl.load(cu_queries + number + 1).to(tl.int64)
-    key = tl.load(cu_keys + number + 1).to(tl.int64) - (end - token)
-    begin = tl.load(cu_keys + number).to(tl.int64)
+    token, there, number, key, begin = _laid(cu_queries, cu_keys, queries, sequences, ROWS, ENDS)
     if COMPRESSED:
         first = tl.load(cu_entries + number).to(tl.int64)
         behind = tl.maximum(key - begin + 1 - window + stride, 0)
@@ -84,12 +85,8 @@ def place(
     ENDS: tl.constexpr,
 ):
     """The last key, own block and sequence of some queries."""
-    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there = token < queries
-    number = _sequence(cu_queries, token, sequences, ROWS, ENDS)
-    end = tl.load(cu_queries + number + 1).to(tl.int64)
-    key = tl.load(cu_keys + number + 1).to(tl.int64) - (end - token)
-    position = tl.maximum(key - tl.load(cu_keys + number).to(tl.int64), 0)
+    token, there, number, key, begin = _laid(cu_queries, cu_keys, queries, sequences, ROWS, ENDS)
+    position = tl.maximum(key - begin, 0)
     tl.store(last + token, key, mask=there)
     tl.store(own + token, position // block, mask=there)
     tl.store(sequence + token, number, mask=there)

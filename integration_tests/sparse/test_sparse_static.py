@@ -103,6 +103,21 @@ def test_the_tightest_kernels_do_not_spill(target, name):
     assert bool(used.tensor_instructions) == products or of.backend == "hip"
 
 
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("sm_80", "span/bf16/d-128-128/block-64"),
+        ("sm_90", "near_and_join/bf16/d-192-128/block-64"),
+        ("gfx942", "prefill/bf16/d-128-128/block-64"),
+    ],
+)
+def test_the_launch_for_what_is_odd_fits_too(target, name):
+    of = listed(name, target)
+    used = static_report.measure(replace(of, again=True, tile=of.tile.again()), target)
+    assert used.shared_bytes <= static_report.TARGETS[target].shared_bytes
+    assert used.instructions > static_report.measure(of, target).instructions
+
+
 SASS = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;                /* 0x00000a00ff017b82 */
         /*0010*/              @!P0 HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;

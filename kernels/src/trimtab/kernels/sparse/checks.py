@@ -72,12 +72,8 @@ def check_sizes(q: Tensor, k: Tensor, v: Tensor, keys: str = "k", values: str = 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, keys: str = "k", values: str = "v") -> None:
     """Does what `check_sizes` does, whatever the types are."""
-    for name, x, heads in (("q", q, "heads"), (keys, k, "kv_heads"), (values, v, "kv_heads")):
-        if x.dim() != 3:
-            raise ValueError(
-                f"{name} has {x.dim()} dimensions; it needs 3, [tokens, {heads}, size], the"
-                " sequences of a batch end to end"
-            )
+    for name, x, sizes in (("q", q, "heads, size"), (keys, k, _OF_KEYS), (values, v, _OF_KEYS)):
+        check_packed(name, x, sizes)
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} heads do not divide into {k.shape[1]} KV heads")
     if k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
@@ -85,6 +81,22 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, keys: str = "k", values: str =
             f"q {tuple(q.shape)}, {keys} {tuple(k.shape)} and {values} {tuple(v.shape)} do not"
             " fit together; they must be [queries, heads, d], [keys, kv_heads, d] and"
             " [keys, kv_heads, d_v]"
+        )
+
+
+_OF_KEYS = "kv_heads, size"
+
+
+def check_packed(name: str, x: Tensor, sizes: str) -> None:
+    """Refuses what does not hold tokens of packed sequences, and two sizes beside.
+
+    Raises:
+        ValueError: with the name.
+    """
+    if x.dim() != 3:
+        raise ValueError(
+            f"{name} has {x.dim()} dimensions; it needs 3, [tokens, {sizes}], the sequences of a"
+            " batch end to end"
         )
 
 

@@ -18,6 +18,7 @@ from trimtab.kernels.sparse.gpu_tiles import (
     has_tile,
     merge_tile,
     padded,
+    power_of_two,
     tile,
 )
 
@@ -135,9 +136,7 @@ class Configuration:
         known = {
             "HEADS": 32,
             "GROUP": self.group,
-            "GROUP_PAD": max(
-                16 if self.kernel == "by_query" else 1, 1 << (self.group - 1).bit_length()
-            ),
+            "GROUP_PAD": max(16 if self.kernel == "by_query" else 1, power_of_two(self.group)),
             "D": d,
             "PAD": padded(d),
             "D_V": d_v,

@@ -35,14 +35,19 @@ class Tile:
         return replace(self, stages=1)
 
 
+def power_of_two(size: int) -> int:
+    """The least that is not below a size."""
+    return 1 << (size - 1).bit_length()
+
+
 def padded(size: int) -> int:
     """The power of two, at least 16, that a tile needs for a dimension."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, power_of_two(size))
 
 
 def merge_tile(group: int, width: int) -> Tile:
     """The tile that joins the parts of one query's group, whose values are so wide."""
-    large = (1 << (group - 1).bit_length()) * padded(width) >= 4096
+    large = power_of_two(group) * padded(width) >= 4096
     return Tile(rows=1, warps=8 if large else 4, stages=3)
 
 

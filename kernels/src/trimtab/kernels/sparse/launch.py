@@ -22,9 +22,10 @@ from trimtab.kernels.sparse.gpu_tiles import (
     has_tile,
     merge_tile,
     padded,
+    power_of_two,
     tile,
 )
-from trimtab.kernels.sparse.selected_plan import plan_selected
+from trimtab.kernels.sparse.selected_plan import SelectedPlan, plan_selected
 from trimtab.kernels.sparse.shape import SparseShape
 from trimtab.kernels.sparse.tables import BlockMajor, Blocks, Queries
 
@@ -73,7 +74,7 @@ def of_values(v: Tensor) -> dict[str, int]:
 def of_group(chosen: Chosen) -> dict[str, int]:
     """The constants of kernels that join the parts of one query's group."""
     group = chosen.group
-    heads = {"HEADS": chosen.q.shape[1], "GROUP": group, "GROUP_PAD": 1 << (group - 1).bit_length()}
+    heads = {"HEADS": chosen.q.shape[1], "GROUP": group, "GROUP_PAD": power_of_two(group)}
     how = merge_tile(group, max(chosen.q.shape[-1], chosen.v.shape[-1]))
     return {"TOP": chosen.top, **heads, **launched(how)}
 
@@ -189,10 +190,14 @@ def pass_over_blocks(
     )
 
 
+def _plan(chosen: Chosen) -> SelectedPlan:
+    sizes = chosen.q.shape[-1], chosen.v.shape[-1], chosen.block, chosen.q.element_size()
+    return plan_selected(chosen.group, *sizes)
+
+
 def selected_forward(chosen: Chosen) -> tuple[Tensor, Tensor]:
     """Output and natural logarithm of selected attention, by queries or by blocks."""
-    sizes = chosen.q.shape[-1], chosen.v.shape[-1], chosen.block, chosen.q.element_size()
-    if plan_selected(chosen.group, *sizes).path == "queries":
+    if _plan(chosen).path == "queries":
         return forward_by_queries(chosen)
     return forward_by_blocks(chosen)
 
@@ -254,12 +259,10 @@ class Near:
     @classmethod
     def of(cls, chosen: Chosen) -> Near:
         """For blocks that fit `forward`."""
-        sizes = chosen.q.shape[-1], chosen.v.shape[-1], chosen.block, chosen.q.element_size()
-        plan = plan_selected(chosen.group, *sizes)
         how = tile("near", Need.of(chosen.q, chosen.v))
         tiles = tables.cut(chosen.queries.ends, chosen.q.shape[0], how.rows)
         before = chosen.blocks.before[tiles.sequence]
-        return cls(chosen, plan.dense_until(chosen.top, chosen.block), how, tiles, before)
+        return cls(chosen, _plan(chosen).dense_until(chosen.top, chosen.block), how, tiles, before)
 
     def far_ids(self) -> Tensor:
         """The ids of blocks that are not near, -1 in place of others."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trimtab.kernels.sparse.gpu_tiles import power_of_two
+
 _LONGEST_NUMBERED, LONGEST_INVERTED = 64, 1024
 """Slots of a query at most. To number them, all are compared with all."""
 _MOST_ROWS = 1 << 15
@@ -25,10 +27,6 @@ def _on_triton(x: Tensor) -> bool:
     return x.is_cuda or (x.device.type == "cpu" and interpreted())
 
 
-def _padded(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
 def constants(kernel: str, top: int = 1, tile: int = 1, chunk: int = 1) -> dict[str, int]:
     """The constants of a kernel, and its warps as ``num_warps``.
 
@@ -38,7 +36,7 @@ def constants(kernel: str, top: int = 1, tile: int = 1, chunk: int = 1) -> dict[
         tile: queries of a tile, of which choices are counted.
         chunk: rows of a work item.
     """
-    slots = _padded(top)
+    slots = power_of_two(top)
     of_lists = {"TOP": top, "SLOTS": slots}
     own = {
         "place": {"ROWS": 256, "ENDS": 32},
@@ -55,7 +53,7 @@ def constants(kernel: str, top: int = 1, tile: int = 1, chunk: int = 1) -> dict[
 
 def tile_of(top: int, blocks: int) -> int:
     """Queries of a tile: so many that its counts take a byte a choice or less."""
-    return max(32, _padded(-(-4 * blocks // top)))
+    return max(32, power_of_two(-(-4 * blocks // top)))
 
 
 def number_through(ids: Tensor, own: Tensor, sequence: Tensor, before: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from trimtab.kernels.sparse.checks import check_form, check_numbers
+from trimtab.kernels.sparse.checks import check_form, check_numbers, check_packed
 from trimtab.kernels.sparse.shape import SparseShape
 
 
@@ -69,7 +69,7 @@ class Windows:
         Raises:
             ValueError: ``x`` has other dimensions.
         """
-        self._check(x)
+        check_packed("x", x, "kv_heads, d")
         return self.gather(x).mean(1)
 
     def linear(self, x: Tensor, weight: Tensor, position: Tensor | None = None) -> Tensor:
@@ -86,7 +86,7 @@ class Windows:
         Raises:
             ValueError: weight or position are not of these sizes.
         """
-        self._check(x)
+        check_packed("x", x, "kv_heads, d")
         heads, size = x.shape[1:]
         if weight.dim() != 3 or weight.shape[:2] != (heads, self.window * size):
             raise ValueError(
@@ -103,11 +103,3 @@ class Windows:
             tokens = tokens + position[:, None]
         flat = tokens.permute(2, 0, 1, 3).flatten(2)
         return torch.bmm(flat, weight).transpose(0, 1)
-
-    @staticmethod
-    def _check(x: Tensor) -> None:
-        if x.dim() != 3:
-            raise ValueError(
-                f"x has {x.dim()} dimensions; it needs 3, [tokens, kv_heads, d], the sequences of"
-                " a batch end to end"
-            )

@@ -225,6 +225,11 @@ class Model:
         beside = traffic.by_query_bytes(of) / gpu.memory_bytes_per_s
         return {"blocks": self._by_blocks_s(run), "queries": panels + beside}
 
+    @property
+    def parts_bytes_per_s(self) -> float:
+        """At which the published main kernel and merge move their bytes."""
+        return _PUBLISHED_PART_BYTES * HEADS * _UNIT * 16 / self.seconds["parts"]
+
     def _again_s(self, run: Run) -> float:
         """Of a launch of all tiles of queries and heads whose programs find nothing to do again."""
         at_once = _AGAIN_AT_ONCE * GPUS[run.gpu].l2_bytes_per_s / _H100_L2
@@ -233,7 +238,7 @@ class Model:
     def _by_blocks_s(self, run: Run) -> float:
         """What is near at the rate of dense attention, and parts of what is far if anything is."""
         of = replace(_sizes(run), near_until=NEAR_UNTIL[run.block])
-        bytes_per_s = _PUBLISHED_PART_BYTES * HEADS * _UNIT * 16 / self.seconds["parts"]
+        bytes_per_s = self.parts_bytes_per_s
         indices = traffic.near_index_bytes(of, run.tokens / NEAR_ROWS * HEADS)
         near = self.dense.forward * traffic.near_keys(of) / (_UNIT**2 / 2)
         joined = near + indices / bytes_per_s + self._again_s(run)
@@ -273,8 +278,7 @@ def goes_by_queries(run: Run) -> bool:
 
     For heads of 128 in bfloat16; the rates there are an H200's, whatever the GPU.
     """
-    of, known = _sizes(run), model("h200")
-    bytes_per_s = _PUBLISHED_PART_BYTES * HEADS * _UNIT * 16 / known.seconds["parts"]
+    of, bytes_per_s = _sizes(run), model("h200").parts_bytes_per_s
     row_bytes = of.d * of.item_bytes + 2 * of.forward_part_bytes + 12
     by_queries_s = of.panel * of.item_bytes / GPUS["h200"].l2_bytes_per_s
     return run.group <= _LARGEST_GROUP and by_queries_s < run.group * row_bytes / bytes_per_s

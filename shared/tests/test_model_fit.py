@@ -22,6 +22,7 @@ from trimtab.core.cost import (
     prediction_error,
 )
 from trimtab.core.errors import BadInput
+from trimtab.hosts.torch.network_profile import NO_LATENCY, fit_summary
 
 TRUE = GenModel(1e-3, 8e-9, 1e-10, 3e-10, 6e-10, 3)
 GROUPS = [(2,), (3,), (4,), (5,), (6,), (7,), (8,), (2, 2), (2, 3), (4, 2), (2, 2, 2)]
@@ -143,6 +144,13 @@ def test_a_fit_without_bandwidth_gives_no_constants() -> None:
     fit = fit_model(runs_of(GenModel(1e-2, 0.0)))
     with pytest.raises(BadInput, match="no bandwidth"):
         Constants.of_fit(fit, star(8, 1e9, 0.0))
+
+
+@pytest.mark.parametrize(("alpha", "message"), [(0.0, 0.0), (1e-3, 0.0), (0.0, 1e-4)])
+def test_runs_that_show_no_latency_say_so(alpha: float, message: float) -> None:
+    fit = fit_model(runs_of(GenModel(alpha, 8e-9, 0.0, 0.0, 0.0, 3, message)))
+    told = fit_summary(Constants.of_fit(fit, star(8, 2e8, 0.0)))
+    assert (NO_LATENCY in told) == (alpha + message == 0)
 
 
 def test_a_ring_of_two_groups_is_none() -> None:

@@ -43,6 +43,7 @@ MAX_SIZE_BYTES = 2**32
 PAYLOADS = "256KiB,1MiB,4MiB"
 LEAST_HOSTS = 3
 """So many hosts tell the constants of collectives apart."""
+NO_LATENCY = "no latency of a round or message shows: time smaller --payloads or more --repeats"
 
 Pair = tuple[int, int]
 Figures = tuple[float, float]
@@ -431,6 +432,8 @@ def fit_summary(constants: Constants) -> str:
         for name in TERMS
     ]
     lines.append(f"incast_threshold: {fit.incast_threshold}")
+    if fit.alpha_s.value + fit.message_s.value == 0:
+        lines.append(NO_LATENCY)
     errors = f"{fit.error:.1%} on numbers of ranks left out, {fit.plain_error:.1%} without incast"
     return "\n".join([*lines, f"error: {errors} and memory ({fit.runs} runs)"])
 

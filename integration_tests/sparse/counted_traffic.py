@@ -15,7 +15,7 @@ from trimtab.kernels.sparse import launch, launch_tables, selected_plan, tables
 from trimtab.kernels.sparse.chosen import Chosen
 from trimtab.sparse import traffic
 
-TOKENS, KV_HEADS, GROUP, D, BLOCK, TOP, ROOM = 96, 2, 3, 16, 16, 4, 20_000
+TOKENS, KV_HEADS, GROUP, D, BLOCK, TOP, ROOM = 96, 2, 3, 16, 16, 4, 12_000
 moved = 0
 
 
@@ -52,8 +52,8 @@ def in_short_chains(kernel, chosen):
 launch.fitted = in_short_chains
 
 
-def lists(chosen, how, part_bytes):
-    found = list(launch.segments(chosen, how, part_bytes, shared=True))
+def lists(chosen, how, part_bytes, busy=TOKENS):
+    found = list(launch.segments(chosen, how, part_bytes, shared=True, busy=busy))
     assert all(of.entries * GROUP >= how.chunk for of in found)
     further = torch.cat([of.further.diff() for of in found])
     return traffic.Lists(
@@ -115,10 +115,12 @@ def near_programs(found):
 moved = 0
 out, lse = launch.forward_by_blocks(chosen)
 distant, how = replace(chosen, ids=far_ids), launch.fitted("forward", chosen)[1]
-known = lists(distant, how, sizes.forward_part_bytes)
+known = lists(distant, how, sizes.forward_part_bytes, TOKENS - NEAR_UNTIL)
 assert known.segments > KV_HEADS
 assert known.further > 0
-found = list(launch.segments(distant, how, sizes.forward_part_bytes, shared=True))
+found = list(
+    launch.segments(distant, how, sizes.forward_part_bytes, shared=True, busy=TOKENS - NEAR_UNTIL)
+)
 programs = list(near_programs(found))
 seen = sum(min(BLOCK, mine.stop - n * BLOCK) for mine, numbers in programs for n in numbers)
 panels = seen * GROUP * (D + D) * 2
@@ -145,6 +147,8 @@ every = int((chosen.ids >= 0).sum())
 assert panels < traffic.by_query_panel_bytes(sizes, replace(known, choices=every))
 
 moved = 0
+chosen = replace(chosen, workspace_bytes=20_000)
+sizes = replace(sizes, workspace_bytes=20_000)
 launch.selected_backward(above, out, lse, chosen)
 how = launch.fitted("backward", chosen)[1]
 known = lists(chosen, how, sizes.backward_part_bytes(how.chunk))

@@ -11,7 +11,7 @@ import weakref
 
 import torch
 
-from trimtab.kernels.sparse import naive, selected_attention, selected_plan
+from trimtab.kernels.sparse import launch, naive, selected_attention, selected_plan
 from trimtab.kernels.sparse.launch import interpreted
 
 DEVICE = "cpu" if interpreted() else "cuda"
@@ -49,6 +49,18 @@ q = some(int(cu_q[-1]), HEADS, D)
 k, v = (some(int(cu_k[-1]), KV_HEADS, size) for size in (D, 24))
 indices = torch.randint(-1, 10, (KV_HEADS, q.shape[0], 4), generator=generator).int()
 expected, expected_lse = naive_by_sequence()
+
+whole_segments = launch.segments
+
+
+def segments(*given, **how):
+    """Fails where a segment has more parts than it has room for."""
+    for of in whole_segments(*given, **how):
+        assert of.table.rows[-1] - of.table.rows[0] <= of.entries
+        yield of
+
+
+launch.segments = segments
 
 for split in SPLITS:
     selected_plan.SelectedPlan.dense_until = lambda *_, split=split: split

@@ -292,20 +292,24 @@ def test_work_items_cover_every_row_once_and_the_longest_come_first(lengths, siz
     st.integers(1, 40),
     st.integers(0, 20_000),
     st.booleans(),
+    st.integers(0, 40),
 )
 def test_lots_cover_every_query_and_kv_head_once_within_the_workspace(
-    head_counts, queries, workspace_bytes, shared
+    head_counts, queries, workspace_bytes, shared, idle
 ):
     *qkv, cu_q, cu_k = drawn(14, *head_counts, 8, 8, [(queries, queries)])
     indices = some_blocks(14, head_counts[1], queries, 3)
+    indices[:, :idle] = -1
+    busy = max(0, queries - idle)
     chosen = chosen_of(qkv, cu_q, cu_k, indices, workspace_bytes=workspace_bytes)
     seen = torch.zeros(head_counts[1], queries, dtype=torch.int64)
-    found = list(launch.segments(chosen, Tile(16, 4, 1), 24, shared=shared))
+    found = list(launch.segments(chosen, Tile(16, 4, 1), 24, shared=shared, busy=busy))
     for of in found:
         seen[of.kv, of.part] += 1
         assert of.heads == slice(of.kv.start * chosen.group, of.kv.stop * chosen.group)
         taken = of.entries * chosen.group * 24
         assert taken <= workspace_bytes or of.entries == chosen.top
+        assert of.table.rows[-1] - of.table.rows[0] <= of.entries
         rows = of.table.rows - of.table.rows[0]
         ids = chosen.ids[of.kv, of.part]
         assert rows[-1] == (ids >= 0).sum()
@@ -518,10 +522,11 @@ def test_the_model_of_times_expects_the_tables_that_chance_makes(near_until):
             chosen = replace(chosen, ids=chosen.ids.masked_fill(near, -1))
         of = traffic.Sizes(tokens, kv_heads, 2, 8, 8, block, top, 2, room, near_until=near_until)
         expected = traffic.lists(of, part_bytes, 512)
-        found = list(launch.segments(chosen, Tile(64, 4, 2), part_bytes, shared=True))
+        of_late = {"shared": True, "busy": tokens - (near_until or 0)}
+        found = list(launch.segments(chosen, Tile(64, 4, 2), part_bytes, **of_late))
         assert expected.choices == (chosen.ids >= 0).sum()
         assert expected.segments == len(found)
-        assert expected.lots == len(list(chosen.lots(part_bytes, shared=True)))
+        assert expected.lots == len(list(chosen.lots(part_bytes, **of_late)))
         for name, real in counted_lists(found).items():
             assert getattr(expected, name) == pytest.approx(real, rel=0.05), name
 

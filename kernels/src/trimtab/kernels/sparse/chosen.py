@@ -74,7 +74,7 @@ class Chosen:
             part = slice(begin, min(count, begin + step))
             yield part, tables.block_major(self.ids[:, part], self.blocks.first.numel())
 
-    def lots(self, part_bytes: int, *, shared: bool) -> Iterator[Lot]:
+    def lots(self, part_bytes: int, *, shared: bool, busy: int | None = None) -> Iterator[Lot]:
         """Segments of KV heads and queries whose partial results fit the workspace.
 
         They have as many queries of a KV head as fit, so that lists are long and a block's keys are
@@ -83,15 +83,18 @@ class Chosen:
         Args:
             part_bytes: what one query, head and slot takes.
             shared: whether segments share tables, which then fit the workspace too.
+            busy: queries that have chosen any block, at most; all by default.
         """
-        count, kv_heads = self.q.shape[0], self.k.shape[1]
-        query_bytes = max(1, self.group * self.top * part_bytes)
-        pieces = -(-count // max(1, self.workspace_bytes // query_bytes))
+        count, kv_heads, room = self.q.shape[0], self.k.shape[1], self.workspace_bytes
+        busy = count if busy is None else busy
+        fit = max(1, room // max(1, self.group * self.top * part_bytes))
+        pieces = 1 if busy <= fit else -(-count // fit)
         step = -(-count // pieces)
         pieces = -(-count // step)
-        heads = max(1, min(kv_heads, self.workspace_bytes // (query_bytes * count)))
-        each = _COUNTED_BYTES if self.top <= launch_tables.LONGEST_INVERTED else _SORTED_BYTES
-        together = self.workspace_bytes // (heads * step * self.top * each) if shared else 1
+        slot_bytes = _COUNTED_BYTES if self.top <= launch_tables.LONGEST_INVERTED else _SORTED_BYTES
+        listed = room // (step * self.top * slot_bytes)
+        heads = max(1, min(kv_heads, fit // max(1, busy), listed))
+        together = listed // heads if shared else 1
         lines = heads * max(1, together // pieces)
         queries = step * max(1, min(pieces, together))
         whole = kv_heads // heads * heads

@@ -81,11 +81,13 @@ def of_group(chosen: Chosen) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A launch, or the one after it for programs in which odd values came out: infinite or none."""
+    """A launch, or the one after it for what odd values came out of: infinite or none."""
 
     again: bool
+    grid: tuple[int, ...]
+    """Of the second, a program for all heads of a tile: most have nothing to do."""
     odd: Tensor
-    """Whether there were any, by program; int32."""
+    """Whether there were any, by program of the first; int32."""
     how: Tile
 
     @classmethod
@@ -93,13 +95,13 @@ class Attempt:
         """In their order. Nothing waits for the GPU to say that the second has nothing to do.
 
         Args:
-            grid: programs.
+            grid: programs of the first; for tiles of queries, by tile and head.
             how: the first one's tile.
             like: a tensor on their GPU.
         """
         odd = like.new_empty(prod(grid), dtype=torch.int32)
-        yield cls(False, odd, how)
-        yield cls(True, odd, how.again())
+        yield cls(False, grid, odd, how)
+        yield cls(True, grid[:1], odd, how.again())
 
 
 def fitted(kernel: str, chosen: Chosen) -> tuple[Chosen, Tile]:
@@ -133,14 +135,15 @@ class Segment(Place):
 
 
 def segments(
-    chosen: Chosen, how: Tile, part_bytes: int, *, shared: bool = False
+    chosen: Chosen, how: Tile, part_bytes: int, *, shared: bool = False, busy: int | None = None
 ) -> Iterator[Segment]:
     """The segments of `Chosen.lots`, with the work items of a tile."""
     group, blocks = chosen.group, chosen.blocks.first.numel()
-    for lot in chosen.lots(part_bytes, shared=shared):
+    for lot in chosen.lots(part_bytes, shared=shared, busy=busy):
+        choosing = lot.step if busy is None else min(lot.step, busy)
         pieces = -(-(lot.part.stop - lot.part.start) // lot.step)
         table = tables.block_major(chosen.ids[lot.kv, lot.part], blocks, lot.step)
-        row_count, entries = lot.heads * blocks, lot.heads * lot.step * chosen.top
+        row_count, entries = lot.heads * blocks, lot.heads * choosing * chosen.top
         lengths = table.lengths.view(-1, row_count)
         work = tables.work(lengths, group, entries * group, how.chunk)
         for number in range(lengths.shape[0]):
@@ -231,11 +234,13 @@ def forward_by_blocks(chosen: Chosen) -> tuple[Tensor, Tensor]:
     out, lse = chosen.unwritten()
     part_bytes = v.shape[-1] * q.element_size() + 8
     near = Near.of(chosen)
-    if chosen.k.shape[0] <= near.until:
+    # One query a key at most, and none of a sequence's first keys, has far blocks.
+    late = min(q.shape[0], chosen.k.shape[0] - near.until)
+    if late <= 0:
         near.attend(out, lse)
         return out, lse
     distant = replace(chosen, ids=near.far_ids())
-    for of in segments(distant, how, part_bytes, shared=True):
+    for of in segments(distant, how, part_bytes, shared=True, busy=late):
         rows = of.entries * chosen.group
         parts = q.new_empty(rows, v.shape[-1]), lse.new_empty(rows), lse.new_empty(rows)
         pass_over_blocks(WHOLE, distant, how, of, parts)
@@ -304,21 +309,20 @@ class Near:
         from trimtab.kernels.sparse import triton_near as kernels
 
         chosen, tile_rows = self.chosen, self.how.rows
-        mine, kv_heads = (of.part, of.heads), of.kv.stop - of.kv.start
+        mine, heads = (of.part, of.heads), of.heads.stop - of.heads.start
         passed = of.part.start // tile_rows
         # A sequence has one tile at most that is not full.
         reached = (of.part.stop - 1) // tile_rows + chosen.queries.ends.numel() - 1
         count = min(reached, self.tiles.first.numel()) - passed
         ids = chosen.ids.contiguous()
-        grid = (count, kv_heads * chosen.group)
-        for attempt in Attempt.both((count, chosen.q.shape[1]), self.how, chosen.q):
-            kernels.near_and_join[grid](
+        for attempt in Attempt.both((count, heads), self.how, chosen.q):
+            kernels.near_and_join[attempt.grid](
                 *(chosen.q[mine], chosen.k[:, of.kv], chosen.v[:, of.kv], ids[of.kv, of.part]),
                 *(*parts, rows, place, out[mine], lse[mine]),
                 *(self.tiles.first, self.tiles.length, self.before),
                 *(chosen.blocks.first, chosen.queries.last[of.part], attempt.odd),
-                *(chosen.scale, of.part.start, of.part.stop - of.part.start, passed, self.until),
-                *(chosen.q.shape[0], place.shape[1]),
+                *(chosen.scale, of.part.start, of.part.stop - of.part.start, heads),
+                *(passed, self.until, chosen.q.shape[0], place.shape[1]),
                 **of_keys(chosen.q, chosen.k),
                 **of_values(chosen.v),
                 **launched(attempt.how),
@@ -354,9 +358,8 @@ def selected_backward(
         partial = dk.new_empty(rows, d)
         further = rows // chunk * chosen.block
         further_k, further_v = dk.new_empty(further, d), dk.new_empty(further, d_v)
-        grid = (of.item_row.numel(),)
-        for attempt in Attempt.both(grid, how, q):
-            kernels.backward[grid](
+        for attempt in Attempt.both((of.item_row.numel(),), how, q):
+            kernels.backward[attempt.grid](
                 *(q[mine], k[:, of.kv], v[:, of.kv], gradient[mine], lse[mine], delta[mine]),
                 *(partial, its_dk, its_dv, further_k, further_v),
                 *(of.table.rows, of.table.query, of.item_row, of.item_chunk, of.further),

@@ -29,7 +29,7 @@ def forward(
     how = tile("span", Need.of(q, v))
     grid = (-(-count // how.rows), q.shape[1])
     for attempt in Attempt.both(grid, how, q):
-        kernels.forward[grid](
+        kernels.forward[attempt.grid](
             *(q, k, v, out, lse, low, high, attempt.odd, count, scale),
             **_sizes(q, k, v, attempt.how),
             AGAIN=attempt.again,
@@ -60,7 +60,7 @@ def backward(
     count, tokens = q.shape[0], k.shape[0]
     grid = (-(-count // how.rows), q.shape[1])
     for attempt in Attempt.both(grid, how, q):
-        kernels.backward_queries[grid](
+        kernels.backward_queries[attempt.grid](
             *(q, k, v, gradient, lse, delta, dq, low, high, attempt.odd, count, scale),
             **_sizes(q, k, v, attempt.how),
             AGAIN=attempt.again,

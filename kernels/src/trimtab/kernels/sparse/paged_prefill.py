@@ -194,7 +194,7 @@ def attend(
     counts = of_tiles.sum(-1, dtype=torch.int32)
     grid = (-(-given.shape[0] // how.rows), q.shape[1])
     for attempt in Attempt.both(grid, how, q):
-        kernels.attend[grid](
+        kernels.attend[attempt.grid](
             *(given, cache.k, cache.v, written, cache.pages, lists, counts),
             *(lists if bits is None else bits, attempt.odd, position - before, *given.shape[:1]),
             *(of_tiles.shape[1], of_tiles.shape[2], scale, *cache.strides),

@@ -27,7 +27,7 @@ from trimtab.kernels.sparse.triton_selected import (
 ANYWHERE = ("ids", "last", "rows", "place", "lse")
 """Where segments begin in these is aligned or not; nothing is gained by a kernel for each case."""
 
-SIZES = ("begin", "count", "tiles_before", "until", "queries", "lines")
+SIZES = ("begin", "count", "heads", "tiles_before", "until", "queries", "lines")
 """Numbers that differ from call to call and from segment to segment; likewise."""
 
 
@@ -123,6 +123,77 @@ def _join(acc, total, top, part, part_max, part_sum, where, D_V: tl.constexpr, P
     return acc * kept[:, None] + its_out * weight[:, None], total * kept + weight, new
 
 
+@triton.jit
+def _join_parts(
+    part,
+    part_max,
+    part_sum,
+    place,
+    there,
+    base,
+    head,
+    slots,
+    GROUP: tl.constexpr,
+    D_V: tl.constexpr,
+    PAD_V: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The softmax of a head's parts, as many of a query as it has ``slots`` from ``place`` on."""
+    top = tl.full((ROWS,), LEAST, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, PAD_V), tl.float32)
+    for slot in range(slots):
+        entry = tl.load(place + slot, mask=there, other=-1).to(tl.int64)
+        where = tl.where(entry >= 0, (entry - base) * GROUP + head % GROUP, -1)
+        acc, total, top = _join(acc, total, top, part, part_max, part_sum, where, D_V, PAD_V)
+    return acc, total, top
+
+
+@triton.jit
+def _meet_near(
+    acc,
+    total,
+    top,
+    query,
+    k,
+    v,
+    first_key,
+    kv_head,
+    mine,
+    skipped,
+    position,
+    latest,
+    scale,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    PAD: tl.constexpr,
+    PAD_V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+    ATTEMPT: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Adds the keys of all blocks whose bits a query of the tile has in ``mine``."""
+    pieces: tl.constexpr = BLOCK // KEYS
+    left = tl.reduce(mine, 0, _or)
+    for at in range(_count(left) * pieces):
+        lowest = left & -left
+        its_bit = _log2(lowest)
+        its_block = tl.where(its_bit > 0, its_bit + skipped, 0)
+        key = its_block * BLOCK + at % pieces * KEYS + tl.arange(0, KEYS)
+        inside = key <= latest
+        keys = _tile(k, first_key + key, kv_head, inside, KV_HEADS, D, PAD)
+        values = _tile(v, first_key + key, kv_head, inside, KV_HEADS, D_V, PAD_V)
+        reached = tl.where((mine & lowest) != 0, position, -1)
+        visible = key[None, :] <= reached[:, None]
+        acc, total, top = _meet(
+            acc, total, top, query, keys, values, visible, scale, ATTEMPT, WIDEN
+        )
+        left = tl.where(at % pieces == pieces - 1, left ^ lowest, left)
+    return acc, total, top
+
+
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
 def near_and_join(
     q,
@@ -145,6 +216,7 @@ def near_and_join(
     scale,
     begin,
     count,
+    heads,
     tiles_before,
     until,
     queries,
@@ -169,12 +241,10 @@ def near_and_join(
     the parts of what is far lie. No block but the first 63 may be chosen by queries that come
     before ``until`` or share a tile with one.
     """
-    program = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
-    if not _has_to(odd, program, AGAIN):
+    number = tl.program_id(0).to(tl.int64) * heads
+    if not _has_to(odd, number, heads, AGAIN):
         return
     tile = tiles_before + tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    kv_head = head // GROUP
     row = tl.arange(0, ROWS)
     token = tl.load(tile_first + tile) - begin + row
     there = (row < tl.load(tile_length + tile)) & (token >= 0) & (token < count)
@@ -185,51 +255,65 @@ def near_and_join(
         position = (own_key - first_key).to(tl.int32)
         earliest = tl.min(tl.where(there, position, 2147483647), 0)
         latest = tl.max(tl.where(there, position, -1), 0)
-
-        slot = tl.arange(0, KEPT)
-        address = (kv_head * queries + token)[:, None] * TOP + slot[None, :]
-        known = there[:, None] & (slot < TOP)[None, :]
-        mine, skipped = _near_blocks(
-            ids, address, known, first_block, position, earliest, until, BLOCK
-        )
-        word = tl.reduce(mine, 0, _or)
-
         base = tl.load(rows)
-        pieces: tl.constexpr = BLOCK // KEYS
-        for attempt in tl.static_range(
-            FINITE if AGAIN else AS_THEY_ARE, ODD + 1 if AGAIN else FINITE
-        ):
-            top = tl.full((ROWS,), LEAST, tl.float32)
-            total = tl.zeros((ROWS,), tl.float32)
-            acc = tl.zeros((ROWS, PAD_V), tl.float32)
-            for of_slot in range(tl.where((latest >= until) & (attempt != ODD), TOP, 0)):
-                entry = tl.load(
-                    place + (kv_head * lines + token) * TOP + of_slot, mask=there, other=-1
-                ).to(tl.int64)
-                where = tl.where(entry >= 0, (entry - base) * GROUP + head % GROUP, -1)
-                acc, total, top = _join(
-                    acc, total, top, part, part_max, part_sum, where, D_V, PAD_V
+        for nth in range(heads if AGAIN else 1):
+            head = tl.program_id(1).to(tl.int64) + nth
+            if _has_to(odd, number + head, 1, AGAIN):
+                kv_head = head // GROUP
+                slot = tl.arange(0, KEPT)
+                address = (kv_head * queries + token)[:, None] * TOP + slot[None, :]
+                known = there[:, None] & (slot < TOP)[None, :]
+                mine, skipped = _near_blocks(
+                    ids, address, known, first_block, position, earliest, until, BLOCK
                 )
-
-            query = _tile(q, token, head, there, HEADS, D, PAD)
-            left = word
-            for at in range(_count(word) * pieces):
-                lowest = left & -left
-                its_bit = _log2(lowest)
-                its_block = tl.where(its_bit > 0, its_bit + skipped, 0)
-                key = its_block * BLOCK + at % pieces * KEYS + tl.arange(0, KEYS)
-                inside = key <= latest
-                keys = _tile(k, first_key + key, kv_head, inside, HEADS // GROUP, D, PAD)
-                values = _tile(v, first_key + key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
-                reached = tl.where((mine & lowest) != 0, position, -1)
-                visible = key[None, :] <= reached[:, None]
-                acc, total, top = _meet(
-                    acc, total, top, query, keys, values, visible, scale, attempt, WIDEN
-                )
-                left = tl.where(at % pieces == pieces - 1, left ^ lowest, left)
-            _write(out, token, head, there, acc, total, HEADS, D_V, PAD_V, attempt)
-            if attempt == AS_THEY_ARE:
-                tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
-                tl.store(odd + program, _any_odd(acc))
+                for attempt in tl.static_range(
+                    FINITE if AGAIN else AS_THEY_ARE, ODD + 1 if AGAIN else FINITE
+                ):
+                    its_place = place + (kv_head * lines + token) * TOP
+                    slots = tl.where((latest >= until) & (attempt != ODD), TOP, 0)
+                    acc, total, top = _join_parts(
+                        part,
+                        part_max,
+                        part_sum,
+                        its_place,
+                        there,
+                        base,
+                        head,
+                        slots,
+                        GROUP,
+                        D_V,
+                        PAD_V,
+                        ROWS,
+                    )
+                    query = _tile(q, token, head, there, HEADS, D, PAD)
+                    acc, total, top = _meet_near(
+                        acc,
+                        total,
+                        top,
+                        query,
+                        k,
+                        v,
+                        first_key,
+                        kv_head,
+                        mine,
+                        skipped,
+                        position,
+                        latest,
+                        scale,
+                        HEADS // GROUP,
+                        D,
+                        D_V,
+                        PAD,
+                        PAD_V,
+                        BLOCK,
+                        KEYS,
+                        attempt,
+                        WIDEN,
+                    )
+                    _write(out, token, head, there, acc, total, HEADS, D_V, PAD_V, attempt)
+                    if attempt == AS_THEY_ARE:
+                        natural = _to_natural(top, total)
+                        tl.store(lse + token * HEADS + head, natural, mask=there)
+                        tl.store(odd + number + head, _any_odd(acc))
     elif not AGAIN:
-        tl.store(odd + program, 0)
+        tl.store(odd + number + tl.program_id(1), 0)

@@ -135,37 +135,48 @@ def attend(
     tiles are as long as blocks, and the first query is the first of its own. Where queries choose,
     ``bits [heads, tiles, blocks]`` says which of a tile chose a block.
     """
-    program = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
-    if not _has_to(odd, program, AGAIN):
+    number = tl.program_id(0).to(tl.int64) * HEADS
+    if not _has_to(odd, number, HEADS, AGAIN):
         return
     # The last tiles have most to do, and begin first.
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
     token = begin + tl.arange(0, ROWS)
     there = token < queries
     own = position + token
-    head = tl.program_id(1).to(tl.int64)
-    query = _tile(q, token.to(tl.int64), head, there, HEADS, D, PAD)
-    row = head * tiles + begin // BLOCK
-    for attempt in tl.static_range(FINITE if AGAIN else AS_THEY_ARE, ODD + 1 if AGAIN else FINITE):
-        top = tl.full((ROWS,), LEAST, tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        acc = tl.zeros((ROWS, PAD), tl.float32)
-        for part in range(tl.load(counts + row) * (BLOCK // KEYS)):
-            block = tl.load(lists + row * blocks + part // (BLOCK // KEYS))
-            key = block * BLOCK + part % (BLOCK // KEYS) * KEYS + tl.arange(0, KEYS)
-            inside = key < position + queries
-            place = _places(
-                pages, key, inside, head // GROUP, page_stride, head_stride, slot_stride, PAGE
-            )
-            keys = _read(k, place, inside, D, PAD)
-            values = _read(v, place, inside, D, PAD)
-            visible = inside[None, :] & (key[None, :] <= own[:, None])
-            if BY_QUERY:
-                chose = tl.load(bits + row * blocks + block) >> (own % BLOCK) & 1
-                visible = visible & (chose[:, None] != 0)
-            acc, total, top = _meet(
-                acc, total, top, query, keys, values, visible, scale, attempt, WIDEN
-            )
-        _write(out, token.to(tl.int64), head, there, acc, total, HEADS, D, PAD, attempt)
-        if attempt == AS_THEY_ARE:
-            tl.store(odd + program, _any_odd(acc))
+    for nth in range(HEADS if AGAIN else 1):
+        head = tl.program_id(1).to(tl.int64) + nth
+        if _has_to(odd, number + head, 1, AGAIN):
+            query = _tile(q, token.to(tl.int64), head, there, HEADS, D, PAD)
+            row = head * tiles + begin // BLOCK
+            for attempt in tl.static_range(
+                FINITE if AGAIN else AS_THEY_ARE, ODD + 1 if AGAIN else FINITE
+            ):
+                top = tl.full((ROWS,), LEAST, tl.float32)
+                total = tl.zeros((ROWS,), tl.float32)
+                acc = tl.zeros((ROWS, PAD), tl.float32)
+                for part in range(tl.load(counts + row) * (BLOCK // KEYS)):
+                    block = tl.load(lists + row * blocks + part // (BLOCK // KEYS))
+                    key = block * BLOCK + part % (BLOCK // KEYS) * KEYS + tl.arange(0, KEYS)
+                    inside = key < position + queries
+                    place = _places(
+                        pages,
+                        key,
+                        inside,
+                        head // GROUP,
+                        page_stride,
+                        head_stride,
+                        slot_stride,
+                        PAGE,
+                    )
+                    keys = _read(k, place, inside, D, PAD)
+                    values = _read(v, place, inside, D, PAD)
+                    visible = inside[None, :] & (key[None, :] <= own[:, None])
+                    if BY_QUERY:
+                        chose = tl.load(bits + row * blocks + block) >> (own % BLOCK) & 1
+                        visible = visible & (chose[:, None] != 0)
+                    acc, total, top = _meet(
+                        acc, total, top, query, keys, values, visible, scale, attempt, WIDEN
+                    )
+                _write(out, token.to(tl.int64), head, there, acc, total, HEADS, D, PAD, attempt)
+                if attempt == AS_THEY_ARE:
+                    tl.store(odd + number + head, _any_odd(acc))

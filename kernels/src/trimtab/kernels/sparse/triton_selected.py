@@ -25,19 +25,23 @@ SHIFTED = tl.constexpr(2)
 AS_THEY_ARE = tl.constexpr(0)
 FINITE = tl.constexpr(1)
 ODD = tl.constexpr(2)
-"""A weight of 0 times infinity, or what is no number, is not 0. So a kernel says of each program
-whether anything odd came out. Launched again, it ends where it begins but for those; these take
-what is odd for 0, and then add what of that their queries see."""
+"""A weight of 0 times infinity, or what is no number, is not 0. So a kernel says of each tile and
+head whether anything odd came out. Launched again, a program looks at all heads of its tile, and
+does these anew: they take what is odd for 0, and then add what of that their queries see."""
 
 _MINUS = tl.constexpr(2.0**-10)
 """What minus infinity counts as where plus infinity is 1: a tile has at most 128 keys."""
 
 
 @triton.jit
-def _has_to(odd, program, AGAIN: tl.constexpr):
-    """Whether a program has anything to do."""
+def _has_to(odd, first, count, AGAIN: tl.constexpr):
+    """Whether any of ``count`` results from the ``first`` on is to be found, or was odd."""
     if AGAIN:
-        return tl.load(odd + program) != 0
+        found = 0
+        for at in range(0, count, 128):
+            number = at + tl.arange(0, 128)
+            found |= tl.max(tl.load(odd + first + number, mask=number < count, other=0))
+        return found != 0
     else:
         return True
 
@@ -423,7 +427,7 @@ def backward(
     parts of dQ alone, and a second attempt writes these anew.
     """
     row, chunk, base, begin, stop = _item(item_row, item_chunk, rows, GROUP, CHUNK)
-    row = tl.where(_has_to(odd, tl.program_id(0), AGAIN), row, -1)
+    row = tl.where(_has_to(odd, tl.program_id(0), 1, AGAIN), row, -1)
     if row >= 0:
         kv_head = row // blocks
         key, inside = _block(block_first, block_length, row % blocks, BLOCK)

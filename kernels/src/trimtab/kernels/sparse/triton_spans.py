@@ -69,33 +69,37 @@ def forward(
     AGAIN: tl.constexpr,
 ):
     """Output and logarithm of one tile of queries and head."""
-    program = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
-    if not _has_to(odd, program, AGAIN):
+    tile = tl.program_id(0).to(tl.int64)
+    if not _has_to(odd, tile * HEADS, HEADS, AGAIN):
         return
-    head = tl.program_id(1).to(tl.int64)
-    begin = tl.program_id(0).to(tl.int64) * ROWS
+    begin = tile * ROWS
     token, there, first, end = _queries(low, high, begin, queries, ROWS)
-    query = _tile(q, token, head, there, HEADS, D, PAD)
     base = tl.load(low + begin)
     first, end = (first - base).to(tl.int32), (end - base).to(tl.int32)
     stop = tl.max(end, 0)
-    for attempt in tl.static_range(FINITE if AGAIN else AS_THEY_ARE, ODD + 1 if AGAIN else FINITE):
-        top = tl.full((ROWS,), LEAST, tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        acc = tl.zeros((ROWS, PAD_V), tl.float32)
-        for at in range(0, stop, KEYS):
-            key = at + tl.arange(0, KEYS)
-            known = key < stop
-            keys = _tile(k, base + key, head // GROUP, known, HEADS // GROUP, D, PAD)
-            values = _tile(v, base + key, head // GROUP, known, HEADS // GROUP, D_V, PAD_V)
-            visible = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
-            acc, total, top = _meet(
-                acc, total, top, query, keys, values, visible, scale, attempt, WIDEN
-            )
-        _write(out, token, head, there, acc, total, HEADS, D_V, PAD_V, attempt)
-        if attempt == AS_THEY_ARE:
-            tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
-            tl.store(odd + program, _any_odd(acc))
+    for nth in range(HEADS if AGAIN else 1):
+        head = tl.program_id(1).to(tl.int64) + nth
+        if _has_to(odd, tile * HEADS + head, 1, AGAIN):
+            query = _tile(q, token, head, there, HEADS, D, PAD)
+            for attempt in tl.static_range(
+                FINITE if AGAIN else AS_THEY_ARE, ODD + 1 if AGAIN else FINITE
+            ):
+                top = tl.full((ROWS,), LEAST, tl.float32)
+                total = tl.zeros((ROWS,), tl.float32)
+                acc = tl.zeros((ROWS, PAD_V), tl.float32)
+                for at in range(0, stop, KEYS):
+                    key = at + tl.arange(0, KEYS)
+                    known = key < stop
+                    keys = _tile(k, base + key, head // GROUP, known, HEADS // GROUP, D, PAD)
+                    values = _tile(v, base + key, head // GROUP, known, HEADS // GROUP, D_V, PAD_V)
+                    visible = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
+                    acc, total, top = _meet(
+                        acc, total, top, query, keys, values, visible, scale, attempt, WIDEN
+                    )
+                _write(out, token, head, there, acc, total, HEADS, D_V, PAD_V, attempt)
+                if attempt == AS_THEY_ARE:
+                    tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
+                    tl.store(odd + tile * HEADS + head, _any_odd(acc))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -124,30 +128,34 @@ def backward_queries(
     AGAIN: tl.constexpr,
 ):
     """dQ of one tile of queries and head."""
-    program = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
-    if not _has_to(odd, program, AGAIN):
+    tile = tl.program_id(0).to(tl.int64)
+    if not _has_to(odd, tile * HEADS, HEADS, AGAIN):
         return
-    head = tl.program_id(1).to(tl.int64)
-    begin = tl.program_id(0).to(tl.int64) * ROWS
+    begin = tile * ROWS
     token, there, first, end = _queries(low, high, begin, queries, ROWS)
-    query = _tile(q, token, head, there, HEADS, D, PAD)
-    above = _tile(gradient, token, head, there, HEADS, D_V, PAD_V)
-    stat = token * HEADS + head
-    acc = tl.zeros((ROWS, PAD), tl.float32)
     stop = tl.max(end, 0)
-    for at in range(tl.load(low + begin), stop, KEYS):
-        key = at + tl.arange(0, KEYS)
-        known = key < stop
-        keys = _tile(k, key, head // GROUP, known, HEADS // GROUP, D, PAD)
-        values = _tile(v, key, head // GROUP, known, HEADS // GROUP, D_V, PAD_V)
-        visible = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
-        _, ds = _slopes(query, keys, values, above, stat, lse, delta, there, visible, scale, WIDEN)
-        if AGAIN:
-            keys = _finite(keys)
-        acc += _dot(ds.to(keys.dtype), keys, WIDEN)
-    _put(dq, token, head, there, acc, HEADS, D, PAD)
-    if not AGAIN:
-        tl.store(odd + program, _any_odd(acc))
+    for nth in range(HEADS if AGAIN else 1):
+        head = tl.program_id(1).to(tl.int64) + nth
+        if _has_to(odd, tile * HEADS + head, 1, AGAIN):
+            query = _tile(q, token, head, there, HEADS, D, PAD)
+            above = _tile(gradient, token, head, there, HEADS, D_V, PAD_V)
+            stat = token * HEADS + head
+            acc = tl.zeros((ROWS, PAD), tl.float32)
+            for at in range(tl.load(low + begin), stop, KEYS):
+                key = at + tl.arange(0, KEYS)
+                known = key < stop
+                keys = _tile(k, key, head // GROUP, known, HEADS // GROUP, D, PAD)
+                values = _tile(v, key, head // GROUP, known, HEADS // GROUP, D_V, PAD_V)
+                visible = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
+                _, ds = _slopes(
+                    query, keys, values, above, stat, lse, delta, there, visible, scale, WIDEN
+                )
+                if AGAIN:
+                    keys = _finite(keys)
+                acc += _dot(ds.to(keys.dtype), keys, WIDEN)
+            _put(dq, token, head, there, acc, HEADS, D, PAD)
+            if not AGAIN:
+                tl.store(odd + tile * HEADS + head, _any_odd(acc))
 
 
 @triton.jit(do_not_specialize=SIZES)

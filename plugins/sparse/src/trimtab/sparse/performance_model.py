@@ -61,7 +61,8 @@ CALL_LAUNCHES, TABLE_LAUNCHES = 7, 6
 """Kernels that lay out a call's queries, blocks and tiles; and those that make a table and its work
 items, of which torch's sum takes two."""
 _AGAIN_PROGRAM_S, _AGAIN_AT_ONCE = 1e-6, 2 * 132
-"""Of a program that reads that it has nothing to do again, and how many an H100 runs at once."""
+"""Of a program that reads that no head of its tile has to be done again, and how many an H100 runs
+at once."""
 _COUNT_QUERY_S = 0.3e-6
 """A program that counts goes through its queries one by one, and waits for the L2 cache twice."""
 _COUNTING = 32 * 132
@@ -231,9 +232,9 @@ class Model:
         return _PUBLISHED_PART_BYTES * HEADS * _UNIT * 16 / self.seconds["parts"]
 
     def _again_s(self, run: Run) -> float:
-        """Of a launch of all tiles of queries and heads whose programs find nothing to do again."""
+        """Of a launch of all tiles of queries whose programs find nothing to do again."""
         at_once = _AGAIN_AT_ONCE * GPUS[run.gpu].l2_bytes_per_s / _H100_L2
-        return run.tokens / NEAR_ROWS * HEADS / at_once * _AGAIN_PROGRAM_S
+        return run.tokens / NEAR_ROWS / at_once * _AGAIN_PROGRAM_S
 
     def _by_blocks_s(self, run: Run) -> float:
         """What is near at the rate of dense attention, and parts of what is far if anything is."""

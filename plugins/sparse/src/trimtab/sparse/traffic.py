@@ -160,12 +160,14 @@ def lists(of: Sizes, part_bytes: int, chunk: int) -> Lists:
 
     Segments are those of `trimtab.kernels.sparse.chosen.Chosen.lots`.
     """
-    query_bytes = of.group * of.top * part_bytes
-    pieces = -(-of.tokens // max(1, of.workspace_bytes // query_bytes))
+    busy = max(0, of.tokens - (of.near_until or 0))
+    fit = max(1, of.workspace_bytes // (of.group * of.top * part_bytes))
+    pieces = 1 if busy <= fit else -(-of.tokens // fit)
     step = -(-of.tokens // pieces)
     pieces = -(-of.tokens // step)
-    heads = max(1, min(of.kv_heads, of.workspace_bytes // (query_bytes * of.tokens)))
-    together = of.workspace_bytes // (heads * step * of.top * _TABLE_BYTES)
+    listed = of.workspace_bytes // (step * of.top * _TABLE_BYTES)
+    heads = max(1, min(of.kv_heads, fit // max(1, busy), listed))
+    together = listed // heads
     lines = heads * max(1, together // pieces)
     whole = of.kv_heads // heads * heads
     lots = (-(-whole // lines) + (whole < of.kv_heads)) * -(
@@ -177,7 +179,7 @@ def lists(of: Sizes, part_bytes: int, chunk: int) -> Lists:
     rows = lengths.size
     return Lists(
         choices=of.kv_heads * _choices(of),
-        launched=of.kv_heads * (pieces * (of.group * step * of.top // chunk) + rows),
+        launched=of.kv_heads * (pieces * (of.group * min(step, busy) * of.top // chunk) + rows),
         items=of.kv_heads * float((some + np.maximum(chunks - 1, 0)).sum()),
         further=of.kv_heads * float(np.maximum(chunks - 1, 0).sum()),
         cut=of.kv_heads * float((chunks > 1).sum()),

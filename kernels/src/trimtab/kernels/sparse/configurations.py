@@ -86,8 +86,7 @@ _PASSES: Mapping[str, int] = {"forward": 0, "published_maxima": 1, "published_fo
 _NARROW = ("q", "k", "v", "entries", "gradient", "out", "part", "dq", "dk", "dv")
 _WIDE = ("part_max", "part_sum", "lse", "delta", "dq_part", "further_k", "further_v")
 _LONG = ("rows", "block_first", "block_length", "last", "low", "high", "first_query", "end_query")
-_LONG_TOO = ("further", "tile_first", "tile_length", "tile_before", "before")
-_SEEN = ("entry_first", "visible", "own")
+_LONG_TOO = ("further", "tile_first", "tile_length", "tile_sequence", "sequence", "before", "own")
 _INT = ("ids", "query", "item_row", "item_chunk", "place", "pages", "lists", "counts", "odd")
 _NUMBERS = ("blocks", "queries", "tokens", "tiles", "samples", "position", "lines")
 _NUMBERS_TOO = ("begin", "count", "heads", "tiles_before", "until")
@@ -95,7 +94,7 @@ _STRIDES = ("page_stride", "head_stride", "slot_stride")
 _TYPES: Mapping[str, str] = {
     **dict.fromkeys(_NARROW, "narrow"),
     **dict.fromkeys(_WIDE, "wide"),
-    **dict.fromkeys((*_LONG, *_LONG_TOO, *_SEEN), "*i64"),
+    **dict.fromkeys((*_LONG, *_LONG_TOO), "*i64"),
     **dict.fromkeys(_INT, "*i32"),
     **dict.fromkeys((*_NUMBERS, *_NUMBERS_TOO, *_STRIDES), "i32"),
     "scale": "fp32",
@@ -200,7 +199,7 @@ def configuration(
 TABLES = ("place", "spans", "cut", "number", "count", "begin", "scatter", "items")
 """The kernels of `triton_tables`; they know nothing of heads."""
 
-_OF_TABLES = ("sequence", "totals", "lengths", "first", "length", "own")
+_OF_TABLES = ("totals", "lengths", "first", "length")
 _SIZES_OF_TABLES = ("known", "pieces", "lines", "row_count", "most", "group", "sequences")
 _MORE_SIZES = ("block", "window", "stride")
 _ENDS = ("cu_queries", "cu_keys", "cu_entries", "cumulative")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from math import log, prod
+from math import prod
 from typing import Any
 
 import torch
@@ -258,16 +258,13 @@ class Near:
     """Queries before it call all blocks near, in tokens from the beginning of their sequence."""
     how: Tile
     tiles: Blocks
-    before: Tensor
-    """Blocks of sequences before each tile's."""
 
     @classmethod
     def of(cls, chosen: Chosen) -> Near:
         """For blocks that fit `forward`."""
         how = tile("near", Need.of(chosen.q, chosen.v))
         tiles = tables.cut(chosen.queries.ends, chosen.q.shape[0], how.rows)
-        before = chosen.blocks.before[tiles.sequence]
-        return cls(chosen, _plan(chosen).dense_until(chosen.top, chosen.block), how, tiles, before)
+        return cls(chosen, _plan(chosen).dense_until(chosen.top, chosen.block), how, tiles)
 
     def far_ids(self) -> Tensor:
         """The ids of blocks that are not near, -1 in place of others."""
@@ -279,7 +276,7 @@ class Near:
         out = torch.empty_like(ids)
         how = tile("far", Need.of(chosen.q, chosen.v))
         kernels.far[(-(-queries // how.rows), kv_heads)](
-            *(ids, out, chosen.queries.last, chosen.blocks.before[chosen.queries.sequence]),
+            *(ids, out, chosen.queries.last, chosen.queries.sequence, chosen.blocks.before),
             *(chosen.blocks.first, queries, self.until),
             **launched(how),
             TOP=top,
@@ -319,8 +316,13 @@ class Near:
             kernels.near_and_join[attempt.grid](
                 *(chosen.q[mine], chosen.k[:, of.kv], chosen.v[:, of.kv], ids[of.kv, of.part]),
                 *(*parts, rows, place, out[mine], lse[mine]),
-                *(self.tiles.first, self.tiles.length, self.before),
-                *(chosen.blocks.first, chosen.queries.last[of.part], attempt.odd),
+                *(self.tiles.first, self.tiles.length, self.tiles.sequence),
+                *(
+                    chosen.blocks.before,
+                    chosen.blocks.first,
+                    chosen.queries.last[of.part],
+                    attempt.odd,
+                ),
                 *(chosen.scale, of.part.start, of.part.stop - of.part.start, heads),
                 *(passed, self.until, chosen.q.shape[0], place.shape[1]),
                 **of_keys(chosen.q, chosen.k),
@@ -390,34 +392,34 @@ def selected_backward(
 def select(
     q: Tensor,
     entries: Tensor,
-    cu_queries: Tensor,
-    cu_entries: Tensor,
-    visible: Tensor,
+    low: Tensor,
+    high: Tensor,
     queries: Queries,
     shape: SparseShape,
     scale: float,
     lse: Tensor | None,
 ) -> Tensor:
-    """The best blocks of each query, ``[kv_heads, queries, top]`` int32, ascending."""
+    """The best blocks of each query, ``[kv_heads, queries, top]`` int32, ascending.
+
+    It sees ``entries[low:high]``, of which all of a sequence have one beginning.
+    """
     from trimtab.kernels.sparse import triton_select as kernels
 
     kv_heads = entries.shape[1]
     out = torch.empty(kv_heads, q.shape[0], shape.top, dtype=torch.int32, device=q.device)
     how = tile("select", Need.of(q, entries), shape.block)
-    tiles = tables.cut(cu_queries, q.shape[0], how.rows)
-    begin = cu_entries.long()[tiles.sequence]
+    tiles = tables.cut(queries.ends, q.shape[0], how.rows)
     common = {**of_keys(q, entries), **launched(how), "QUERIES": how.rows}
     if lse is None:
-        logarithms = q.new_empty(q.shape[:2], dtype=torch.float32)
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         kernels.entry_logarithms[(tiles.first.numel(), q.shape[1])](
-            *(q, entries, logarithms, tiles.first, tiles.length, begin, visible, scale),
+            *(q, entries, lse, tiles.first, tiles.length, low, high, scale),
             **common,
             ENTRIES=how.columns,
         )
-    else:
-        logarithms = (lse.float() / log(2)).contiguous()
+    lse = lse.float().contiguous()
     kernels.best_blocks[(tiles.first.numel(), kv_heads)](
-        *(q, entries, logarithms, out, tiles.first, tiles.length, begin, visible, queries.own),
+        *(q, entries, lse, out, tiles.first, tiles.length, low, high, queries.own),
         *(q.shape[0], scale),
         **common,
         PER_BLOCK=shape.entries_per_block,

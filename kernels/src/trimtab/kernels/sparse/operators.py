@@ -241,7 +241,7 @@ def _select(
         low, high = tables.sees_entries(
             cu_q, cu_k, cu_entries, q.shape[0], shape.window, shape.stride
         )
-        return launch.select(q, entries, cu_q, cu_entries, high - low, queries, shape, scale, lse)
+        return launch.select(q, entries, low, high, queries, shape, scale, lse)
     with exactly(q):
         every = (q, entries, cu_q, cu_k, cu_entries, shape, scale)
         chosen = block_lists.select(*every)

@@ -47,6 +47,7 @@ def far(
     ids,
     out,
     last,
+    sequence,
     before,
     block_first,
     queries,
@@ -59,7 +60,8 @@ def far(
     """Copies ``ids [kv_heads, queries, TOP]``, but for -1 where a block is near."""
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = token < queries
-    its_first = tl.load(before + token, mask=there, other=0)
+    its_sequence = tl.load(sequence + token, mask=there, other=0)
+    its_first = tl.load(before + its_sequence, mask=there, other=0)
     first_key = tl.load(block_first + its_first, mask=there, other=0)
     position = tl.load(last + token, mask=there, other=0) - first_key
     slot = tl.arange(0, KEPT)
@@ -209,7 +211,8 @@ def near_and_join(
     lse,
     tile_first,
     tile_length,
-    tile_before,
+    tile_sequence,
+    before,
     block_first,
     last,
     odd,
@@ -249,7 +252,7 @@ def near_and_join(
     token = tl.load(tile_first + tile) - begin + row
     there = (row < tl.load(tile_length + tile)) & (token >= 0) & (token < count)
     if tl.max(there.to(tl.int32), 0) > 0:
-        first_block = tl.load(tile_before + tile)
+        first_block = tl.load(before + tl.load(tile_sequence + tile))
         own_key = tl.load(last + token, mask=there, other=-1)
         first_key = tl.load(block_first + first_block)
         position = (own_key - first_key).to(tl.int32)

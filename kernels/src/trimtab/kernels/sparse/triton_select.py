@@ -8,10 +8,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trimtab.kernels.sparse.triton_selected import LEAST, LOG2_E, _dot, _tile
+from trimtab.kernels.sparse.triton_selected import LEAST, LOG2_E, _dot, _tile, _to_natural
 
 NO_BLOCK = tl.constexpr(0x7FFFFFFF)
 INFINITY_BITS = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def _queries(tile, tile_first, tile_length, low, high, QUERIES: tl.constexpr):
+    """A tile's queries, whether each is there, their first entry, and how many each sees."""
+    row = tl.arange(0, QUERIES)
+    length = tl.load(tile_length + tile)
+    there = row < length
+    first = tl.load(tile_first + tile)
+    token = first + row
+    begin = tl.load(low + first, mask=length > 0, other=0)
+    return token, there, begin, tl.load(high + token, mask=there, other=0) - begin
 
 
 @triton.jit
@@ -21,8 +33,8 @@ def entry_logarithms(
     lse,
     tile_first,
     tile_length,
-    entry_first,
-    visible,
+    low,
+    high,
     scale,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -32,14 +44,10 @@ def entry_logarithms(
     ENTRIES: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Logarithms, to base 2, of each query's sum over the entries it sees; one tile and head."""
+    """Logarithms of each query's sum over the entries it sees; one tile and head."""
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    row = tl.arange(0, QUERIES)
-    there = row < tl.load(tile_length + tile)
-    token = tl.load(tile_first + tile) + row
-    seen = tl.load(visible + token, mask=there, other=0)
-    begin = tl.load(entry_first + tile)
+    token, there, begin, seen = _queries(tile, tile_first, tile_length, low, high, QUERIES)
     queries = _tile(q, token, head, there, HEADS, D, PAD)
     top = tl.full((QUERIES,), LEAST, tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
@@ -54,8 +62,7 @@ def entry_logarithms(
         p = tl.where(shown, tl.exp2(logits - new[:, None]), 0.0)
         total = total * tl.exp2(top - new) + tl.sum(p, 1)
         top = new
-    logarithm = top + tl.log2(tl.where(total > 0, total, 1.0))
-    tl.store(lse + token * HEADS + head, logarithm, mask=there)
+    tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
 
 
 @triton.jit
@@ -66,8 +73,8 @@ def best_blocks(
     out,
     tile_first,
     tile_length,
-    entry_first,
-    visible,
+    low,
+    high,
     own,
     tokens,
     scale,
@@ -91,12 +98,8 @@ def best_blocks(
     """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
-    row = tl.arange(0, QUERIES)
-    there = row < tl.load(tile_length + tile)
-    token = tl.load(tile_first + tile) + row
-    seen = tl.load(visible + token, mask=there, other=0)
+    token, there, begin, seen = _queries(tile, tile_first, tile_length, low, high, QUERIES)
     its_own = tl.load(own + token, mask=there, other=-1)
-    begin = tl.load(entry_first + tile)
     best = tl.full((QUERIES, KEPT), -1, tl.int64)
     for at in range(0, tl.max(its_own, 0) + 1, KEPT):
         block = at + tl.arange(0, KEPT)
@@ -104,7 +107,7 @@ def best_blocks(
         for member in range(GROUP):
             head = kv_head * GROUP + member
             queries = _tile(q, token, head, there, HEADS, D, PAD)
-            shift = tl.load(lse + token * HEADS + head, mask=there, other=0.0)
+            shift = tl.load(lse + token * HEADS + head, mask=there, other=0.0) * LOG2_E
             for tap in range(PER_BLOCK + OUTER - 1):
                 number = block * PER_BLOCK - REACH + tap
                 known = (number >= 0) & (number < tl.max(seen, 0))

@@ -55,9 +55,9 @@ GPUS: Mapping[str, Gpu] = {
 
 LAUNCH_S = 5e-6
 """Of a small kernel."""
-COMPRESSED_LAUNCHES, CHOICE_LAUNCHES = 3, 9
+COMPRESSED_LAUNCHES, CHOICE_LAUNCHES = 3, 5
 """Kernels of compressed attention, and of the choice by what that has summed up."""
-CALL_LAUNCHES, TABLE_LAUNCHES = 7, 6
+CALL_LAUNCHES, TABLE_LAUNCHES = 5, 6
 """Kernels that lay out a call's queries, blocks and tiles; and those that make a table and its work
 items, of which torch's sum takes two."""
 _AGAIN_PROGRAM_S, _AGAIN_AT_ONCE = 1e-6, 2 * 132

@@ -88,12 +88,12 @@ def near_index_bytes(of: Sizes, programs: float) -> float:
     early = min(of.tokens, of.near_until or 0)
     heads = of.kv_heads * of.group
     late = (of.tokens - early) * heads * 4 * of.top
-    return of.tokens * heads * (8 + 4 * of.top) + late + 40 * programs
+    return of.tokens * heads * (8 + 4 * of.top) + late + 48 * programs
 
 
 def far_bytes(of: Sizes) -> float:
     """Of the copy of what is chosen without what is near, and of what it reads beside."""
-    return of.tokens * of.kv_heads * (8 * of.top + 24)
+    return of.tokens * of.kv_heads * (8 * of.top + 32)
 
 
 def table_bytes(of: Sizes, lists: Lists) -> float:

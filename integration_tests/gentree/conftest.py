@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-TIMEOUT_S = 150
+TIMEOUT_S = 400
 
 NETWORK = """
 name: two-racks

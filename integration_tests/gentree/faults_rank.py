@@ -40,7 +40,16 @@ def main(faults: list[str]) -> None:
         except (RuntimeError, MemoryError) as error:
             print(f"{fault}, after {time.monotonic() - began_s:.1f} s: {error}", flush=True)
             goes_on_failing(str(error), tensor, group)
-    time.sleep(5 if rank == 0 else 1)  # the first rank has the store, which the others still ask
+    leave(rank)
+
+
+def leave(rank: int) -> None:
+    """Ends once all that live are told: till then they ask each other and the first one's store."""
+    store = dist.PrefixStore("told", dist.distributed_c10d._get_default_store())
+    for step in ("told", "leaving"):
+        store.set(f"{step} {rank}", "")
+        if step == "told" or rank == 0:
+            store.wait([f"{step} {other}" for other in (0, 1, 3)])
     os._exit(0)
 
 

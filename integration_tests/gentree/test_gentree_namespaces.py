@@ -35,7 +35,7 @@ def test_plans_sum_as_gloo_does_and_name_a_host_that_is_lost(tmp_path: Path) -> 
     }
     command = [sys.executable, str(RANK), *HOSTS]
     with TreeNetwork(network) as up:
-        done = up.run_all(dict.fromkeys(HOSTS, command), env=env, timeout_s=120)
+        done = up.run_all(dict.fromkeys(HOSTS, command), env=env, timeout_s=400)
         names = [name for name in namespaces() if name.startswith(stem(up))]
         assert len(names) == 11
     assert not set(names) & set(namespaces())

@@ -28,20 +28,23 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 TIMEOUT_S = 150
 
-# Says who has which rank. With DIES, that host fails in the first run, in which others wait for it.
+# Says who has which rank. With DIES, that host fails in the first run once all are there, and the
+# others wait for it.
 RANK = """
 import os, pathlib, sys, time
 host, rank = os.environ["TRIMTAB_HOST"], os.environ["RANK"]
 been_here = pathlib.Path(__file__).with_name(f"been-{os.getppid()}")
 again = int(been_here.exists())
-been_here.touch()
 os.write(1, f"run {again}: rank {rank} on {host}\\n".encode())
+been_here.touch()
 if os.environ.get("STORE"):
     from torch import distributed
     distributed.init_process_group("gloo")
     distributed.barrier()
     distributed.destroy_process_group()
 if os.environ.get("DIES") and not again:
+    while len([*been_here.parent.glob("been-*")]) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.05)
     time.sleep(0 if host == os.environ["DIES"] else 600)
     sys.exit(3)
 """

@@ -64,6 +64,16 @@ def test_a_field_that_no_door_has_checked_does_not_reach_the_policy():
 def test_the_benchmark_measures_the_queue_against_that_by_arrival(monkeypatch):
     monkeypatch.setattr(queue_bench, "WAITING", (200,))
     monkeypatch.setattr(queue_bench, "QUICK_STEPS", 5)
+    measured = queue_bench._steps_s
+
+    def counted(order, waiting, steps, seed):
+        # What is measured is no test's to assert: each step counts for its order.
+        taken_s = measured(order, waiting, steps, seed)
+        assert taken_s == sorted(taken_s)
+        assert taken_s[0] >= 0
+        return [{"fcfs": 2.0, "edd": 3.0}[order]] * len(taken_s)
+
+    monkeypatch.setattr(queue_bench, "_steps_s", counted)
     cases = queue_bench.queue_cases(Options(quick=True), lambda message, done=None: None)
     assert [case.metric for case in cases] == ["step_p99_s", "worst_step_s"]
-    assert all(case.value >= case.baseline_value > 0 for case in cases)
+    assert all((case.value, case.baseline_value) == (3.0, 2.0) for case in cases)

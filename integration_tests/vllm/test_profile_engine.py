@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.core.cost.step import EngineProfile
+from trimtab.core.cost.step import EngineProfile, StepBatch
 from trimtab.core.errors import BadInput
 from trimtab.core.simulate import ReplicaSpec, simulate
 from trimtab.core.workload import Request
@@ -58,7 +58,8 @@ def test_a_profile_is_measured_and_kept(engine: EngineProcess, tmp_path: Path) -
     measured = profile(engine, rounds=1, seed=0, progress=silent)
     assert measured.residuals is not None
     assert measured.residuals.steps > 20
-    assert measured.step.prefill_token_s > 0
+    assert measured.step.seconds(StepBatch(prefills=1, prefill_tokens=64)) > 0
+    assert measured.limits == engine.wait_ready()
     measured.write(tmp_path / "profile.json")
     assert EngineProfile.read(tmp_path / "profile.json") == measured
 

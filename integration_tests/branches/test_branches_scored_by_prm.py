@@ -98,7 +98,7 @@ def nobody() -> Iterator[str]:
 
 
 def fates(
-    url: str, prompts: dict[str, int], length: int = LENGTH, timeout_s: float = 10.0
+    url: str, prompts: dict[str, int], length: int = LENGTH, timeout_s: float = 60.0
 ) -> dict[str, Counter[Fate]]:
     """How the branches of requests end; each prompt is one token over and over."""
     options: dict[str, Any] = {
@@ -149,12 +149,18 @@ def test_where_nobody_answers_all_branches_go_on_and_it_is_said_once(nobody, cap
     assert len(told) == 1
 
 
-@pytest.mark.parametrize(("handler", "why"), [(NoNumbers, "not finite"), (TooLate, "no answer")])
+@pytest.mark.parametrize(
+    ("handler", "why", "timeout_s"),
+    [(NoNumbers, "not finite", 60.0), (TooLate, "no answer", 0.1)],
+)
 def test_a_model_that_is_slow_or_says_nothing_leaves_the_branches_unscored(
-    handler: type[NoNumbers | TooLate], why: str, caplog: pytest.LogCaptureFixture
+    handler: type[NoNumbers | TooLate],
+    why: str,
+    timeout_s: float,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING, "trimtab"), served(handler) as url:
-        ended = fates(url, {"some": 5, "others": 6}, length=600, timeout_s=0.1)
+        ended = fates(url, {"some": 5, "others": 6}, timeout_s=timeout_s)
     assert handler.asked
     assert ended == {name: {Fate.FINISHED: BRANCHES} for name in ("some", "others")}
     told = [r.getMessage() for r in caplog.records if "go on unscored" in r.getMessage()]

@@ -79,10 +79,10 @@ def test_a_router_serves_until_a_signal_ends_it(number: signal.Signals) -> None:
         [sys.executable, "-m", "trimtab.cli", *arguments], stderr=subprocess.PIPE, text=True
     )
     url = address(process)
-    with urllib.request.urlopen(f"{url}/trimtab/state", timeout=10) as answer:
+    with urllib.request.urlopen(f"{url}/trimtab/state", timeout=60) as answer:
         assert b'"state":"down"' in answer.read()
     process.send_signal(number)
-    process.communicate(timeout=20)
+    process.communicate(timeout=120)
     assert process.returncode in (0, 128 + number, -number)
 
 
@@ -114,7 +114,7 @@ def running(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         yield process, address(process)
     finally:
         process.terminate()
-        process.communicate(timeout=20)
+        process.communicate(timeout=120)
 
 
 def stubs_in(folder: Path) -> list[int]:
@@ -135,11 +135,11 @@ def test_up_starts_the_servers_and_ends_them_on_a_signal(
 ) -> None:
     process, url = running
     request = urllib.request.Request(f"{url}/v1/chat/completions", b"{}")
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         assert b"choices" in answer.read()
     assert len(stubs_in(tmp_path)) == 2
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     assert stubs_in(tmp_path) == []
 
@@ -154,7 +154,7 @@ def test_up_goes_on_with_the_servers_that_live_and_ends_with_the_last(
     while "the others go on" not in (line := process.stderr.readline()):
         assert line
     os.kill(second, signal.SIGKILL)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "the vLLM server ended with status -9" in said
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -43,16 +44,31 @@ def ask(client: OpenAI, tokens: int, deadline_ms: int | None = None) -> float:
     return time.monotonic()
 
 
+def waiting(client: OpenAI) -> float:
+    """How many calls wait in the engine."""
+    text = httpx.get(str(client.base_url.join("/metrics"))).text
+    found = re.findall(r"^vllm:num_requests_waiting\{[^}]*\} (\S+)$", text, re.MULTILINE)
+    return sum(map(float, found))
+
+
 def test_calls_are_served_by_deadline(client):
     deadlines_ms = [90_000, None, 20_000, 40_000]
+    blocker = client.completions.create(
+        model="model",
+        prompt="The colours of the rainbow are",
+        max_tokens=900,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(blocker))
     with ThreadPoolExecutor(8) as pool:
-        blocker = pool.submit(ask, client, 60)
-        time.sleep(0.5)
         asked = []
         for deadline_ms in deadlines_ms:
-            asked.append(pool.submit(ask, client, 8, deadline_ms))
-            time.sleep(0.05)
-        assert not blocker.done(), "nothing waited, so the order shows nothing"
+            asked.append(pool.submit(ask, client, 16, deadline_ms))
+            while waiting(client) < len(asked):
+                assert not asked[0].done(), "nothing waited, so the order shows nothing"
+                time.sleep(0.02)
+        blocker.close()
         done_s = [call.result() for call in asked]
     order = sorted(range(4), key=lambda i: done_s[i])
     assert [deadlines_ms[i] for i in order] == [20_000, 40_000, None, 90_000]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 import sys
 import tempfile
 import time
@@ -18,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import httpx
 from openai import AsyncOpenAI
 
 from trimtab.branches.tasks import sums
@@ -27,9 +29,6 @@ from trimtab.hosts.vllm.small_model import small_model
 SEATS = 6
 QUESTIONS, BRANCHES, ENOUGH = 4, 6, 2
 DEADLINE_S = 15.0
-HEAD_START_S = 1.0
-"""By then every question is in the server."""
-
 PLUGINS = {"urgency": {}, "branches": {"score_every": 24, "window": 16}}
 
 
@@ -49,7 +48,8 @@ def server(log: Path) -> Server:
 async def crowd(client: AsyncOpenAI, *, says_deadline: bool) -> dict[str, Any]:
     """The questions and the workflow; how both fared."""
     questions = [asyncio.create_task(ask(client, task.messages)) for task in sums(QUESTIONS, 7)]
-    await asyncio.sleep(HEAD_START_S)
+    while await branches_inside(client) < QUESTIONS * BRANCHES:
+        await asyncio.sleep(0.05)
     workflow_s = await workflow(client, says_deadline=says_deadline)
     answered = sum(question.done() for question in questions)
     fates = Counter(fate for answer in await asyncio.gather(*questions) for fate in answer)
@@ -58,6 +58,14 @@ async def crowd(client: AsyncOpenAI, *, says_deadline: bool) -> dict[str, Any]:
         "questions_answered_before": answered,
         "fates": dict(fates),
     }
+
+
+async def branches_inside(client: AsyncOpenAI) -> float:
+    """How many branches run or wait in the server."""
+    async with httpx.AsyncClient() as reader:
+        metrics = (await reader.get(str(client.base_url.join("/metrics")))).text
+    counts = re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)$", metrics, re.M)
+    return sum(map(float, counts))
 
 
 async def ask(client: AsyncOpenAI, messages: list[dict[str, str]]) -> list[str]:

@@ -16,9 +16,9 @@ import pytest
 
 from trimtab.hosts.vllm.small_model import small_model
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+PATIENCE_S = 1200
 
-PATIENCE_S = 500
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE_S)]
 
 
 def command(*arguments: str) -> list[str]:
@@ -37,7 +37,7 @@ def alive(folder: Path) -> dict[int, str]:
     return found
 
 
-def is_gone(folder: Path, within_s: float = 10.0) -> bool:
+def is_gone(folder: Path, within_s: float = 120.0) -> bool:
     """Whether no process is left in a folder, at the latest after so many seconds."""
     until_s = time.monotonic() + within_s
     while alive(folder):
@@ -113,7 +113,7 @@ def test_a_signal_leaves_no_server_behind(tmp_path, number):
         wait_for_server(tmp_path, demo)
         demo.send_signal(number)
         expected = -number if number == signal.SIGKILL else 128 + number
-        assert demo.wait(60) == expected
+        assert demo.wait(240) == expected
         assert is_gone(tmp_path)
         assert not (tmp_path / "trimtab-demo.json").exists()
     finally:
@@ -129,7 +129,7 @@ def test_a_server_that_is_killed_ends_the_demo_with_its_log(tmp_path):
             number for number, line in alive(tmp_path).items() if "openai.api_server" in line
         )
         os.kill(server, signal.SIGKILL)
-        _, said = demo.communicate(timeout=120)
+        _, said = demo.communicate(timeout=600)
     finally:
         demo.kill()
     assert demo.returncode == 1

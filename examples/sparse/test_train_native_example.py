@@ -26,7 +26,7 @@ def test_native_sparse_attention_learns_as_dense_attention_does(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=550,
         check=False,
     )
     assert done.returncode == 0, done.stderr

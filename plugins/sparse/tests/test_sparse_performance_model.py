@@ -135,16 +135,12 @@ def test_what_the_model_does_not_know_is_named(
             getattr(model(gpu), name)(system, run)
 
 
-def test_from_8k_tokens_on_ours_is_predicted_as_fast_as_dense_attention_but_in_one_case() -> None:
-    slower = {}
-    for gpu, group, block in product(GPUS, (1, 2, 4, 8, 16), (64, 128)):
+def test_from_8k_tokens_on_ours_is_predicted_as_fast_as_dense_within_two_percent() -> None:
+    for gpu, group, block in product(GPUS, (1, 2, 4, 8, 16, 32, 64), (64, 128)):
         for thousands in (8, 12, 16, 32, 64, 128, 256):
             run = Run(gpu, thousands * K, group, block, K // block)
             ours, dense = (model(gpu).forward_s(s, run) for s in ("ours", "dense"))
-            if ours > 1.02 * dense:
-                slower[run] = ours / dense
-    assert slower.keys() == {Run("h200", 8 * K, 1, 64, 16)}
-    assert max(slower.values()) < 1.05
+            assert ours <= 1.02 * dense, run
 
 
 def test_what_calls_all_blocks_near_is_dense_attention_and_little_more() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from itertools import product
@@ -113,7 +113,7 @@ class Configuration:
     group: int
     tile: Tile
     again: bool = False
-    """Whether it is the launch for programs in which odd values came out."""
+    """Whether it is the launch for what odd values came out of."""
 
     @cached_property
     def function(self) -> Any:
@@ -126,7 +126,15 @@ class Configuration:
     def name(self) -> str:
         """What tells it from all others of its kernel and backend."""
         d, d_v = self.head_size
-        return f"{self.kernel}/{self.dtype}/d-{d}-{d_v}/block-{self.block}/group-{self.group}"
+        name = f"{self.kernel}/{self.dtype}/d-{d}-{d_v}/block-{self.block}/group-{self.group}"
+        return f"{name}/again" if self.again else name
+
+    @property
+    def launches(self) -> Iterator[Configuration]:
+        """Itself, and the launch for what is odd, where there is one."""
+        yield self
+        if "AGAIN" in self.constants:
+            yield replace(self, again=True, tile=self.tile.again())
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -266,7 +274,7 @@ def shipped(backend: str) -> Iterator[Configuration]:
         for head_size, dtype, block in product(sizes, ITEM_BYTES, blocks):
             if not falls_back(kernel, backend, head_size, dtype):
                 one = configuration(kernel, backend, head_size, dtype, block)
-                found[one.name] = one
+                found.update({each.name: each for each in one.launches})
         for group in (1, 16) if of.tile is None else (32,) if kernel == "by_query" else ():
             one = configuration(kernel, backend, HEAD_SIZES[-1], group=group)
             found[one.name] = one

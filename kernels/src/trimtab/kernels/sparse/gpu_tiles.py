@@ -24,6 +24,9 @@ class Tile:
     tiles: int = 8
     """What a program of the selected branch takes at most of a block's queries; it reads its keys
     once, and a chain of more than that would keep others waiting."""
+    second: Tile | None = None
+    """Of the launch for what is odd (`launch.Attempt`), of as many rows; without a pipeline, but
+    the same else, by default."""
 
     @property
     def chunk(self) -> int:
@@ -31,8 +34,8 @@ class Tile:
         return self.rows * self.tiles
 
     def again(self) -> Tile:
-        """The same without a pipeline, for what happens rarely and does more in between."""
-        return replace(self, stages=1)
+        """The tile for what is odd, which happens rarely and keeps more in registers."""
+        return self.second or replace(self, stages=1)
 
 
 def power_of_two(size: int) -> int:
@@ -105,15 +108,15 @@ _MAIN: Mapping[tuple[str, int], tuple[Rule, ...]] = {
 
 _SPAN: Mapping[tuple[str, int], tuple[Rule, ...]] = {
     ("cuda", 2): (
-        Rule(256, Tile(64, 4, 2, 64)),
-        Rule(384, Tile(32, 4, 2, 64)),
+        Rule(256, Tile(64, 4, 2, 64, second=Tile(64, 8, 1, 64))),
+        Rule(384, Tile(32, 4, 2, 64, second=Tile(32, 8, 1, 64))),
         Rule(512, Tile(64, 8, 2, 32)),
     ),
     ("cuda", 4): (
         Rule(128, Tile(32, 4, 2, 32)),
-        Rule(256, Tile(16, 8, 1, 32)),
+        Rule(256, Tile(16, 8, 1, 32, second=Tile(16, 4, 2, 32))),
         Rule(384, Tile(32, 8, 1, 32)),
-        Rule(512, Tile(16, 8, 1, 32)),
+        Rule(512, Tile(16, 8, 1, 16)),
     ),
     ("hip", 2): (Rule(256, Tile(64, 4, 2, 64)), Rule(512, Tile(64, 4, 2, 32))),
     ("hip", 4): (Rule(256, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 4, 1, 32))),
@@ -165,11 +168,14 @@ _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
         ("far", backend, item_bytes): (Rule(_ANY, Tile(64, 4, 1)),) for backend, item_bytes in _MAIN
     },
     **{(kernel, *of): rules for kernel in ("span", "near") for of, rules in _SPAN.items()},
-    ("near", "cuda", 2): (Rule(128, Tile(64, 4, 1, 64)), *_SPAN["cuda", 2]),
+    ("near", "cuda", 2): (
+        Rule(128, Tile(64, 4, 1, 64, second=Tile(64, 8, 1, 32))),
+        *_SPAN["cuda", 2],
+    ),
     ("near", "cuda", 4): (
         Rule(128, Tile(16, 8, 1, 16)),
         Rule(256, Tile(32, 8, 1, 16)),
-        Rule(384, Tile(16, 4, 1, 16)),
+        Rule(384, Tile(16, 4, 1, 16, second=Tile(16, 4, 2, 16))),
         Rule(512, Tile(16, 8, 1, 16)),
     ),
     ("prefill", "cuda", 2): (
@@ -177,11 +183,20 @@ _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
         Rule(256, Tile(64, 8, 2, 64)),
         Rule(512, Tile(64, 8, 2, 32)),
     ),
-    ("prefill", "cuda", 4): (Rule(128, Tile(32, 4, 2, 32)), Rule(512, Tile(16, 8, 1, 32))),
+    **{
+        (kernel, "cuda", 4): (
+            Rule(128, Tile(32, 4, 2, 32)),
+            Rule(256, Tile(16, 8, 1, 32, second=Tile(16, 8, 1, 16))),
+            Rule(512, Tile(16, 8, 1, 32, second=Tile(16, 8, 2, 32))),
+        )
+        for kernel in ("prefill", "prefill_by_query")
+    },
     ("prefill", "hip", 2): (Rule(256, Tile(64, 4, 2, 64)), Rule(512, Tile(64, 4, 2, 32))),
     ("prefill", "hip", 4): (Rule(256, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 4, 1, 32))),
-    ("prefill_by_query", "cuda", 2): (Rule(256, Tile(64, 8, 2, 64)), Rule(512, Tile(32, 4, 2, 32))),
-    ("prefill_by_query", "cuda", 4): (Rule(128, Tile(32, 4, 2, 32)), Rule(512, Tile(16, 8, 1, 32))),
+    ("prefill_by_query", "cuda", 2): (
+        Rule(256, Tile(64, 8, 2, 64)),
+        Rule(512, Tile(32, 4, 2, 32)),
+    ),
     ("prefill_by_query", "hip", 2): (Rule(256, Tile(64, 4, 2, 64)), Rule(512, Tile(64, 4, 2, 32))),
     ("prefill_by_query", "hip", 4): (Rule(256, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 4, 1, 32))),
     ("prefill_estimate", "cuda", 2): (Rule(512, Tile(64, 4, 2, 16)),),
@@ -190,12 +205,12 @@ _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
     ("prefill_estimate", "hip", 4): (Rule(512, Tile(32, 4, 1, 16)),),
     ("span_backward", "cuda", 2): (
         Rule(128, Tile(32, 4, 2, 32)),
-        Rule(384, Tile(32, 4, 1, 32)),
+        Rule(384, Tile(32, 4, 1, 32, second=Tile(32, 8, 1, 32))),
         Rule(512, Tile(32, 8, 1, 32)),
     ),
     ("span_backward", "cuda", 4): (
         Rule(128, Tile(32, 8, 1, 32)),
-        Rule(256, Tile(16, 8, 1, 32)),
+        Rule(256, Tile(16, 8, 1, 32, second=Tile(16, 4, 2, 32))),
         Rule(384, Tile(16, 8, 1, 16)),
     ),
     ("span_backward", "hip", 2): (Rule(512, Tile(32, 4, 1, 32)),),

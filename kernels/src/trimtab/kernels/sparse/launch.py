@@ -332,7 +332,7 @@ class Near:
                 KEPT=padded(chosen.top),
                 BLOCK=chosen.block,
                 ROWS=tile_rows,
-                KEYS=min(self.how.columns, chosen.block),
+                KEYS=min(attempt.how.columns, chosen.block),
                 AGAIN=attempt.again,
             )
 

@@ -201,7 +201,7 @@ def attend(
             **cache.constants(q),
             **launched(attempt.how),
             ROWS=how.rows,
-            KEYS=how.columns,
+            KEYS=attempt.how.columns,
             BY_QUERY=bits is not None,
             AGAIN=attempt.again,
         )

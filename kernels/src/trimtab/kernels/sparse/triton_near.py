@@ -16,9 +16,10 @@ from trimtab.kernels.sparse.triton_selected import (
     FINITE,
     LEAST,
     ODD,
-    _any_odd,
+    _due,
     _has_to,
     _meet,
+    _note,
     _tile,
     _to_natural,
     _write,
@@ -244,79 +245,82 @@ def near_and_join(
     the parts of what is far lie. No block but the first 63 may be chosen by queries that come
     before ``until`` or share a tile with one.
     """
-    number = tl.program_id(0).to(tl.int64) * heads
-    if not _has_to(odd, number, heads, AGAIN):
+    flags = odd + tl.program_id(0).to(tl.int64) * heads
+    if not _has_to(flags, heads, AGAIN):
         return
-    tile = tiles_before + tl.program_id(0)
-    row = tl.arange(0, ROWS)
-    token = tl.load(tile_first + tile) - begin + row
-    there = (row < tl.load(tile_length + tile)) & (token >= 0) & (token < count)
-    if tl.max(there.to(tl.int32), 0) > 0:
-        first_block = tl.load(before + tl.load(tile_sequence + tile))
-        own_key = tl.load(last + token, mask=there, other=-1)
-        first_key = tl.load(block_first + first_block)
-        position = (own_key - first_key).to(tl.int32)
-        earliest = tl.min(tl.where(there, position, 2147483647), 0)
-        latest = tl.max(tl.where(there, position, -1), 0)
-        base = tl.load(rows)
-        for nth in range(heads if AGAIN else 1):
-            head = tl.program_id(1).to(tl.int64) + nth
-            if _has_to(odd, number + head, 1, AGAIN):
-                kv_head = head // GROUP
-                slot = tl.arange(0, KEPT)
-                address = (kv_head * queries + token)[:, None] * TOP + slot[None, :]
-                known = there[:, None] & (slot < TOP)[None, :]
-                mine, skipped = _near_blocks(
-                    ids, address, known, first_block, position, earliest, until, BLOCK
-                )
-                for attempt in tl.static_range(
-                    FINITE if AGAIN else AS_THEY_ARE, ODD + 1 if AGAIN else FINITE
-                ):
-                    its_place = place + (kv_head * lines + token) * TOP
-                    slots = tl.where((latest >= until) & (attempt != ODD), TOP, 0)
+    for nth in range(heads if AGAIN else 1):
+        head = tl.program_id(1).to(tl.int64) + nth
+        number, due = _due(flags + head, AGAIN)
+        tile = tiles_before + number
+        row = tl.arange(0, ROWS)
+        token = tl.load(tile_first + tile) - begin + row
+        there = (row < tl.load(tile_length + tile)) & (token >= 0) & (token < count)
+        if not AGAIN:
+            due = tl.max(there.to(tl.int32), 0) > 0
+        if due:
+            first_block = tl.load(before + tl.load(tile_sequence + tile))
+            own_key = tl.load(last + token, mask=there, other=-1)
+            first_key = tl.load(block_first + first_block)
+            position = (own_key - first_key).to(tl.int32)
+            earliest = tl.min(tl.where(there, position, 2147483647), 0)
+            latest = tl.max(tl.where(there, position, -1), 0)
+            base = tl.load(rows)
+            kv_head = head // GROUP
+            slot = tl.arange(0, KEPT)
+            address = (kv_head * queries + token)[:, None] * TOP + slot[None, :]
+            known = there[:, None] & (slot < TOP)[None, :]
+            mine, skipped = _near_blocks(
+                ids, address, known, first_block, position, earliest, until, BLOCK
+            )
+            for attempt in tl.static_range(
+                FINITE if AGAIN else AS_THEY_ARE, ODD + 1 if AGAIN else FINITE
+            ):
+                if attempt == ODD:
+                    acc = tl.zeros((ROWS, PAD_V), tl.float32)
+                else:
                     acc, total, top = _join_parts(
                         part,
                         part_max,
                         part_sum,
-                        its_place,
+                        place + (kv_head * lines + token) * TOP,
                         there,
                         base,
                         head,
-                        slots,
+                        tl.where(latest >= until, TOP, 0),
                         GROUP,
                         D_V,
                         PAD_V,
                         ROWS,
                     )
-                    query = _tile(q, token, head, there, HEADS, D, PAD)
-                    acc, total, top = _meet_near(
-                        acc,
-                        total,
-                        top,
-                        query,
-                        k,
-                        v,
-                        first_key,
-                        kv_head,
-                        mine,
-                        skipped,
-                        position,
-                        latest,
-                        scale,
-                        HEADS // GROUP,
-                        D,
-                        D_V,
-                        PAD,
-                        PAD_V,
-                        BLOCK,
-                        KEYS,
-                        attempt,
-                        WIDEN,
-                    )
-                    _write(out, token, head, there, acc, total, HEADS, D_V, PAD_V, attempt)
-                    if attempt == AS_THEY_ARE:
-                        natural = _to_natural(top, total)
-                        tl.store(lse + token * HEADS + head, natural, mask=there)
-                        tl.store(odd + number + head, _any_odd(acc))
-    elif not AGAIN:
-        tl.store(odd + number + tl.program_id(1), 0)
+                query = _tile(q, token, head, there, HEADS, D, PAD)
+                acc, total, top = _meet_near(
+                    acc,
+                    total,
+                    top,
+                    query,
+                    k,
+                    v,
+                    first_key,
+                    kv_head,
+                    mine,
+                    skipped,
+                    position,
+                    latest,
+                    scale,
+                    HEADS // GROUP,
+                    D,
+                    D_V,
+                    PAD,
+                    PAD_V,
+                    BLOCK,
+                    KEYS,
+                    attempt,
+                    WIDEN,
+                )
+                _write(out, token, head, there, acc, total, HEADS, D_V, PAD_V, attempt)
+                if attempt == AS_THEY_ARE:
+                    natural = _to_natural(top, total)
+                    tl.store(lse + token * HEADS + head, natural, mask=there)
+                    _note(flags + head, acc)
+        elif not AGAIN:
+            tl.store(flags + head, 0)

@@ -16,10 +16,11 @@ from trimtab.kernels.sparse.triton_selected import (
     LEAST,
     LOG2_E,
     ODD,
-    _any_odd,
     _dot,
+    _due,
     _has_to,
     _meet,
+    _note,
     _tile,
     _write,
 )
@@ -135,24 +136,26 @@ def attend(
     tiles are as long as blocks, and the first query is the first of its own. Where queries choose,
     ``bits [heads, tiles, blocks]`` says which of a tile chose a block.
     """
-    number = tl.program_id(0).to(tl.int64) * HEADS
-    if not _has_to(odd, number, HEADS, AGAIN):
+    flags = odd + tl.program_id(0).to(tl.int64) * HEADS
+    if not _has_to(flags, HEADS, AGAIN):
         return
-    # The last tiles have most to do, and begin first.
-    begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
-    token = begin + tl.arange(0, ROWS)
-    there = token < queries
-    own = position + token
     for nth in range(HEADS if AGAIN else 1):
         head = tl.program_id(1).to(tl.int64) + nth
-        if _has_to(odd, number + head, 1, AGAIN):
+        from_last, due = _due(flags + head, AGAIN)
+        if due:
+            # The last tiles have most to do, and begin first.
+            begin = (tl.num_programs(0) - 1 - from_last.to(tl.int32)) * ROWS
+            token = begin + tl.arange(0, ROWS)
+            there = token < queries
+            own = position + token
             query = _tile(q, token.to(tl.int64), head, there, HEADS, D, PAD)
             row = head * tiles + begin // BLOCK
             for attempt in tl.static_range(
                 FINITE if AGAIN else AS_THEY_ARE, ODD + 1 if AGAIN else FINITE
             ):
-                top = tl.full((ROWS,), LEAST, tl.float32)
-                total = tl.zeros((ROWS,), tl.float32)
+                if attempt != ODD:
+                    top = tl.full((ROWS,), LEAST, tl.float32)
+                    total = tl.zeros((ROWS,), tl.float32)
                 acc = tl.zeros((ROWS, PAD), tl.float32)
                 for part in range(tl.load(counts + row) * (BLOCK // KEYS)):
                     block = tl.load(lists + row * blocks + part // (BLOCK // KEYS))
@@ -179,4 +182,4 @@ def attend(
                     )
                 _write(out, token.to(tl.int64), head, there, acc, total, HEADS, D, PAD, attempt)
                 if attempt == AS_THEY_ARE:
-                    tl.store(odd + number + head, _any_odd(acc))
+                    _note(flags + head, acc)

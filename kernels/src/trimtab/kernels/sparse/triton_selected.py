@@ -34,16 +34,36 @@ _MINUS = tl.constexpr(2.0**-10)
 
 
 @triton.jit
-def _has_to(odd, first, count, AGAIN: tl.constexpr):
-    """Whether any of ``count`` results from the ``first`` on is to be found, or was odd."""
+def _has_to(flags, count, AGAIN: tl.constexpr):
+    """Whether any of ``count`` results is to be found, or was odd."""
     if AGAIN:
         found = 0
         for at in range(0, count, 128):
             number = at + tl.arange(0, 128)
-            found |= tl.max(tl.load(odd + first + number, mask=number < count, other=0))
+            found |= tl.max(tl.load(flags + number, mask=number < count, other=0))
         return found != 0
     else:
         return True
+
+
+@triton.jit
+def _due(flag, AGAIN: tl.constexpr):
+    """A program's tile, and whether it has to be done for a head.
+
+    Launched again, the tile is read: a compiler that knew it would work out for all heads at once
+    where its numbers lie, and keep that in registers that there are not.
+    """
+    if AGAIN:
+        number = tl.load(flag)
+        return tl.maximum(number - 1, 0).to(tl.int64), number > 0
+    else:
+        return tl.program_id(0).to(tl.int64), True
+
+
+@triton.jit
+def _note(flag, result):
+    """Says of a program's tile whether anything odd came out: its number from 1 on, or 0."""
+    tl.store(flag, _any_odd(result) * (tl.program_id(0) + 1))
 
 
 @triton.jit
@@ -140,16 +160,15 @@ def _mark(marks, visible, values):
 
 
 @triton.jit
-def _add_marked(
+def _put_marked(
     pointer, token, head, there, marks, HEADS: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr
 ):
-    """Adds the infinities that `_mark` found to what `_put` wrote."""
+    """Writes the infinities that `_mark` found over what `_put` wrote, and their sum for both."""
     column = tl.arange(0, PAD)
     address = (token * HEADS + head)[:, None] * D + column[None, :]
     mask = there[:, None] & (column < D)[None, :] & (marks > 0)
-    value = tl.load(pointer + address, mask=mask, other=0.0).to(tl.float32)
-    value += tl.where(marks >= 1, float("inf"), 0.0)
-    value += tl.where(marks > tl.floor(marks), float("-inf"), 0.0)
+    plus = tl.where(marks >= 1, float("inf"), float("-inf"))
+    value = tl.where(marks > 1, float("nan"), plus)
     tl.store(pointer + address, value.to(pointer.dtype.element_ty), mask=mask)
 
 
@@ -190,10 +209,10 @@ def _write(
     PAD: tl.constexpr,
     ATTEMPT: tl.constexpr,
 ):
-    """Writes what an attempt has summed up; marks are added to what the one before wrote."""
+    """Writes what an attempt has summed up; marks over what the one before wrote, if a number."""
     if ATTEMPT == ODD:
         tl.debug_barrier()
-        _add_marked(out, token, head, there, acc, HEADS, D, PAD)
+        _put_marked(out, token, head, there & (total == total), acc, HEADS, D, PAD)
     else:
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
         _put(out, token, head, there, result, HEADS, D, PAD)
@@ -427,13 +446,17 @@ def backward(
     parts of dQ alone, and a second attempt writes these anew.
     """
     row, chunk, base, begin, stop = _item(item_row, item_chunk, rows, GROUP, CHUNK)
-    row = tl.where(_has_to(odd, tl.program_id(0), 1, AGAIN), row, -1)
+    if AGAIN:
+        row = tl.where(tl.load(odd + tl.program_id(0)) != 0, row, -1)
     if row >= 0:
         kv_head = row // blocks
         key, inside = _block(block_first, block_length, row % blocks, BLOCK)
         keys = _tile(k, key, kv_head, inside, HEADS // GROUP, D, PAD)
         values = _tile(v, key, kv_head, inside, HEADS // GROUP, D_V, PAD_V)
-        if not AGAIN:
+        if AGAIN:
+            wrong = tl.max((keys != _finite(keys)).to(tl.int32), 1) != 0
+            keys = _finite(keys)
+        else:
             former = inside & (chunk + tl.zeros((BLOCK,), tl.int64) == 0)
             sum_k = _tile(dk, key, kv_head, former, HEADS // GROUP, D, PAD)
             sum_v = _tile(dv, key, kv_head, former, HEADS // GROUP, D_V, PAD_V)
@@ -442,18 +465,18 @@ def backward(
             queries = _tile(q, token, head, there, HEADS, D, PAD)
             above = _tile(gradient, token, head, there, HEADS, D_V, PAD_V)
             own = tl.load(last + token, mask=there, other=-1)
-            visible = inside[None, :] & (key[None, :] <= own[:, None]) & there[:, None]
+            visible = inside[None, :] & (key[None, :] <= own[:, None])
             stat = token * HEADS + head
             p, ds = _slopes(
                 queries, keys, values, above, stat, lse, delta, there, visible, scale, WIDEN
             )
-            ds = ds.to(queries.dtype)
             if AGAIN:
-                slope = _dot(ds, _finite(keys), WIDEN)
-            else:
+                ds = tl.where(visible & wrong[None, :], float("nan"), ds)
+            ds = ds.to(queries.dtype)
+            if not AGAIN:
                 sum_v += _dot(tl.trans(p).to(above.dtype), above, WIDEN)
                 sum_k += _dot(tl.trans(ds), queries, WIDEN)
-                slope = _dot(ds, keys, WIDEN)
+            slope = _dot(ds, keys, WIDEN)
             _put(dq_part, at, 0, there, slope, 1, D, PAD)
         if not AGAIN:
             tl.store(odd + tl.program_id(0), _any_odd(keys))

@@ -16,11 +16,12 @@ from trimtab.kernels.sparse.triton_selected import (
     FINITE,
     LEAST,
     ODD,
-    _any_odd,
     _dot,
+    _due,
     _finite,
     _has_to,
     _meet,
+    _note,
     _put,
     _slopes,
     _tile,
@@ -69,23 +70,25 @@ def forward(
     AGAIN: tl.constexpr,
 ):
     """Output and logarithm of one tile of queries and head."""
-    tile = tl.program_id(0).to(tl.int64)
-    if not _has_to(odd, tile * HEADS, HEADS, AGAIN):
+    flags = odd + tl.program_id(0).to(tl.int64) * HEADS
+    if not _has_to(flags, HEADS, AGAIN):
         return
-    begin = tile * ROWS
-    token, there, first, end = _queries(low, high, begin, queries, ROWS)
-    base = tl.load(low + begin)
-    first, end = (first - base).to(tl.int32), (end - base).to(tl.int32)
-    stop = tl.max(end, 0)
     for nth in range(HEADS if AGAIN else 1):
         head = tl.program_id(1).to(tl.int64) + nth
-        if _has_to(odd, tile * HEADS + head, 1, AGAIN):
+        tile, due = _due(flags + head, AGAIN)
+        if due:
+            begin = tile * ROWS
+            token, there, first, end = _queries(low, high, begin, queries, ROWS)
+            base = tl.load(low + begin)
+            first, end = (first - base).to(tl.int32), (end - base).to(tl.int32)
+            stop = tl.max(end, 0)
             query = _tile(q, token, head, there, HEADS, D, PAD)
             for attempt in tl.static_range(
                 FINITE if AGAIN else AS_THEY_ARE, ODD + 1 if AGAIN else FINITE
             ):
-                top = tl.full((ROWS,), LEAST, tl.float32)
-                total = tl.zeros((ROWS,), tl.float32)
+                if attempt != ODD:
+                    top = tl.full((ROWS,), LEAST, tl.float32)
+                    total = tl.zeros((ROWS,), tl.float32)
                 acc = tl.zeros((ROWS, PAD_V), tl.float32)
                 for at in range(0, stop, KEYS):
                     key = at + tl.arange(0, KEYS)
@@ -99,7 +102,7 @@ def forward(
                 _write(out, token, head, there, acc, total, HEADS, D_V, PAD_V, attempt)
                 if attempt == AS_THEY_ARE:
                     tl.store(lse + token * HEADS + head, _to_natural(top, total), mask=there)
-                    tl.store(odd + tile * HEADS + head, _any_odd(acc))
+                    _note(flags + head, acc)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -128,15 +131,16 @@ def backward_queries(
     AGAIN: tl.constexpr,
 ):
     """dQ of one tile of queries and head."""
-    tile = tl.program_id(0).to(tl.int64)
-    if not _has_to(odd, tile * HEADS, HEADS, AGAIN):
+    flags = odd + tl.program_id(0).to(tl.int64) * HEADS
+    if not _has_to(flags, HEADS, AGAIN):
         return
-    begin = tile * ROWS
-    token, there, first, end = _queries(low, high, begin, queries, ROWS)
-    stop = tl.max(end, 0)
     for nth in range(HEADS if AGAIN else 1):
         head = tl.program_id(1).to(tl.int64) + nth
-        if _has_to(odd, tile * HEADS + head, 1, AGAIN):
+        tile, due = _due(flags + head, AGAIN)
+        if due:
+            begin = tile * ROWS
+            token, there, first, end = _queries(low, high, begin, queries, ROWS)
+            stop = tl.max(end, 0)
             query = _tile(q, token, head, there, HEADS, D, PAD)
             above = _tile(gradient, token, head, there, HEADS, D_V, PAD_V)
             stat = token * HEADS + head
@@ -155,7 +159,7 @@ def backward_queries(
                 acc += _dot(ds.to(keys.dtype), keys, WIDEN)
             _put(dq, token, head, there, acc, HEADS, D, PAD)
             if not AGAIN:
-                tl.store(odd + tile * HEADS + head, _any_odd(acc))
+                _note(flags + head, acc)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -11,7 +11,7 @@ import torch
 
 from trimtab.core.benchmark import Options
 from trimtab.kernels.sparse import SparseShape, selected_plan
-from trimtab.kernels.sparse.configurations import KERNELS
+from trimtab.kernels.sparse.configurations import KERNELS, TABLES
 from trimtab.sparse import gpu_bench
 from trimtab.sparse.gpu_clock import HostDevice
 from trimtab.sparse.roofline import Sizes
@@ -36,6 +36,7 @@ def main() -> None:
     *times, error = cases
     measured = {c.metric.removesuffix("_time") for c in times}
     assert measured >= KERNELS.keys() - LARGE, KERNELS.keys() - measured
+    assert measured >= {f"table_{name}" for name in TABLES}, measured
     assert all(c.case.startswith("real/cpu/12/group-2/") for c in times)
     assert all(c.unit == "s" and c.better == "lower" for c in times)
     predicted = [c for c in times if c.baseline == "what was predicted without a GPU"]

@@ -15,8 +15,10 @@ from typing import Any, Protocol
 import torch
 
 from trimtab.core.errors import BadInput, Unsupported
-from trimtab.kernels.sparse.configurations import KERNELS, configuration
+from trimtab.kernels.sparse.configurations import KERNELS, TABLES, configuration
 from trimtab.kernels.sparse.launch import interpreted
+
+_TABLES = "triton_tables"
 
 Work = Callable[[], object]
 Seconds = Callable[[], float]
@@ -101,12 +103,15 @@ class HostDevice:
 
 
 def kernel_name(function: str, constants: Mapping[str, Any]) -> str:
-    """The name in `KERNELS` of what a launcher starts.
+    """The name in `KERNELS` of what a launcher starts, or of `TABLES` behind ``table_``.
 
     Args:
         function: the kernel's, with its module, ``module.function``.
         constants: what it is launched with.
     """
+    module, _, own = function.partition(".")
+    if module == _TABLES:
+        return f"table_{own}"
     return next(
         name
         for name, of in KERNELS.items()
@@ -140,7 +145,7 @@ class _Timed:
 
 
 def each_kernel(device: Device, work: Work) -> dict[str, float]:
-    """Seconds of each Triton kernel in some work, added up over its launches; by `KERNELS`."""
+    """Seconds of each Triton kernel in some work, added up over its launches; by `kernel_name`."""
     marks: dict[str, list[Seconds]] = defaultdict(list)
     with _marked(device, marks):
         work()
@@ -153,7 +158,8 @@ def _marked(device: Device, marks: dict[str, list[Seconds]]) -> Iterator[None]:
     before: list[tuple[ModuleType, str, Any]] = []
     for name in KERNELS:
         telling(name)  # reads the kernels that are about to be replaced
-    for module_name, function in {(of.module, of.function) for of in KERNELS.values()}:
+    replaced = {(of.module, of.function) for of in KERNELS.values()}
+    for module_name, function in replaced | {(_TABLES, name) for name in TABLES}:
         module = import_module(f"trimtab.kernels.sparse.{module_name}")
         before.append((module, function, getattr(module, function)))
     try:

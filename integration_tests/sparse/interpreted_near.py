@@ -84,6 +84,18 @@ for split in SPLITS:
     assert torch.equal(part[1], whole[1][tail])
 
 
+# More blocks than are looked at at once.
+selected_plan.SelectedPlan.dense_until = lambda *_: 10_000
+last, k_long, v_long = some(5, HEADS, D), some(800, KV_HEADS, D), some(800, KV_HEADS, 24)
+many = torch.rand(KV_HEADS, 5, 50, generator=generator).argsort(-1)[..., :40].int()
+for x, wanted in zip(
+    selected_attention(last, k_long, v_long, many, ends([5]), ends([800]), block=BLOCK),
+    naive.selected(last, k_long, v_long, many, BLOCK, D**-0.5),
+    strict=True,
+):
+    torch.testing.assert_close(x, wanted, atol=1e-4, rtol=1e-4)
+
+
 def most_alive(work):
     """The most bytes that tensors made by ``new_empty`` had at once while ``work`` ran."""
     alive, most, make = {}, 0, torch.Tensor.new_empty

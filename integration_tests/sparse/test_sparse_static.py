@@ -167,6 +167,13 @@ def test_a_tile_is_for_heads_and_blocks_up_to_its_size():
         gpu_tiles.tile("forward", Need("cuda", 1024, 2), 64)
 
 
+def test_many_best_blocks_take_more_warps():
+    need = Need("cuda", 256, 2)
+    how = gpu_tiles.tile("select", need, 64)
+    assert gpu_tiles.choice_tile(how, need, 32) == how
+    assert gpu_tiles.choice_tile(how, need, 64) == replace(how, warps=8)
+
+
 def test_what_a_thread_can_have_falls_with_its_program():
     gfx, sm = static_report.TARGETS["gfx942"], static_report.TARGETS["sm_90"]
     assert (gfx.registers_at(4), gfx.registers_at(8)) == (512, 256)

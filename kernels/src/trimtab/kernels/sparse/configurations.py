@@ -19,6 +19,7 @@ from trimtab.kernels.sparse.gpu_tiles import (
     merge_tile,
     padded,
     power_of_two,
+    slots_at_once,
     tile,
 )
 
@@ -153,6 +154,7 @@ class Configuration:
             "BLOCK": self.block,
             "TOP": 1024 // self.block,
             "KEPT": max(16, 1024 // self.block),
+            "AT_ONCE": slots_at_once(1024 // self.block),
             "ROWS": self.tile.rows,
             "QUERIES": self.tile.rows,
             "KEYS": self._keys,

@@ -54,6 +54,16 @@ def merge_tile(group: int, width: int) -> Tile:
     return Tile(rows=1, warps=8 if large else 4, stages=3)
 
 
+def slots_at_once(top: int) -> int:
+    """How many of a query's blocks the kernel of near ones holds in its registers."""
+    return min(32, padded(top))
+
+
+def choice_tile(how: Tile, need: Need, kept: int) -> Tile:
+    """The tile that keeps so many best blocks of each query, for that of the same queries."""
+    return replace(how, warps=max(how.warps, 8)) if kept > 32 and need.backend == "cuda" else how
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
     """What decides about a kernel's tile."""
@@ -152,7 +162,7 @@ _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
     ("select", "cuda", 2): (
         Rule(256, Tile(32, 4, 2, 64), _ANY),
         Rule(512, Tile(32, 8, 2, 64), 64),
-        Rule(512, Tile(32, 4, 2, 64), _ANY),
+        Rule(512, Tile(32, 4, 1, 64), _ANY),
     ),
     ("select", "cuda", 4): (
         Rule(128, Tile(32, 8, 1, 32), _ANY),
@@ -176,7 +186,7 @@ _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
         Rule(128, Tile(16, 8, 1, 16)),
         Rule(256, Tile(32, 8, 1, 16)),
         Rule(384, Tile(16, 4, 1, 16, second=Tile(16, 4, 2, 16))),
-        Rule(512, Tile(16, 8, 1, 16)),
+        Rule(512, Tile(16, 8, 2, 16)),
     ),
     ("prefill", "cuda", 2): (
         Rule(128, Tile(64, 4, 2, 64)),

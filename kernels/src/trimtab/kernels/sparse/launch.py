@@ -18,11 +18,13 @@ from trimtab.kernels.sparse.chosen import Chosen
 from trimtab.kernels.sparse.gpu_tiles import (
     Need,
     Tile,
+    choice_tile,
     fit_block,
     has_tile,
     merge_tile,
     padded,
     power_of_two,
+    slots_at_once,
     tile,
 )
 from trimtab.kernels.sparse.selected_plan import SelectedPlan, plan_selected
@@ -329,7 +331,7 @@ class Near:
                 **of_values(chosen.v),
                 **launched(attempt.how),
                 TOP=chosen.top,
-                KEPT=padded(chosen.top),
+                AT_ONCE=slots_at_once(chosen.top),
                 BLOCK=chosen.block,
                 ROWS=tile_rows,
                 KEYS=min(attempt.how.columns, chosen.block),
@@ -407,14 +409,16 @@ def select(
 
     kv_heads = entries.shape[1]
     out = torch.empty(kv_heads, q.shape[0], shape.top, dtype=torch.int32, device=q.device)
-    how = tile("select", Need.of(q, entries), shape.block)
+    need, kept = Need.of(q, entries), padded(shape.top)
+    how = tile("select", need, shape.block)
     tiles = tables.cut(queries.ends, q.shape[0], how.rows)
-    common = {**of_keys(q, entries), **launched(how), "QUERIES": how.rows}
+    common = {**of_keys(q, entries), "QUERIES": how.rows}
     if lse is None:
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
         kernels.entry_logarithms[(tiles.first.numel(), q.shape[1])](
             *(q, entries, lse, tiles.first, tiles.length, low, high, scale),
             **common,
+            **launched(how),
             ENTRIES=how.columns,
         )
     lse = lse.float().contiguous()
@@ -422,12 +426,13 @@ def select(
         *(q, entries, lse, out, tiles.first, tiles.length, low, high, queries.own),
         *(q.shape[0], scale),
         **common,
+        **launched(choice_tile(how, need, kept)),
         PER_BLOCK=shape.entries_per_block,
         REACH=shape.reach,
         OUTER=shape.window // shape.stride,
         FIRST=shape.first,
         RECENT=shape.recent,
         TOP=shape.top,
-        KEPT=max(16, padded(shape.top)),
+        KEPT=kept,
     )
     return out

@@ -92,20 +92,37 @@ def _log2(power):
 
 
 @triton.jit
-def _near_blocks(ids, address, known, first_block, position, earliest, until, BLOCK: tl.constexpr):
+def _near_blocks(
+    ids,
+    place,
+    there,
+    first_block,
+    position,
+    earliest,
+    until,
+    TOP: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """What a tile's queries call near, as bits of a word each: bit 0 is the first block.
 
     The others stand for blocks from ``skipped`` on, which is returned too.
     """
-    number = tl.load(ids + address, mask=known, other=-1)
-    block = tl.where(number >= 0, number - first_block, -1)
-    is_near = _is_near(block, position[:, None], until, BLOCK)
-    block = tl.where(is_near, block, -1).to(tl.int32)
     skipped = tl.where(earliest < until, 0, tl.maximum(earliest // BLOCK - 2, 0))
-    bit = tl.where(block > 0, block - skipped, block)
-    one = tl.full(block.shape, 1, tl.int64)
-    words = tl.where(bit >= 0, one << tl.maximum(bit, 0).to(tl.int64), 0)
-    return tl.reduce(words, 1, _or), skipped
+    mine = tl.zeros((ROWS,), tl.int64)
+    for at in range(0, TOP, AT_ONCE):
+        slot = at + tl.arange(0, AT_ONCE)
+        known = there[:, None] & (slot < TOP)[None, :]
+        number = tl.load(ids + place[:, None] + slot[None, :], mask=known, other=-1)
+        block = tl.where(number >= 0, number - first_block, -1)
+        is_near = _is_near(block, position[:, None], until, BLOCK)
+        block = tl.where(is_near, block, -1).to(tl.int32)
+        bit = tl.where(block > 0, block - skipped, block)
+        one = tl.full(block.shape, 1, tl.int64)
+        words = tl.where(bit >= 0, one << tl.maximum(bit, 0).to(tl.int64), 0)
+        mine |= tl.reduce(words, 1, _or)
+    return mine, skipped
 
 
 @triton.jit
@@ -226,7 +243,7 @@ def near_and_join(
     queries,
     lines,
     TOP: tl.constexpr,
-    KEPT: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -266,11 +283,18 @@ def near_and_join(
             latest = tl.max(tl.where(there, position, -1), 0)
             base = tl.load(rows)
             kv_head = head // GROUP
-            slot = tl.arange(0, KEPT)
-            address = (kv_head * queries + token)[:, None] * TOP + slot[None, :]
-            known = there[:, None] & (slot < TOP)[None, :]
             mine, skipped = _near_blocks(
-                ids, address, known, first_block, position, earliest, until, BLOCK
+                ids,
+                (kv_head * queries + token) * TOP,
+                there,
+                first_block,
+                position,
+                earliest,
+                until,
+                TOP,
+                AT_ONCE,
+                BLOCK,
+                ROWS,
             )
             for attempt in tl.static_range(
                 FINITE if AGAIN else AS_THEY_ARE, ODD + 1 if AGAIN else FINITE

@@ -65,6 +65,7 @@ def lists(chosen, how, part_bytes, busy=TOKENS):
         rows=further.numel(),
         lots=0,
         segments=len(found),
+        slices=len({of.kv.start for of in found}),
     )
 
 

@@ -17,9 +17,11 @@ from trimtab.kernels.sparse import (
     selected_attention,
     selected_plan,
     sliding_attention,
+    tables,
 )
+from trimtab.kernels.sparse.chosen import Chosen
 from trimtab.kernels.sparse.configurations import KERNELS, configuration
-from trimtab.kernels.sparse.launch import interpreted
+from trimtab.kernels.sparse.launch import Near, interpreted
 from trimtab.kernels.sparse.selected_plan import SelectedPlan
 
 selected_plan.SelectedPlan.dense_until = lambda *_: 0  # so that what is short has far blocks
@@ -214,6 +216,38 @@ def what_is_odd_reaches_those_that_see_it_and_no_others():
     SelectedPlan.dense_until = whole
 
 
+def odd_values_of_far_and_of_near_blocks_add_up():
+    q, k, v, _ = drawn(torch.float32, 96, 96, 2, 1, 16, 16)
+    every, cu = torch.arange(6).int().expand(1, 96, 6), ends(96)
+    far, near, late = 20, 82, 90
+    inf, nan = float("inf"), float("nan")
+    for pair in ((nan, inf), (nan, -inf), (-inf, inf), (inf, -inf), (inf, inf), (nan, nan)):
+        values = v.clone()
+        values[far, 0, 3], values[near, 0, 3] = pair
+        out, _ = selected_attention(q, k, values, every, cu, cu, block=16)
+        wanted, _ = naive.selected(q, k, values, every, 16, 0.25)
+        torch.testing.assert_close(out[late], wanted[late], equal_nan=True)
+
+
+def rows_behind_all_sequences_have_no_far_blocks():
+    """So that there is room for the parts of all others."""
+    q, k, v, _ = drawn(torch.float32, 64, 64, 2, 1, 16, 16)
+    queries = tables.place_queries(ends(16), ends(64), 64, 16)
+    ids = torch.arange(4).int().expand(1, 64, 4).contiguous()
+    far = Near.of(Chosen(q, k, v, ids, 16, 0.25, queries, tables.cut(ends(64), 64, 16), 1 << 20))
+    assert (far.far_ids() >= 0).any(-1).sum() == 16
+
+
+def entries_that_no_query_gives_any_weight():
+    q, k, _, _ = drawn(torch.float32, 40, 40, 2, 1, 16, 16)
+    entries = naive.mean_compress(k, SHAPE)
+    entries[:, :, 0] = float("-inf")
+    cu = ends(40), ends(40), ends(len(entries))
+    chosen = select_blocks(q.abs(), entries, *cu, SHAPE)
+    full = (chosen >= 0).sum(-1)
+    assert torch.equal(full[0], (torch.arange(40) // 16 + 1).clamp(max=SHAPE.top))
+
+
 def logits_of_ten_thousand():
     q, k, v, above = drawn(torch.float16, 10, 64, 2, 1, 16, 16)
     q, k = q * 50, k * 50
@@ -282,6 +316,9 @@ rows_of_nothing()
 one_block_for_all_in_a_small_workspace()
 nothing_leaks_from_what_others_chose()
 what_is_odd_reaches_those_that_see_it_and_no_others()
+odd_values_of_far_and_of_near_blocks_add_up()
+rows_behind_all_sequences_have_no_far_blocks()
+entries_that_no_query_gives_any_weight()
 logits_of_ten_thousand()
 choices_of_groups_and_of_entries_in_another_type()
 tensors_that_lie_apart()

@@ -309,6 +309,8 @@ def test_lots_cover_every_query_and_kv_head_once_within_the_workspace(
         assert of.heads == slice(of.kv.start * chosen.group, of.kv.stop * chosen.group)
         taken = of.entries * chosen.group * 24
         assert taken <= workspace_bytes or of.entries == chosen.top
+        slots = (of.kv.stop - of.kv.start) * (of.part.stop - of.part.start) * chosen.top
+        assert not shared or slots * 24 <= workspace_bytes or slots == chosen.top
         assert of.table.rows[-1] - of.table.rows[0] <= of.entries
         rows = of.table.rows - of.table.rows[0]
         ids = chosen.ids[of.kv, of.part]

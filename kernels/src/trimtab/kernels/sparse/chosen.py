@@ -88,11 +88,13 @@ class Chosen:
         count, kv_heads, room = self.q.shape[0], self.k.shape[1], self.workspace_bytes
         busy = count if busy is None else busy
         fit = max(1, room // max(1, self.group * self.top * part_bytes))
-        pieces = 1 if busy <= fit else -(-count // fit)
+        slot_bytes = _COUNTED_BYTES if self.top <= launch_tables.LONGEST_INVERTED else _SORTED_BYTES
+        listed = max(1, room // (self.top * slot_bytes))
+        most = min(fit if busy > fit else count, listed if shared else count)
+        pieces = -(-count // most)
         step = -(-count // pieces)
         pieces = -(-count // step)
-        slot_bytes = _COUNTED_BYTES if self.top <= launch_tables.LONGEST_INVERTED else _SORTED_BYTES
-        listed = room // (step * self.top * slot_bytes)
+        listed //= step
         heads = max(1, min(kv_heads, fit // max(1, busy), listed))
         together = listed // heads if shared else 1
         lines = heads * max(1, together // pieces)

@@ -90,7 +90,7 @@ _LONG = ("rows", "block_first", "block_length", "last", "low", "high", "first_qu
 _LONG_TOO = ("further", "tile_first", "tile_length", "tile_sequence", "sequence", "before", "own")
 _INT = ("ids", "query", "item_row", "item_chunk", "place", "pages", "lists", "counts", "odd")
 _NUMBERS = ("blocks", "queries", "tokens", "tiles", "samples", "position", "lines")
-_NUMBERS_TOO = ("begin", "count", "heads", "tiles_before", "until")
+_NUMBERS_TOO = ("keys", "begin", "count", "heads", "tiles_before", "until")
 _STRIDES = ("page_stride", "head_stride", "slot_stride")
 _TYPES: Mapping[str, str] = {
     **dict.fromkeys(_NARROW, "narrow"),

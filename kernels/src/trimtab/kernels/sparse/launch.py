@@ -89,7 +89,7 @@ class Attempt:
     grid: tuple[int, ...]
     """Of the second, a program for all heads of a tile: most have nothing to do."""
     odd: Tensor
-    """Whether there were any, by program of the first; int32."""
+    """By program of the first, int32: 0 if there were none, or its tile's number from 1 on."""
     how: Tile
 
     @classmethod
@@ -279,7 +279,7 @@ class Near:
         how = tile("far", Need.of(chosen.q, chosen.v))
         kernels.far[(-(-queries // how.rows), kv_heads)](
             *(ids, out, chosen.queries.last, chosen.queries.sequence, chosen.blocks.before),
-            *(chosen.blocks.first, queries, self.until),
+            *(chosen.blocks.first, queries, chosen.k.shape[0], self.until),
             **launched(how),
             TOP=top,
             KEPT=padded(top),

@@ -28,7 +28,7 @@ from trimtab.kernels.sparse.triton_selected import (
 ANYWHERE = ("ids", "last", "rows", "place", "lse")
 """Where segments begin in these is aligned or not; nothing is gained by a kernel for each case."""
 
-SIZES = ("begin", "count", "heads", "tiles_before", "until", "queries", "lines")
+SIZES = ("begin", "count", "heads", "tiles_before", "until", "queries", "keys", "lines")
 """Numbers that differ from call to call and from segment to segment; likewise."""
 
 
@@ -52,25 +52,31 @@ def far(
     before,
     block_first,
     queries,
+    keys,
     until,
     TOP: tl.constexpr,
     KEPT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Copies ``ids [kv_heads, queries, TOP]``, but for -1 where a block is near."""
+    """Copies ``ids [kv_heads, queries, TOP]``, but for -1 where a block is near.
+
+    So has what no key of a sequence belongs to, as rows behind all sequences: no more queries keep
+    any than there are late keys, and for so many there is room.
+    """
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = token < queries
     its_sequence = tl.load(sequence + token, mask=there, other=0)
     its_first = tl.load(before + its_sequence, mask=there, other=0)
     first_key = tl.load(block_first + its_first, mask=there, other=0)
-    position = tl.load(last + token, mask=there, other=0) - first_key
+    own_key = tl.load(last + token, mask=there, other=0)
+    position = own_key - first_key
     slot = tl.arange(0, KEPT)
     place = (tl.program_id(1).to(tl.int64) * queries + token)[:, None] * TOP + slot[None, :]
     known = there[:, None] & (slot < TOP)[None, :]
     number = tl.load(ids + place, mask=known, other=-1)
     near = _is_near(number - its_first[:, None], position[:, None], until, BLOCK)
-    tl.store(out + place, tl.where(near, -1, number), mask=known)
+    tl.store(out + place, tl.where(near | (own_key >= keys)[:, None], -1, number), mask=known)
 
 
 @triton.jit
@@ -341,7 +347,7 @@ def near_and_join(
                     attempt,
                     WIDEN,
                 )
-                _write(out, token, head, there, acc, total, HEADS, D_V, PAD_V, attempt)
+                _write(out, token, head, there, acc, total, HEADS, D_V, PAD_V, attempt, True)
                 if attempt == AS_THEY_ARE:
                     natural = _to_natural(top, total)
                     tl.store(lse + token * HEADS + head, natural, mask=there)

@@ -108,6 +108,7 @@ def best_blocks(
             head = kv_head * GROUP + member
             queries = _tile(q, token, head, there, HEADS, D, PAD)
             shift = tl.load(lse + token * HEADS + head, mask=there, other=0.0) * LOG2_E
+            shift = tl.where(shift > float("-inf"), shift, 0.0)
             for tap in range(PER_BLOCK + OUTER - 1):
                 number = block * PER_BLOCK - REACH + tap
                 known = (number >= 0) & (number < tl.max(seen, 0))

@@ -161,14 +161,29 @@ def _mark(marks, visible, values):
 
 @triton.jit
 def _put_marked(
-    pointer, token, head, there, marks, HEADS: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr
+    pointer,
+    token,
+    head,
+    there,
+    marks,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    PAD: tl.constexpr,
+    JOINED: tl.constexpr,
 ):
-    """Writes the infinities that `_mark` found over what `_put` wrote, and their sum for both."""
+    """Writes the infinities that `_mark` found over what `_put` wrote, and their sum for both.
+
+    Where parts were ``JOINED``, what was written may be odd by them: so it counts too.
+    """
     column = tl.arange(0, PAD)
     address = (token * HEADS + head)[:, None] * D + column[None, :]
     mask = there[:, None] & (column < D)[None, :] & (marks > 0)
-    plus = tl.where(marks >= 1, float("inf"), float("-inf"))
-    value = tl.where(marks > 1, float("nan"), plus)
+    value = tl.where(marks >= 1, float("inf"), float("-inf"))
+    no_number = marks > 1
+    if JOINED:
+        before = tl.load(pointer + address, mask=mask, other=0.0).to(tl.float32)
+        no_number = no_number | (before != before) | (before == -value)
+    value = tl.where(no_number, float("nan"), value)
     tl.store(pointer + address, value.to(pointer.dtype.element_ty), mask=mask)
 
 
@@ -208,11 +223,12 @@ def _write(
     D: tl.constexpr,
     PAD: tl.constexpr,
     ATTEMPT: tl.constexpr,
+    JOINED: tl.constexpr = False,
 ):
     """Writes what an attempt has summed up; marks over what the one before wrote, if a number."""
     if ATTEMPT == ODD:
         tl.debug_barrier()
-        _put_marked(out, token, head, there & (total == total), acc, HEADS, D, PAD)
+        _put_marked(out, token, head, there & (total == total), acc, HEADS, D, PAD, JOINED)
     else:
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
         _put(out, token, head, there, result, HEADS, D, PAD)
@@ -442,8 +458,8 @@ def backward(
     """One chunk of one block's queries: dK and dV, in float32 over the group, and parts of dQ.
 
     A block's first chunk is added to what earlier segments found. Its further ones are written to
-    places of their own, and `add_chunks` adds them in their order. Keys that are no numbers reach
-    parts of dQ alone, and a second attempt writes these anew.
+    places of their own, and `add_chunks` adds them in their order. Keys that are infinite or no
+    numbers reach parts of dQ alone, of queries that see them, and a second attempt writes these.
     """
     row, chunk, base, begin, stop = _item(item_row, item_chunk, rows, GROUP, CHUNK)
     if AGAIN:
@@ -479,7 +495,7 @@ def backward(
             slope = _dot(ds, keys, WIDEN)
             _put(dq_part, at, 0, there, slope, 1, D, PAD)
         if not AGAIN:
-            tl.store(odd + tl.program_id(0), _any_odd(keys))
+            _note(odd + tl.program_id(0), keys)
         if AGAIN:
             pass
         elif chunk == 0:

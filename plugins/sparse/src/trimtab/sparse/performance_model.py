@@ -232,7 +232,7 @@ class Model:
         return _PUBLISHED_PART_BYTES * HEADS * _UNIT * 16 / self.seconds["parts"]
 
     def _again_s(self, run: Run) -> float:
-        """Of a launch of all tiles of queries whose programs find nothing to do again."""
+        """Of a launch for all tiles of queries whose programs find nothing to do again."""
         at_once = _AGAIN_AT_ONCE * GPUS[run.gpu].l2_bytes_per_s / _H100_L2
         return run.tokens / NEAR_ROWS / at_once * _AGAIN_PROGRAM_S
 
@@ -242,10 +242,12 @@ class Model:
         bytes_per_s = self.parts_bytes_per_s
         indices = traffic.near_index_bytes(of, run.tokens / NEAR_ROWS * HEADS)
         near = self.dense.forward * traffic.near_keys(of) / (_UNIT**2 / 2)
-        joined = near + indices / bytes_per_s + self._again_s(run)
+        joined = near + indices / bytes_per_s
         if run.tokens <= NEAR_UNTIL[run.block]:
-            return joined + (CALL_LAUNCHES - 1 + _FORWARD_LAUNCHES - 1) * LAUNCH_S
+            started = (CALL_LAUNCHES - 1 + _FORWARD_LAUNCHES - 1) * LAUNCH_S
+            return joined + started + self._again_s(run)
         lists = traffic.lists(of, of.forward_part_bytes, FORWARD_CHUNK)
+        joined += lists.slices * self._again_s(run)
         parts = traffic.forward_bytes(of, lists) / bytes_per_s
         copied = traffic.far_bytes(of) / GPUS[run.gpu].memory_bytes_per_s
         return joined + parts + copied + self._tables_s(run.gpu, of, lists, _FORWARD_LAUNCHES)

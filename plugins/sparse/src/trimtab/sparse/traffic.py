@@ -66,6 +66,8 @@ class Lists:
     lots: int
     """Tables."""
     segments: int
+    slices: int
+    """Of KV heads; each goes over all tiles of queries."""
 
 
 def forward_bytes(of: Sizes, lists: Lists) -> float:
@@ -162,10 +164,11 @@ def lists(of: Sizes, part_bytes: int, chunk: int) -> Lists:
     """
     busy = max(0, of.tokens - (of.near_until or 0))
     fit = max(1, of.workspace_bytes // (of.group * of.top * part_bytes))
-    pieces = 1 if busy <= fit else -(-of.tokens // fit)
+    listed = max(1, of.workspace_bytes // (of.top * _TABLE_BYTES))
+    pieces = -(-of.tokens // min(fit if busy > fit else of.tokens, listed))
     step = -(-of.tokens // pieces)
     pieces = -(-of.tokens // step)
-    listed = of.workspace_bytes // (step * of.top * _TABLE_BYTES)
+    listed //= step
     heads = max(1, min(of.kv_heads, fit // max(1, busy), listed))
     together = listed // heads
     lines = heads * max(1, together // pieces)
@@ -186,6 +189,7 @@ def lists(of: Sizes, part_bytes: int, chunk: int) -> Lists:
         rows=of.kv_heads * rows,
         lots=lots,
         segments=-(-of.kv_heads // heads) * pieces,
+        slices=-(-of.kv_heads // heads),
     )
 
 

@@ -601,11 +601,11 @@ def test_the_model_of_times_knows_how_our_kernels_are_launched(monkeypatch):
     monkeypatch.setattr(triton_select, "best_blocks", Started(started))
     for module in (branches, operators):
         monkeypatch.setattr(module, "on_triton", lambda x: True)
-    entries, launches = torch.randn(15, 2, 8), []
+    entries, lse, launches = torch.randn(15, 2, 8), torch.zeros(60, 4), []
     for work in (
         lambda *every: compressed_attention(qkv[0], entries, entries, *every),
         lambda *every: operators._select._init_fn(
-            *(qkv[0], entries, *every[:3], [8, 4, 16, 3, 1, 1], 0.3, torch.zeros(60, 4))
+            *(qkv[0], entries, *every[:3], [8, 4, 16, 3, 1, 1], 0.3, lse)
         ),
     ):
         started.clear()

@@ -203,10 +203,7 @@ _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
     },
     ("prefill", "hip", 2): (Rule(256, Tile(64, 4, 2, 64)), Rule(512, Tile(64, 4, 2, 32))),
     ("prefill", "hip", 4): (Rule(256, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 4, 1, 32))),
-    ("prefill_by_query", "cuda", 2): (
-        Rule(256, Tile(64, 8, 2, 64)),
-        Rule(512, Tile(32, 4, 2, 32)),
-    ),
+    ("prefill_by_query", "cuda", 2): (Rule(256, Tile(64, 8, 2, 64)), Rule(512, Tile(32, 4, 2, 32))),
     ("prefill_by_query", "hip", 2): (Rule(256, Tile(64, 4, 2, 64)), Rule(512, Tile(64, 4, 2, 32))),
     ("prefill_by_query", "hip", 4): (Rule(256, Tile(32, 4, 2, 32)), Rule(512, Tile(32, 4, 1, 32))),
     ("prefill_estimate", "cuda", 2): (Rule(512, Tile(64, 4, 2, 16)),),

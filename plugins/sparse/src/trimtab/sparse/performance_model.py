@@ -55,7 +55,7 @@ GPUS: Mapping[str, Gpu] = {
 
 LAUNCH_S = 5e-6
 """Of a small kernel."""
-COMPRESSED_LAUNCHES, CHOICE_LAUNCHES = 3, 5
+COMPRESSED_LAUNCHES, CHOICE_LAUNCHES = 3, 4
 """Kernels of compressed attention, and of the choice by what that has summed up."""
 CALL_LAUNCHES, TABLE_LAUNCHES = 5, 6
 """Kernels that lay out a call's queries, blocks and tiles; and those that make a table and its work

@@ -37,6 +37,7 @@ TIGHTEST = {
         "forward/bf16/d-256-256/block-128",
         "near_and_join/bf16/d-64-64/block-64",
         "by_query/bf16/d-256-256/block-64/group-32",
+        "best_blocks/bf16/d-256-256/block-64",
         "backward/bf16/d-256-256/block-64",
         "span/bf16/d-128-128/block-64",
         "span_dkv/bf16/d-192-128/block-64",

@@ -161,7 +161,6 @@ _RULES: Mapping[tuple[str, str, int], tuple[Rule, ...]] = {
     ),
     ("select", "cuda", 2): (
         Rule(256, Tile(32, 4, 2, 64), _ANY),
-        Rule(512, Tile(32, 8, 2, 64), 64),
         Rule(512, Tile(32, 4, 1, 64), _ANY),
     ),
     ("select", "cuda", 4): (

@@ -1,7 +1,4 @@
-"""Real pairs of hosts, measured over gloo: each pair is, and a network is drafted from them.
-
-Which tiers follow from which bandwidths is for unit tests to say: here the times are real.
-"""
+"""Real pairs of hosts, measured over gloo: on a shaped tree the tiers found are the true ones."""
 
 from __future__ import annotations
 
@@ -24,12 +21,38 @@ HOST_BYTES_PER_S = 12.5e6
 UPLINK_BYTES_PER_S = 4e6
 
 
+ATTEMPTS = 3
+"""What else the machine does may hide a tier from one measurement, not from each."""
+
+
+def domains(cluster: Cluster) -> set[frozenset[str]]:
+    """The hosts below each switch that a host hangs on."""
+    names = {node.name for node in cluster.nodes}
+    found: dict[str, set[str]] = {}
+    for link in cluster.links:
+        if link.a in names:
+            found.setdefault(link.b, set()).add(link.a)
+    return {frozenset(hosts) for hosts in found.values()}
+
+
 @pytest.mark.skipif(bool(reason := obstacle()), reason=str(reason))
 @pytest.mark.parametrize("pairs", ["alone", "at-once"])
-def test_each_pair_of_a_shaped_tree_is_measured(tmp_path: Path, pairs: str) -> None:
+def test_the_tiers_of_a_shaped_tree_are_found(tmp_path: Path, pairs: str) -> None:
     true = two_tiers(
         [4, 4], host_bytes_per_s=HOST_BYTES_PER_S, uplink_bytes_per_s=UPLINK_BYTES_PER_S
     )
+    for attempt in range(1, ATTEMPTS + 1):
+        measure(true, tmp_path, pairs)
+        try:
+            has_the_tiers(tmp_path, true, pairs)
+            break
+        except AssertionError:
+            if attempt == ATTEMPTS:
+                raise
+
+
+def measure(true: Cluster, folder: Path, pairs: str) -> None:
+    """Measures all pairs of a network, and checks what no times decide."""
     # Ranks alternate between the leaves, so that their order tells nothing.
     order = [f"h{n}" for pair in zip(range(4), range(4, 8), strict=True) for n in pair]
     arguments = ["--out", "matrix.json", "--cluster", "cluster.yaml", "--pairs", pairs]
@@ -40,21 +63,40 @@ def test_each_pair_of_a_shaped_tree_is_measured(tmp_path: Path, pairs: str) -> N
     }
     with TreeNetwork(true) as network:
         done = network.run_all(
-            commands, env={**job, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, timeout_s=400
+            commands, env={**job, "OMP_NUM_THREADS": "1"}, cwd=folder, timeout_s=400
         )
     assert {host: each.returncode for host, each in done.items()} == dict.fromkeys(order, 0), done
-    measured = Measurement.model_validate_json((tmp_path / "matrix.json").read_text())
+    measured = Measurement.model_validate_json((folder / "matrix.json").read_text())
     assert list(measured.hosts) == order
     assert measured.at_once == (pairs == "at-once")
     apart = [(a, b) for a in range(8) for b in range(8) if a != b]
-    # How much a pair gets, and so which tiers are found, is for a quiet machine to say.
     assert all((measured.bandwidth_bytes_per_s[a][b] or 0) > 0 for a, b in apart)
     assert all((measured.latency_s[a][b] or 0) > 0 for a, b in apart)
-    found = read_topology(tmp_path / "matrix.json")
+    found = read_topology(folder / "matrix.json")
     assert {node.name for node in found.nodes} == set(order)
-    assert set(Cluster.read(tmp_path / "cluster.yaml").links) == set(found.links)
+    assert set(Cluster.read(folder / "cluster.yaml").links) == set(found.links)
     assert done[order[0]].stdout.rstrip() == summary(measured)
-    assert summary(measured).startswith("8 hosts\ntier 1: ")
+
+
+def has_the_tiers(folder: Path, true: Cluster, pairs: str) -> None:
+    """Fails where another network than the true one was found, or other bandwidths."""
+    measured = Measurement.model_validate_json((folder / "matrix.json").read_text())
+    found = read_topology(folder / "matrix.json")
+    assert domains(found) == domains(true)
+    # Two tiers of switches, as there are.
+    assert len(found.switches) == 3
+    assert domains(Cluster.read(folder / "cluster.yaml")) == domains(true)
+    assert [line.split(",")[0] for line in summary(measured).splitlines()] == [
+        "8 hosts",
+        "tier 1: 2 domains",
+        "tier 2: 1 domain",
+    ]
+    own = [link.bandwidth_bytes_per_s for link in found.links if link.a in measured.hosts]
+    uplinks = [link.bandwidth_bytes_per_s for link in found.links if link.b == "core"]
+    assert min(own) == pytest.approx(HOST_BYTES_PER_S, rel=0.3)
+    # How many pairs shared an uplink at one time is known on average only.
+    tolerance = 0.3 if pairs == "alone" else 0.6
+    assert uplinks == pytest.approx([UPLINK_BYTES_PER_S] * 2, rel=tolerance)
 
 
 COMMANDS = {

@@ -29,6 +29,8 @@ class Lot:
     """KV heads of each segment."""
     step: int
     """Queries of each but the last of a KV head."""
+    busy: int
+    """Of these, those that have chosen any block, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ class Chosen:
             for kv in range(first, end, lines):
                 for begin in range(0, count, queries):
                     part = slice(begin, min(count, begin + queries))
-                    yield Lot(slice(kv, min(end, kv + lines)), part, each, step)
+                    yield Lot(slice(kv, min(end, kv + lines)), part, each, step, min(step, busy))
 
     def halved(self) -> Chosen:
         """The same in blocks of half as many tokens, two for each that was chosen."""

@@ -142,10 +142,9 @@ def segments(
     """The segments of `Chosen.lots`, with the work items of a tile."""
     group, blocks = chosen.group, chosen.blocks.first.numel()
     for lot in chosen.lots(part_bytes, shared=shared, busy=busy):
-        choosing = lot.step if busy is None else min(lot.step, busy)
         pieces = -(-(lot.part.stop - lot.part.start) // lot.step)
         table = tables.block_major(chosen.ids[lot.kv, lot.part], blocks, lot.step)
-        row_count, entries = lot.heads * blocks, lot.heads * choosing * chosen.top
+        row_count, entries = lot.heads * blocks, lot.heads * lot.busy * chosen.top
         lengths = table.lengths.view(-1, row_count)
         work = tables.work(lengths, group, entries * group, how.chunk)
         for number in range(lengths.shape[0]):
